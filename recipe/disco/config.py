@@ -1,0 +1,178 @@
+"""Typed settings of the method, and what is refused before anything expensive starts."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from verl.workers.config import PolicyLossConfig
+
+from recipe.disco.constraint import CONTROLLERS, KL_ESTIMATORS, Controller, build_controller
+from recipe.disco.objectives import OBJECTIVES
+from recipe.disco.registry import require_finite
+from recipe.disco.scores import SCORES
+
+MEASURES = {
+    "exact": "scores and KL of the whole mini-batch are measured before each update; the gradient of L is exact",
+    "lagged": "weights from old_log_probs and the KL of the previous mini-batch; no extra forward pass",
+}
+
+
+@dataclass
+class DiscoConfig:
+    """The ``disco`` node: the user's knobs. ``verl_ext/config/algorithm/disco.yaml`` gives values and sources.
+
+    Args:
+        objective: registered objective: disco (DRO form) or disco_b.
+        score: log_l or l_ratio.
+        tau: temperature of the DRO form's softmax over negatives, > 0.
+        kl_estimator: k1 or k3.
+        constraint: registered controller: squared_hinge, augmented_lagrangian, fixed, none.
+        delta: radius of the trust region, nats a token, >= 0.
+        beta: weight of the squared hinge, >= 0.
+        rho: step of the augmented Lagrangian, > 0.
+        coefficient: weight of the KL for ``constraint=fixed``, >= 0.
+        measure: exact or lagged.
+        positive_threshold: a response is positive when its summed reward is >= this.
+
+    Raises:
+        ValueError: names the setting, the value found and what would be right.
+    """
+
+    objective: str = "disco"
+    score: str = "log_l"
+    tau: float = 10.0
+    kl_estimator: str = "k1"
+    constraint: str = "squared_hinge"
+    delta: float = 1e-4
+    beta: float = 1e3
+    rho: float = 1e3
+    coefficient: float = 0.0
+    measure: str = "exact"
+    positive_threshold: float = 1.0
+
+    def __post_init__(self):
+        for name, choices in (
+            ("objective", OBJECTIVES),
+            ("score", SCORES),
+            ("kl_estimator", KL_ESTIMATORS),
+            ("constraint", CONTROLLERS),
+            ("measure", MEASURES),
+        ):
+            if getattr(self, name) not in list(choices):
+                raise ValueError(f"disco.{name}={getattr(self, name)!r} is unknown; choose from {sorted(choices)}")
+        require_finite("disco.tau", self.tau, above=0)
+        require_finite("disco.positive_threshold", self.positive_threshold)
+        require_finite("disco.delta", self.delta, minimum=0)
+        require_finite("disco.beta", self.beta, minimum=0)
+        require_finite("disco.rho", self.rho, above=0)
+        require_finite("disco.coefficient", self.coefficient, minimum=0)
+        if self.measure == "lagged" and self.score == "l_ratio" and self.objective != "disco_b":
+            raise ValueError(
+                f"disco.measure=lagged with disco.score=l_ratio and disco.objective={self.objective}: every ratio is 1 "
+                "at old_log_probs, so the weights would silently be DisCO-b's; use disco.measure=exact, "
+                "disco.score=log_l or algorithm=disco_b"
+            )
+
+    def controller(self) -> Controller:
+        """A fresh controller for the constraint."""
+        return build_controller(self.constraint, asdict(self))
+
+
+@dataclass
+class DiscoPolicyLossConfig(PolicyLossConfig):
+    """verl's ``actor.policy_loss`` node with the method's settings, so that workers see them."""
+
+    disco: DiscoConfig = field(default_factory=DiscoConfig)
+
+
+def parse(node: DictConfig | dict[str, Any]) -> DiscoConfig:
+    """The ``disco`` node as typed settings.
+
+    Raises:
+        ValueError: for an unknown field or a value out of range.
+    """
+    values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    values.pop("_target_", None)
+    known = {f.name for f in fields(DiscoConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"disco.{unknown[0]} is not a setting; the settings are {sorted(known)}")
+    return DiscoConfig(**values)
+
+
+def validate(config: DictConfig) -> None:
+    """Refuse what would not train as asked, before Ray or a model starts.
+
+    Args:
+        config: the composed configuration of ``main_ppo``.
+
+    Raises:
+        ValueError: names the setting, the value found and what would be right.
+    """
+    parse(config.disco)
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+
+    def get(path: str, default=None):
+        return OmegaConf.select(config, path, default=default)
+
+    def refuse(setting: str, found, right: str) -> None:
+        raise ValueError(f"{setting}={found} does not work with DisCO: {right}")
+
+    if not get("trainer.use_v1", True):
+        refuse("trainer.use_v1", False, "verl's legacy trainer tears groups apart; use trainer.use_v1=true")
+    if rollout.n < 2:
+        refuse("actor_rollout_ref.rollout.n", rollout.n, "a question needs a positive and a negative; use n >= 2")
+    if actor.policy_loss.loss_mode != "disco":
+        refuse("actor_rollout_ref.actor.policy_loss.loss_mode", actor.policy_loss.loss_mode, "leave it at disco")
+    if get("algorithm.use_kl_in_reward", False):
+        refuse("algorithm.use_kl_in_reward", True, "labels come before any KL term; it has no effect, use false")
+    if actor.use_kl_loss:
+        refuse("actor_rollout_ref.actor.use_kl_loss", True, "the constraint replaces a KL loss; use false")
+    if get("critic.enable"):
+        refuse("critic.enable", True, "there are no values to learn; use null")
+    if get("distillation.enabled", False):
+        refuse("distillation.enabled", True, "its loss would be ignored; use false")
+    if get("actor_rollout_ref.actor.use_prefix_grouper", False):
+        refuse("actor_rollout_ref.actor.use_prefix_grouper", True, "it is not supported; use false")
+    if (found := get("algorithm.rollout_correction.rollout_is")) is not None:
+        refuse("algorithm.rollout_correction.rollout_is", found, "importance weights are not supported; use null")
+    if (mode := get("trainer.v1.trainer_mode", "sync")) != "sync":
+        refuse("trainer.v1.trainer_mode", mode, "only the sync trainer is supported; use sync")
+    if get("actor_rollout_ref.actor.megatron.dynamic_context_parallel", False):
+        refuse("actor_rollout_ref.actor.megatron.dynamic_context_parallel", True, "it re-deals rows; use false")
+    _refuse_torn_or_wrong_parallelism(config, get, refuse)
+
+
+def _refuse_torn_or_wrong_parallelism(config: DictConfig, get, refuse) -> None:
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    world = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    if actor.strategy == "megatron":
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        model_parallel = 1
+        for name in names:
+            model_parallel *= get(f"actor_rollout_ref.actor.megatron.{name}", 1) or 1
+    else:
+        ulysses = get("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size", 1) or 1
+        model_parallel = max(ulysses, get("actor_rollout_ref.actor.ulysses_sequence_parallel_size", 1) or 1)
+        attention = get("actor_rollout_ref.model.override_config.attn_implementation", "flash_attention_2")
+        if model_parallel > 1 and not str(attention).startswith("flash_attention"):
+            refuse(
+                "actor_rollout_ref.model.override_config.attn_implementation",
+                attention,
+                f"with ulysses_sequence_parallel_size={model_parallel} verl patches flash attention only, and others "
+                "compute wrong log-probabilities; use flash_attention_2 or ulysses_sequence_parallel_size=1",
+            )
+    data_parallel = max(world // model_parallel, 1)
+    questions, batch = actor.ppo_mini_batch_size, config.data.train_batch_size
+    if questions > batch:
+        refuse(
+            "actor_rollout_ref.actor.ppo_mini_batch_size",
+            questions,
+            f"it is more questions than data.train_batch_size={batch}; use at most {batch}",
+        )
+    if questions * rollout.n < data_parallel:
+        refuse(
+            "actor_rollout_ref.actor.ppo_mini_batch_size",
+            questions,
+            f"{questions} questions x n={rollout.n} are {questions * rollout.n} responses for {data_parallel} "
+            f"data-parallel ranks, so ranks would stand idle; use at least {-(-data_parallel // rollout.n)}",
+        )

@@ -1,0 +1,159 @@
+"""The trust region KL(pi_old || pi_theta) <= delta: estimators of the KL, and controllers that turn it into a penalty.
+
+A controller maps the KL measured over a whole mini-batch to the penalty's value and to its derivative, the
+coefficient of grad KL in the training step. The paper's is :class:`SquaredHinge`. Evaluating it on the whole mini-batch
+matters: the mean of squared hinges over micro-batches is not the squared hinge of the mean.
+
+Register another with :func:`register_controller`; its constructor's parameters are fields of ``DiscoConfig``.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from recipe.disco.registry import Registry, require_finite
+from recipe.disco.scores import masked
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    # k1 = -log r, unbiased, of either sign
+    "k1": lambda log_ratio: -log_ratio,
+    # k3 = r - 1 - log r, unbiased and >= 0
+    "k3": lambda log_ratio: torch.expm1(log_ratio) - log_ratio,
+}
+"""Estimators of KL(pi_old || pi_theta) from a token of pi_old, as functions of log r, r = pi_theta / pi_old."""
+
+
+def kl_estimate(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, estimator: str = "k1") -> Tensor:
+    """Estimate of KL(pi_old || pi_theta) at each response token, in nats; 0 outside ``mask``. Shape (B, T).
+
+    The constraint's KL is the average over all response tokens of a mini-batch, unmixed groups included.
+
+    Raises:
+        ValueError: for an estimator other than k1 and k3.
+    """
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator={estimator!r} is unknown; choose from {sorted(KL_ESTIMATORS)}")
+    return KL_ESTIMATORS[estimator](masked(log_prob, mask) - masked(old_log_prob, mask))
+
+
+def relu(x):
+    """max(x, 0) for floats and, with a gradient, for tensors."""
+    return torch.clamp(x, min=0) if isinstance(x, Tensor) else max(x, 0.0)
+
+
+class Controller:
+    """Turns the measured KL into a penalty. Subclasses say how; one without state need not say more.
+
+    ``penalty`` takes a float or a 0-dim tensor (then with a gradient), ``coefficient`` is its derivative.
+    """
+
+    def penalty(self, kl):
+        """Value of the penalty added to -J."""
+        raise NotImplementedError
+
+    def coefficient(self, kl: float) -> float:
+        """d penalty / d KL."""
+        raise NotImplementedError
+
+    def end_step(self, kl: float) -> None:
+        """Learn from ``kl``, the last KL measured in a training step (all updates on one rollout)."""
+
+    def state_dict(self) -> dict:
+        """State that a checkpoint must hold, JSON-serialisable; empty for a controller without state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Restore what :meth:`state_dict` gave."""
+
+
+CONTROLLERS: Registry[type[Controller]] = Registry("constraint")
+
+
+def register_controller(name: str) -> Callable[[type[Controller]], type[Controller]]:
+    """Class decorator: register a controller under the name that ``disco.constraint`` takes."""
+    return CONTROLLERS.register(name)
+
+
+@register_controller("squared_hinge")
+class SquaredHinge(Controller):
+    """The paper's: (beta/2) max(KL - delta, 0)^2, with coefficient beta max(KL - delta, 0).
+
+    The published scripts' beta = 1e3 is in this convention; the paper writes beta [.]^2 without the half.
+    """
+
+    def __init__(self, delta: float, beta: float):
+        self.delta = require_finite("delta", delta, minimum=0)
+        self.beta = require_finite("beta", beta, minimum=0)
+
+    def penalty(self, kl):
+        return self.beta / 2 * relu(kl - self.delta) ** 2
+
+    def coefficient(self, kl: float) -> float:
+        return self.beta * relu(kl - self.delta)
+
+
+@register_controller("augmented_lagrangian")
+class AugmentedLagrangian(Controller):
+    """Augmented Lagrangian of an inequality: (max(0, lambda + rho (KL - delta))^2 - lambda^2) / (2 rho).
+
+    Its coefficient is max(0, lambda + rho (KL - delta)). The multiplier is updated once per training step,
+    lambda <- max(0, lambda + rho (KL - delta)), so it settles where the constraint holds without a large rho.
+    """
+
+    def __init__(self, delta: float, rho: float):
+        self.delta = require_finite("delta", delta, minimum=0)
+        self.rho = require_finite("rho", rho, above=0)
+        self.multiplier = 0.0
+
+    def penalty(self, kl):
+        return (relu(self.multiplier + self.rho * (kl - self.delta)) ** 2 - self.multiplier**2) / (2 * self.rho)
+
+    def coefficient(self, kl: float) -> float:
+        return relu(self.multiplier + self.rho * (kl - self.delta))
+
+    def end_step(self, kl: float) -> None:
+        self.multiplier = relu(self.multiplier + self.rho * (kl - self.delta))
+
+    def state_dict(self) -> dict:
+        return {"multiplier": self.multiplier}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.multiplier = require_finite("multiplier", state["multiplier"], minimum=0)
+
+
+@register_controller("fixed")
+class Fixed(Controller):
+    """coefficient * KL: plain KL regularisation towards pi_old, no trust region."""
+
+    def __init__(self, coefficient: float):
+        self._coefficient = require_finite("coefficient", coefficient, minimum=0)
+
+    def penalty(self, kl):
+        return self._coefficient * kl
+
+    def coefficient(self, kl: float) -> float:
+        return self._coefficient
+
+
+@register_controller("none")
+class Unconstrained(Controller):
+    """No penalty; the KL is still measured and logged."""
+
+    def penalty(self, kl):
+        return 0.0 * kl
+
+    def coefficient(self, kl: float) -> float:
+        return 0.0
+
+
+def build_controller(kind: str, settings: Mapping) -> Controller:
+    """The controller registered as ``kind``, with those of ``settings`` that its constructor names.
+
+    Raises:
+        ValueError: for an unknown kind or a setting out of range, naming it.
+    """
+    cls = CONTROLLERS[kind]
+    names = [n for n in inspect.signature(cls).parameters]
+    return cls(**{n: settings[n] for n in names})

@@ -1,0 +1,171 @@
+"""The loss L, twice: as a definition in plain autograd, and in the separable form that training uses.
+
+    L = -J + penalty(KL)          (paper: penalty = (beta/2) max(KL - delta, 0)^2)
+
+Once J's derivatives w_i = dJ/ds_i and the penalty's derivative c are known for the whole mini-batch, the gradient of L
+is a sum over responses,
+
+    dL/dlogp(i,t) = -w_i ds_i/dlogp(i,t) + c dKL/dlogp(i,t),
+
+so micro-batches may hold any rows, in any order, on any rank. :func:`micro_batch_loss` is one micro-batch's share.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from recipe.disco.constraint import SquaredHinge, kl_estimate
+from recipe.disco.metrics import group_metrics
+from recipe.disco.objectives import evaluate, weigh
+from recipe.disco.registry import require_finite
+from recipe.disco.scores import SCORES
+
+
+def compute_score(score: str, log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
+    """The score registered as ``score``, one a response, shape (B,).
+
+    Raises:
+        ValueError: for an unknown score.
+    """
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} is unknown; choose from {sorted(SCORES)}")
+    return SCORES[score](log_prob, old_log_prob, mask)
+
+
+def question_ids(uid: Sequence[Hashable] | Tensor) -> list[int]:
+    """Number the questions 0, 1, ... in order of first appearance."""
+    uid = uid.tolist() if hasattr(uid, "tolist") else list(uid)
+    number: dict[Hashable, int] = {}
+    return [number.setdefault(u, len(number)) for u in uid]
+
+
+def require_numbers(name: str, x: Tensor, mask: Tensor | None = None) -> None:
+    """Stop on NaN or infinity (at response tokens, if ``mask`` is given).
+
+    Raises:
+        ValueError: names the tensor and the first sample's index.
+    """
+    bad = ~torch.isfinite(x)
+    if mask is not None:
+        bad = (bad & mask).any(-1)
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise ValueError(f"{name} of sample {index} is NaN or infinite ({int(bad.sum())} of {len(bad)} samples are)")
+
+
+def disco_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    response_mask: Tensor,
+    reward: Tensor,
+    uid: Sequence[Hashable] | Tensor,
+    *,
+    objective: str = "disco",
+    score: str = "log_l",
+    tau: float = 10.0,
+    delta: float = 1e-4,
+    beta: float = 1e3,
+    kl_estimator: str = "k1",
+    positive_threshold: float = 1.0,
+) -> tuple[Tensor, dict[str, float]]:
+    """The DisCO loss of one mini-batch: its executable definition, by plain autograd.
+
+        L = -(1/Q) sum_q [ mean_pos s - neg ] + (beta/2) max(KL - delta, 0)^2
+
+    where: Q counts the questions of the mini-batch; the sum runs over those with both a positive and a negative
+    response; neg = mean_neg s (``objective="disco_b"``) or tau log mean_neg exp(s / tau) (``"disco"``); s is
+    log-L (``score="log_l"``) or L-ratio (``"l_ratio"``); KL = KL(pi_old || pi_theta) averaged over all response tokens.
+
+    Args:
+        log_prob: (B, T) log pi_theta of the response tokens, in nats, of logits divided by the sampling temperature.
+        old_log_prob: (B, T) the same under the behaviour policy.
+        response_mask: (B, T) nonzero at response tokens. Values elsewhere, NaN included, do not matter.
+        reward: (B,) a response is positive when its reward is >= ``positive_threshold``.
+        uid: (B,) the question that a response answers: hashables or an integer tensor, in any order; groups may be
+            of any sizes.
+        objective, score, kl_estimator: names; see :mod:`~recipe.disco.objectives`, :mod:`~recipe.disco.scores`,
+            :mod:`~recipe.disco.constraint`.
+        tau: temperature of the negatives' softmax, in units of the score; > 0. Published: 10 (log-L), 1 (L-ratio).
+        delta: radius of the trust region, in nats a token; >= 0. Published: 1e-4.
+        beta: weight of the squared hinge; >= 0. Published: 1e3.
+
+    Returns:
+        The true value of L, a 0-dim tensor of at least float32, and the metrics that ``README.md`` lists. A response
+        without a token has no score: it is on neither side, is counted, and its question still counts in Q.
+
+    Raises:
+        ValueError: for an unknown name, a constant out of range, shapes that do not fit, or NaN in the data.
+
+    Source: arXiv 2505.12366, Section 4 (DRO form and squared hinge penalty).
+    """
+    require_finite("tau", tau, above=0)
+    require_finite("positive_threshold", positive_threshold)
+    controller = SquaredHinge(delta, beta)
+    batch = len(log_prob)
+    for name, x, shape in (
+        ("old_log_prob", old_log_prob, log_prob.shape),
+        ("response_mask", response_mask, log_prob.shape),
+        ("reward", reward, (batch,)),
+    ):
+        if tuple(x.shape) != tuple(shape) or log_prob.dim() != 2:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, log_prob {tuple(log_prob.shape)}; log_prob, old_log_prob and "
+                f"response_mask are (responses, tokens), reward is (responses,)"
+            )
+    question = torch.tensor(question_ids(uid), dtype=torch.long, device=log_prob.device)
+    if len(question) != batch:
+        raise ValueError(f"uid has {len(question)} entries for {batch} responses")
+    mask = response_mask.bool()
+    require_numbers("reward", reward)
+    require_numbers("log_prob", log_prob, mask)
+    require_numbers("old_log_prob", old_log_prob, mask)
+
+    length, positive = mask.sum(-1), reward >= positive_threshold
+    s = compute_score(score, log_prob, old_log_prob, mask)
+    kl = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum() / length.sum().clamp(min=1)
+    j = evaluate(objective, s, positive, question, length, {"tau": tau})
+    loss = -j.value + controller.penalty(kl)
+
+    _, weight = weigh(objective, s, positive, question, length, {"tau": tau})
+    metrics = {
+        "loss": loss.item(),
+        "objective": j.value.item(),
+        "objective_positive": j.positive.item(),
+        "objective_negative": j.negative.item(),
+        "kl": kl.item(),
+        "coefficient": controller.coefficient(kl.item()),
+        "penalty": controller.penalty(kl.item()),
+        **group_metrics(s.detach(), positive, question, length, weight),
+    }
+    return loss, metrics
+
+
+def micro_batch_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    response_mask: Tensor,
+    weight: Tensor,
+    coefficient: float,
+    num_tokens: int,
+    *,
+    score: str = "log_l",
+    kl_estimator: str = "k1",
+) -> Tensor:
+    """One micro-batch's share of the separable loss; shares of a partition add up to the gradient of L.
+
+        - sum_i w_i s_i + (c / N) sum_{i,t} kl(i,t)
+
+    Its value is not L (the weights are frozen); its gradient is, exactly.
+
+    Args:
+        log_prob, old_log_prob, response_mask: (b, T), the micro-batch's rows, as in :func:`disco_loss`.
+        weight: (b,) w_i = dJ/ds_i from :func:`recipe.disco.objectives.weigh` on the whole mini-batch.
+        coefficient: c, the controller's, from the KL of the whole mini-batch.
+        num_tokens: N, response tokens of the whole mini-batch, over all ranks.
+        score, kl_estimator: names.
+    """
+    mask = response_mask.bool()
+    s = compute_score(score, log_prob, old_log_prob, mask)
+    kl = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum()
+    return -(weight.to(s) * s).sum() + coefficient * kl / max(num_tokens, 1)

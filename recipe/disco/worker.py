@@ -1,0 +1,300 @@
+"""The exact DisCO update inside verl's training worker: measure, exchange, weigh, train.
+
+One subclass of verl's ``TrainingWorker``, whatever the engine (FSDP, Megatron), micro-batching, padding or sequence
+parallelism below it. Per mini-batch, on every rank:
+
+1. measure: log-probabilities of the rank's rows under the current policy, by a forward pass without gradient; in the
+   first mini-batch after a rollout they are ``old_log_probs`` and cost nothing;
+2. exchange: one small table (question, label, score, tokens, KL sum) is gathered over the data-parallel ranks;
+3. weigh: the objective gives a weight per response, the controller one coefficient, the same on every rank;
+4. train: verl's ``train_batch`` runs the micro-batches, each with its share of the separable loss.
+
+Rows carry what ``verl_ext.trainer`` wrote: ``group_id``, ``group_size``, ``sequence_reward``, ``mini_batch_id``,
+``fresh_old_log_probs``. verl's conventions that matter here: a loss function returns dp_size times its micro-batch's
+share of the global sum; fields of the batch reach it as ``data[...]``.
+"""
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from torch import Tensor
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.utils.padding import no_padding_2_padding
+
+from recipe.disco.config import DiscoConfig
+from recipe.disco.constraint import kl_estimate
+from recipe.disco.loss import compute_score, micro_batch_loss, require_numbers
+from recipe.disco.metrics import group_metrics
+from recipe.disco.objectives import weigh
+from recipe.disco.scores import masked
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "disco_controller.json"
+
+
+def padded(x: Tensor) -> Tensor:
+    """verl's rows are jagged in its V1 trainer; (B, T), padded with 0."""
+    return x.to_padded_tensor(0) if x.is_nested else x
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """Largest divisor of ``n`` that is at most ``limit``."""
+    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+class DiscoTrainingWorker(TrainingWorker):
+    """verl's training worker with the DisCO update."""
+
+    def configure(self, config: DiscoConfig, entropy_coeff: float = 0.0) -> None:
+        """Set the method's constants, once, after the engine is built."""
+        self.disco = config
+        self.controller = config.controller()
+        self.entropy_coeff = entropy_coeff
+        self._first_after_rollout = True
+        self._last_kl = 0.0
+        self.set_loss_fn(self._loss)
+
+    # One rollout ----------------------------------------------------------------------------------------------------
+
+    def train_mini_batch(self, data: TensorDict) -> TensorDict:
+        """All updates on one rollout. The trainer dealt whole questions to mini-batches; keep them so."""
+        mini_batch = data["mini_batch_id"]
+        count = int(mini_batch.max()) + 1
+        rows, ranks = len(data) // count, self.engine.get_data_parallel_size()
+        if not torch.equal(mini_batch.cpu(), torch.arange(count).repeat_interleave(rows)):
+            raise ValueError(
+                f"the {len(data)} rows of this rank are not {count} equal runs, one a mini-batch: the batch was "
+                "reordered after verl_ext.trainer had dealt it"
+            )
+        options = dict(tu.pop(data, key="dataloader_kwargs", default={}))
+        if options.pop("shuffle", False):
+            # verl would shuffle rows, with a seed of each rank's own, and tear questions apart.
+            epochs, seed = tu.pop(data, key="epochs", default=1), tu.get(data, key="seed", default=42)
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
+            data = tu.index_select_tensor_dict(data, (order[:, None] * rows + torch.arange(rows)).flatten())
+            tu.assign_non_tensor(data, epochs=1)
+        tu.assign_non_tensor(data, mini_batch_size=rows * ranks, dataloader_kwargs=options)
+
+        self._first_after_rollout = True
+        output = super().train_mini_batch(data)
+        self.controller.end_step(self._last_kl)
+        return output
+
+    def infer_batch(self, data: TensorDict) -> TensorDict:
+        """verl's, with a micro-batch size that divides the rows whatever their number."""
+        self._fit_micro_batches(data, self.engine_config.infer_micro_batch_size_per_gpu)
+        return super().infer_batch(data)
+
+    # One mini-batch -------------------------------------------------------------------------------------------------
+
+    def train_batch(self, data: TensorDict) -> TensorDict | None:
+        """One optimizer step on one mini-batch, with the exact gradient of L."""
+        started = time.perf_counter()
+        lagged = self.disco.measure == "lagged"
+        first, self._first_after_rollout = self._first_after_rollout, False
+        # At pi_theta = pi_old there is nothing to measure: scores follow from old_log_probs and the KL is 0.
+        free = lagged or (first and bool(data["fresh_old_log_probs"].all()))
+        log_prob = padded(data["old_log_probs"]).float() if free else self._forward(data)
+        # None on pipeline stages before the last: no loss is evaluated there.
+        metrics = {} if log_prob is None else self._weigh(data, log_prob, lagged_kl=0.0 if first else self._last_kl)
+        measured = time.perf_counter() - started
+
+        self._fit_micro_batches(data, self.engine_config.micro_batch_size_per_gpu)
+        self._kl_sum = 0.0
+        result = super().train_batch(data)
+        if lagged and log_prob is not None:
+            total = torch.tensor([self._kl_sum], dtype=torch.float64, device=log_prob.device)
+            dist.all_reduce(total, group=self.engine.get_data_parallel_group())
+            self._last_kl = float(total) / max(self._tokens, 1)
+            metrics |= self._constraint_metrics(self._last_kl)
+        if result is not None:
+            metrics |= {"measured": float(not free), "measure_seconds": measured}
+            tu.get(result, "metrics").update({f"disco/{k}": v for k, v in metrics.items()})
+        return result
+
+    def _fit_micro_batches(self, data: TensorDict, size: int | None) -> None:
+        if not self.engine_config.use_dynamic_bsz and size:
+            tu.assign_non_tensor(data, micro_batch_size_per_gpu=largest_divisor(len(data), size))
+
+    def _forward(self, data: TensorDict) -> Tensor | None:
+        """Log-probabilities (B, T) under the current policy, without gradient; None on early pipeline stages."""
+        engine = self.engine_config
+        # A shallow copy: engines write into the batch that they are given.
+        data = data.copy()
+        tu.assign_non_tensor(
+            data,
+            calculate_entropy=False,
+            use_remove_padding=self.model_config.get("use_remove_padding", False),
+            use_fused_kernels=engine.use_fused_kernels,
+            use_dynamic_bsz=engine.use_dynamic_bsz,
+            max_token_len_per_gpu=engine.infer_max_token_len_per_gpu,
+        )
+        self._fit_micro_batches(data, engine.infer_micro_batch_size_per_gpu)
+        with self.engine.eval_mode(disable_auto_offload=True):
+            # The engine's own: the worker's wrapper returns None on ranks that must weigh, too.
+            output = self.engine.infer_batch(data, loss_function=None)
+        log_prob = (output or {}).get("model_output", {}).get("log_probs")
+        return None if log_prob is None else no_padding_2_padding(log_prob, data).float()
+
+    def _weigh(self, data: TensorDict, log_prob: Tensor, lagged_kl: float) -> dict[str, float]:
+        """Exchange the table, write each row's weight and the coefficient into ``data``; return the metrics."""
+        mask = padded(data["response_mask"]).bool().to(log_prob.device)
+        old = padded(data["old_log_probs"]).float().to(log_prob.device)
+        columns = {
+            "question": data["group_id"],
+            "size": data["group_size"],
+            "reward": data["sequence_reward"],
+            "length": mask.sum(-1),
+            "score": compute_score(self.disco.score, log_prob, old, mask),
+            "kl": kl_estimate(log_prob, old, mask, self.disco.kl_estimator).sum(-1),
+        }
+        table = torch.stack([x.to(log_prob.device, torch.float64) for x in columns.values()], -1)
+        group = self.engine.get_data_parallel_group()
+        parts = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, table, group=group)
+        question, size, reward, length, score, kl_sum = torch.cat(parts).cpu().unbind(-1)
+        question, length = question.long(), length.long()
+
+        real = question >= 0
+        for name, x in (("sequence_reward", reward), ("score", score), ("KL", kl_sum)):
+            require_numbers(name, torch.where(real, x, 0.0))
+        refuse_torn_questions(question, size.long())
+
+        positive = reward >= self.disco.positive_threshold
+        settings = asdict(self.disco)
+        value, weight = weigh(self.disco.objective, score, positive, question, length, settings)
+        self._tokens = int(length.sum())
+        if self.disco.measure == "lagged":
+            kl = lagged_kl
+        else:
+            kl = self._last_kl = float(kl_sum.sum()) / max(self._tokens, 1)
+
+        rank, rows = self.engine.get_data_parallel_rank(), len(data)
+        data["disco_weight"] = weight[rank * rows : (rank + 1) * rows].float().to(data["group_id"].device)
+        tu.assign_non_tensor(data, disco_coefficient=self.controller.coefficient(kl), disco_tokens=self._tokens)
+        return {
+            "loss": self.controller.penalty(kl) - float(value.value),
+            "objective": float(value.value),
+            "objective_positive": float(value.positive),
+            "objective_negative": float(value.negative),
+            **self._constraint_metrics(kl),
+            **group_metrics(score, positive, question, length, weight),
+            "questions": float(len(question[real].unique())),
+            "padding_rows": float((~real).double().mean()),
+            "no_mixed_group": float(not bool(weight.any())),
+        }
+
+    def _constraint_metrics(self, kl: float) -> dict[str, float]:
+        # In the lagged mode the coefficient in force came from the previous mini-batch; log what this KL asks for.
+        return {
+            "kl": kl,
+            "coefficient": self.controller.coefficient(kl),
+            "penalty": self.controller.penalty(kl),
+            "over_delta": float(kl > self.disco.delta),
+            **{f"constraint_{k}": v for k, v in self.controller.state_dict().items()},
+        }
+
+    # One micro-batch ------------------------------------------------------------------------------------------------
+
+    def _loss(self, model_output: dict[str, Any], data: TensorDict, dp_group=None) -> tuple[Tensor, dict]:
+        """verl's loss contract around :func:`recipe.disco.loss.micro_batch_loss`."""
+        log_prob = no_padding_2_padding(model_output["log_probs"], data)
+        mask = padded(data["response_mask"]).bool()
+        old, tokens = padded(data["old_log_probs"]), tu.get(data, "disco_tokens")
+        require_numbers("log_prob", log_prob.detach(), mask)
+        loss = micro_batch_loss(
+            log_prob,
+            old,
+            mask,
+            data["disco_weight"],
+            tu.get(data, "disco_coefficient"),
+            tokens,
+            score=self.disco.score,
+            kl_estimator=self.disco.kl_estimator,
+        )
+        if self.disco.measure == "lagged":
+            kl = kl_estimate(log_prob.detach(), old, mask, self.disco.kl_estimator)
+            self._kl_sum += float(kl.double().sum())
+        if self.entropy_coeff:
+            entropy = no_padding_2_padding(model_output["entropy"], data)
+            loss = loss - self.entropy_coeff * masked(entropy, mask).sum() / max(tokens, 1)
+        return loss * data["dp_size"], {}
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
+        """verl's, plus the controller's state in ``disco_controller.json`` beside the weights."""
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+        # Every rank with outputs holds the same state and may write it: the file is there on each node that needs it.
+        if self.engine.is_mp_src_rank_with_outputs():
+            os.makedirs(local_path, exist_ok=True)
+            temporary = os.path.join(local_path, f".{STATE_FILE}.{dist.get_rank()}")
+            with open(temporary, "w") as f:
+                json.dump({"constraint": self.disco.constraint, "state": self.controller.state_dict()}, f)
+            os.replace(temporary, os.path.join(local_path, STATE_FILE))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
+        """verl's, plus the controller's state."""
+        path = os.path.join(local_path, STATE_FILE) if local_path else ""
+        saved = None
+        if os.path.exists(path):
+            with open(path) as f:
+                saved = json.load(f)
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
+        if saved is not None and saved["constraint"] == self.disco.constraint:
+            self.controller.load_state_dict(saved["state"])
+        elif self.controller.state_dict() and local_path:
+            logger.warning(
+                "the checkpoint %s holds no state of disco.constraint=%s (found: %s); it starts from %s",
+                local_path,
+                self.disco.constraint,
+                saved and saved["constraint"],
+                self.controller.state_dict(),
+            )
+
+
+def refuse_torn_questions(question: Tensor, size: Tensor) -> None:
+    """Stop when a mini-batch holds only a part of a question's responses.
+
+    Args:
+        question: (B,) int, < 0 for padding rows.
+        size: (B,) how many responses the row's question has in the whole batch.
+
+    Raises:
+        ValueError: names the first torn question and the numbers.
+    """
+    ids, inverse, counts = question.unique(return_inverse=True, return_counts=True)
+    torn = (question >= 0) & (counts[inverse] != size)
+    if torn.any():
+        row = int(torn.nonzero()[0])
+        raise ValueError(
+            f"question {int(question[row])} has {int(counts[inverse][row])} of its {int(size[row])} responses in this "
+            "mini-batch: DisCO needs all of them there; train with verl_ext's trainer and do not reorder its batches"
+        )
+
+
+class DiscoActorRolloutRefWorker(ActorRolloutRefWorker):
+    """verl's hybrid worker whose actor takes DisCO updates."""
+
+    actor_worker_cls = DiscoTrainingWorker
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self):
+        super().init_model()
+        if self.actor is not None:
+            actor = omega_conf_to_dataclass(self.config.actor)
+            self.actor.configure(actor.policy_loss.disco, actor.entropy_coeff)

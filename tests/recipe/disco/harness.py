@@ -1,0 +1,328 @@
+"""Take DisCO updates through verl's real training worker and engine, and compare with the executable definition.
+
+Run by test_worker.py under torchrun, on gloo ranks without Ray:
+
+    torchrun --nproc-per-node 2 tests/recipe/disco/harness.py SPEC.json
+
+SPEC: {"model": DIR, "engine": {...}, "cases": [{...}, ...]}. Rank 0 prints one JSON line a case with ``error``,
+|theta - theta_ref| / |theta_ref - theta_0| over all parameters after the case's updates, and ``parameters``, the same
+relative to |theta_ref|. The reference is float64: the Hugging Face model, ``disco_loss`` on each mini-batch in one
+piece, plain SGD.
+"""
+
+import json
+import math
+import sys
+import warnings
+
+import torch
+
+warnings.filterwarnings("ignore")
+
+VOCABULARY, LEARNING_RATE = 64, 0.2
+
+
+def make_model(folder: str) -> None:
+    """A tiny Qwen3 with a tokenizer; weights large enough that the policy is far from uniform."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t3")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(4.0)
+    model.save_pretrained(folder)
+
+
+def make_rows() -> list[dict]:
+    """Responses to 8 questions: mixed groups of several sizes, all-positive, all-negative, single, and a masked one."""
+    g = torch.Generator().manual_seed(0)
+
+    def tokens(low, high):
+        return torch.randint(4, VOCABULARY, (int(torch.randint(low, high, (1,), generator=g)),), generator=g)
+
+    rewards = [[1, 0, 0, 0], [1, 1, 0, 0, 1, 0], [0, 1], [1, 1, 1], [0, 0, 0, 0], [1], [1, 0, 1, 0, 0, 0, 0], [0, 1, 0]]
+    rows = []
+    for q, labels in enumerate(rewards):
+        prompt = tokens(3, 9)
+        for label in labels:
+            response = tokens(2, 15)
+            rows.append(dict(uid=f"q{q}", prompt=prompt, response=response, reward=float(label)))
+            rows[-1]["mask"] = torch.ones(len(response), dtype=torch.long)
+    # Tokens of a tool do not count, and a response may be masked as a whole.
+    rows[1]["mask"][1:-1:3] = 0
+    rows[8]["mask"][:] = 0
+    return rows
+
+
+class Reference:
+    """The Hugging Face model in float64 with plain SGD on the executable definition."""
+
+    def __init__(self, folder: str):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        self.initial = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+    def log_probs(self, rows: list[dict], temperature: float) -> torch.Tensor:
+        out = []
+        for r in rows:
+            ids = torch.cat([r["prompt"], r["response"]])[None]
+            logits = self.model(ids).logits[0, :-1] / temperature
+            out.append(torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[len(r["prompt"]) - 1 :, 0])
+        return torch.nn.utils.rnn.pad_sequence(out, batch_first=True)
+
+    def step(self, rows: list[dict], case: dict) -> dict:
+        from recipe.disco import disco_loss
+
+        pad = torch.nn.utils.rnn.pad_sequence
+        names = ("objective", "score", "tau", "delta", "beta", "kl_estimator")
+        loss, metrics = disco_loss(
+            self.log_probs(rows, case["temperature"]),
+            pad([r["old"].double() for r in rows], batch_first=True),
+            pad([r["mask"] for r in rows], batch_first=True),
+            torch.tensor([r["reward"] for r in rows]),
+            [r["uid"] for r in rows],
+            **{n: case[n] for n in names if n in case},
+        )
+        self.model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p -= LEARNING_RATE * p.grad
+        return metrics
+
+
+def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
+    """This rank's rows as verl's V1 trainer hands them to a worker: jagged tensors, padding rows of its making."""
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+
+    padding = dict(uid="pad", prompt=torch.ones(7, dtype=torch.long), response=torch.ones(1, dtype=torch.long))
+    padding |= dict(mask=torch.zeros(1, dtype=torch.long), old=torch.zeros(1), reward=0.0)
+    everything = rows + [padding] * plan.num_padding
+    share = len(plan.order) // ranks
+    mine = plan.order[rank * share : (rank + 1) * share]
+    number = {u: i for i, u in enumerate(dict.fromkeys(r["uid"] for r in rows))} | {"pad": -1}
+    selected = [everything[i] for i in mine]
+
+    def jagged(values):
+        return torch.nested.as_nested_tensor(values, layout=torch.jagged)
+
+    ids = [torch.cat([r["prompt"], r["response"]]) for r in selected]
+    uids = [r["uid"] for r in rows]
+    data = TensorDict(
+        dict(
+            input_ids=jagged(ids),
+            position_ids=jagged([torch.arange(len(i)) for i in ids]),
+            prompts=jagged([r["prompt"] for r in selected]),
+            responses=jagged([r["response"] for r in selected]),
+            response_mask=jagged([r["mask"] for r in selected]),
+            loss_mask=jagged([r["mask"] for r in selected]),
+            old_log_probs=jagged([r["old"].float() for r in selected]),
+            group_id=torch.tensor([number[r["uid"]] for r in selected]),
+            group_size=torch.tensor([uids.count(r["uid"]) for r in selected]),
+            sequence_reward=torch.tensor([r["reward"] for r in selected]),
+            mini_batch_id=torch.tensor([plan.mini_batch[rank * share + i] for i in range(share)]),
+            fresh_old_log_probs=torch.full((share,), case["fresh"]),
+        ),
+        batch_size=[share],
+    )
+    tu.assign_non_tensor(
+        data,
+        temperature=case["temperature"],
+        calculate_entropy=False,
+        global_batch_size=len(plan.order),
+        mini_batch_size=len(plan.order),
+        epochs=case["epochs"],
+        seed=3,
+        dataloader_kwargs={"shuffle": case["shuffle_mini_batches"]},
+    )
+    return data
+
+
+def build_worker(folder: str, engine: dict):
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+
+    from recipe.disco.worker import DiscoTrainingWorker
+
+    remove_padding, ulysses = engine.get("remove_padding", False), engine.get("ulysses", 1)
+    attention = "eager"
+    if remove_padding:
+        attention = "sdpa"
+    if ulysses > 1:
+        from varlen_attention import install
+
+        attention = install()
+    worker = DiscoTrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=HFModelConfig(
+                path=folder,
+                use_remove_padding=remove_padding,
+                enable_gradient_checkpointing=engine.get("gradient_checkpointing", False),
+                override_config={"attn_implementation": attention},
+            ),
+            engine_config=FSDPEngineConfig(
+                strategy=engine.get("strategy", "fsdp2"),
+                ulysses_sequence_parallel_size=ulysses,
+                use_torch_compile=False,
+                use_orig_params=True,
+                max_token_len_per_gpu=64,
+                infer_max_token_len_per_gpu=96,
+                micro_batch_size_per_gpu=4,
+                infer_micro_batch_size_per_gpu=4,
+                mixed_precision=dict(param_dtype="fp32", reduce_dtype="fp32", buffer_dtype="fp32"),
+            ),
+            optimizer_config=FSDPOptimizerConfig(
+                optimizer="SGD",
+                lr=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                lr_warmup_steps=0,
+                total_training_steps=100,
+                clip_grad=1e9,
+                weight_decay=0.0,
+            ),
+            checkpoint_config=CheckpointConfig(),
+        )
+    )
+    worker.reset()
+    return worker
+
+
+def full(p: torch.Tensor) -> torch.Tensor:
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().double()
+
+
+DEFAULTS = dict(
+    objective="disco",
+    score="log_l",
+    tau=0.5,
+    delta=0.01,
+    beta=20.0,
+    temperature=0.8,
+    groups_per_mini_batch=8,
+    micro=4,
+    infer_micro=4,
+    dynamic=False,
+    order_seed=None,
+    epochs=1,
+    shuffle_mini_batches=False,
+    fresh=False,
+    old_noise=0.1,
+    measure="exact",
+)
+
+
+def run_case(worker, folder: str, case: dict) -> dict:
+    from verl.utils import tensordict_utils as tu
+
+    from recipe.disco.config import DiscoConfig
+    from verl_ext.grouping import deal
+
+    case = DEFAULTS | case
+    reference = Reference(folder)
+    rows = make_rows()
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        current = reference.log_probs(rows, case["temperature"])
+    for r, lp in zip(rows, current, strict=True):
+        n = len(r["response"])
+        # Above the current policy on average, so that the KL is well over delta; none for a fresh rollout.
+        r["old"] = lp[:n] + case["old_noise"] * (0.5 + torch.randn(n, generator=noise).double())
+        r["old"] = r["old"].float().double()
+    if case["order_seed"] is not None:
+        shuffle = torch.randperm(len(rows), generator=torch.Generator().manual_seed(case["order_seed"]))
+        rows = [rows[i] for i in shuffle.tolist()]
+
+    engine = worker.engine
+    ranks, rank = engine.get_data_parallel_size(), engine.get_data_parallel_rank()
+    plan = deal(
+        [r["uid"] for r in rows],
+        [len(r["prompt"]) + len(r["response"]) for r in rows],
+        groups_per_mini_batch=case["groups_per_mini_batch"],
+        ranks=ranks,
+        rows_multiple=1 if case["dynamic"] else case["micro"],
+        padding_length=8,
+    )
+    settings = {n: case[n] for n in DiscoConfig.__dataclass_fields__ if n in case}
+    worker.configure(DiscoConfig(**settings))
+    for name, value in (
+        ("use_dynamic_bsz", case["dynamic"]),
+        ("micro_batch_size_per_gpu", case["micro"]),
+        ("infer_micro_batch_size_per_gpu", case["infer_micro"]),
+    ):
+        object.__setattr__(worker.engine_config, name, value)
+    with torch.no_grad():
+        for p, start in zip(engine.module.parameters(), worker.initial, strict=True):
+            p.copy_(start)
+
+    output = worker.train_mini_batch(to_batch(rows, plan, ranks, rank, case))
+
+    order = list(range(len(plan.partitions))) * case["epochs"]
+    if case["shuffle_mini_batches"]:
+        g = torch.Generator().manual_seed(3)
+        order = [i for _ in range(case["epochs"]) for i in torch.randperm(len(plan.partitions), generator=g).tolist()]
+    logged = [
+        reference.step([rows[i] for part in plan.partitions[m] for i in part if i < len(rows)], case) for m in order
+    ]
+    difference = update = size = 0.0
+    ours = {n.replace("_orig_mod.", ""): full(p) for n, p in engine.module.named_parameters()}
+    assert set(ours) == set(reference.initial)
+    for name, p in reference.model.named_parameters():
+        difference += float((ours[name] - p.detach()).square().sum())
+        update += float((p.detach() - reference.initial[name]).square().sum())
+        size += float(p.detach().square().sum())
+    result = {"error": math.sqrt(difference / update), "parameters": math.sqrt(difference / size)}
+    if output is not None:
+        ours = tu.get(output, "metrics")
+        result["metrics"] = {k.removeprefix("disco/"): v for k, v in ours.items() if k.startswith("disco/")}
+        result["reference"] = {k: [m.get(k) for m in logged] for k in logged[0]}
+    return result
+
+
+def main() -> None:
+    import os
+
+    with open(sys.argv[1]) as f:
+        spec = json.load(f)
+    import verl  # noqa: F401  (activates the plugin)
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    worker = build_worker(spec["model"], spec["engine"])
+    worker.initial = [p.detach().clone() for p in worker.engine.module.parameters()]
+    for case in spec["cases"]:
+        try:
+            result = run_case(worker, spec["model"], case)
+        except ValueError as e:
+            result = {"refused": str(e)}
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("RESULT " + json.dumps({"case": case, **result}), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

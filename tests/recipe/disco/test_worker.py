@@ -1,0 +1,82 @@
+"""The update through verl's real worker and FSDP engine equals the executable definition, however the work is split."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+LOSSES = [
+    dict(objective=o, score=s, tau=t) for o, t in (("disco", 0.5), ("disco_b", 1.0)) for s in ("log_l", "l_ratio")
+]
+SPLITS = {
+    "one at a time": dict(micro=1, infer_micro=1),
+    "by three": dict(micro=3, infer_micro=5),
+    "all at once": dict(micro=64, infer_micro=64),
+    "dynamic": dict(dynamic=True),
+    "other order": dict(order_seed=11),
+    "other estimator": dict(kl_estimator="k3"),
+    "two mini-batches, two epochs": dict(groups_per_mini_batch=4, epochs=2),
+    "mini-batches in random order": dict(groups_per_mini_batch=3, epochs=2, shuffle_mini_batches=True),
+    "first one free": dict(groups_per_mini_batch=3, fresh=True, old_noise=0.0, delta=0.0),
+}
+CASES = [loss | split for loss in LOSSES for split in SPLITS.values()]
+SHORT = [loss | split for loss in LOSSES for split in (SPLITS["by three"], SPLITS["dynamic"])]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    sys.path.insert(0, str(HERE))
+    from harness import make_model
+
+    folder = tmp_path_factory.mktemp("model")
+    make_model(str(folder))
+    return str(folder)
+
+
+def run(model, tmp_path, ranks, engine, cases):
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(dict(model=model, engine=engine, cases=cases)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        + [str(HERE / "harness.py"), str(spec)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(results) == len(cases), done.stdout[-3000:] + done.stderr[-6000:]
+    return results
+
+
+def check(results):
+    for r in results:
+        # Relative to the update itself, which is far stricter than relative to the parameters.
+        assert r["error"] < 2e-5, r["case"]
+        assert r["parameters"] < 1e-5, r["case"]
+        # What is logged is what the definition says, at the step's parameters.
+        for name in ("loss", "objective", "kl", "coefficient", "auc", "groups_mixed", "effective_negatives"):
+            for ours, theirs in zip(r["metrics"][name], r["reference"][name], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), (name, r["case"])
+    print("worst relative error of an update:", max(r["error"] for r in results))
+    # The hinge was at work.
+    assert sum(max(r["metrics"]["coefficient"]) > 0 for r in results) > len(results) / 2
+
+
+@pytest.mark.parametrize(
+    "ranks, engine, cases",
+    [
+        (1, {}, CASES),
+        (2, {}, CASES),
+        (1, {"remove_padding": True}, SHORT),
+        (2, {"remove_padding": True, "ulysses": 2}, SHORT),
+        (2, {"gradient_checkpointing": True}, SHORT),
+    ],
+    ids=["one rank", "two ranks", "padding removed", "Ulysses 2", "gradient checkpointing"],
+)
+def test_update_equals_the_definition(model, tmp_path, ranks, engine, cases):
+    check(run(model, tmp_path, ranks, engine, cases))

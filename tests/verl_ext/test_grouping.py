@@ -1,0 +1,116 @@
+"""Whole-group mini-batches: every group whole, every sequence once, tokens balanced over the ranks."""
+
+import random
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl_ext.grouping import balance, deal, split_evenly
+
+batches = st.lists(
+    st.lists(st.integers(1, 8192), min_size=1, max_size=16), min_size=1, max_size=40
+)  # token lengths by question
+
+
+def flatten(batch, seed):
+    """Sequences of a batch in an arbitrary order: (group, length)."""
+    rows = [(f"q{g}", length) for g, lengths in enumerate(batch) for length in lengths]
+    random.Random(seed).shuffle(rows)
+    return [g for g, _ in rows], [length for _, length in rows]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    batches,
+    st.integers(0, 3),
+    st.integers(1, 16),
+    st.sampled_from([1, 2, 3, 8]),
+    st.sampled_from([1, 2, 4, 5]),
+    st.sampled_from([None, 0, 7]),
+)
+def test_every_group_whole_and_every_sequence_once(batch, seed, per_mini_batch, ranks, multiple, shuffle_seed):
+    groups, lengths = flatten(batch, seed)
+    plan = deal(
+        groups,
+        lengths,
+        groups_per_mini_batch=per_mini_batch,
+        ranks=ranks,
+        rows_multiple=multiple,
+        padding_length=128,
+        shuffle_seed=shuffle_seed,
+    )
+    # Every sequence once, and each padding row once.
+    assert sorted(plan.order) == list(range(len(groups) + plan.num_padding))
+    # Each group in one mini-batch.
+    home = {}
+    for row, mini_batch in zip(plan.order, plan.mini_batch, strict=True):
+        if row < len(groups):
+            assert home.setdefault(groups[row], mini_batch) == mini_batch
+    sizes = [sum(m == i for m in home.values()) for i in range(len(plan.partitions))]
+    assert max(sizes) <= per_mini_batch and max(sizes) - min(sizes) <= 1
+    assert len(sizes) == -(-len(batch) // per_mini_batch)
+    # Rank-major, and the same number of rows for each rank in each mini-batch.
+    rows = {len(part) for parts in plan.partitions for part in parts}
+    assert len(rows) == 1
+    (rows,) = rows
+    assert rows % multiple == 0 or rows < multiple
+    for rank in range(ranks):
+        for m in range(len(sizes)):
+            start = (rank * len(sizes) + m) * rows
+            assert plan.order[start : start + rows] == plan.partitions[m][rank]
+            assert set(plan.mini_batch[start : start + rows]) == {m}
+    # No more padding than the fullest mini-batch and the multiple ask for.
+    fullest = max(sum(row < len(groups) for part in parts for row in part) for parts in plan.partitions)
+    assert (rows - multiple) * ranks < fullest
+
+
+def best_two_way(lengths):
+    half = len(lengths) // 2
+    total = sum(lengths)
+    return min(max(sum(c), total - sum(c)) for c in combinations(lengths, half))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.integers(1, 8192), min_size=2, max_size=12).filter(lambda x: len(x) % 2 == 0))
+def test_two_ranks_within_10_percent_of_the_best_partition(lengths):
+    heaviest = max(sum(lengths[i] for i in part) for part in balance(lengths, 2))
+    assert heaviest <= 1.10 * best_two_way(lengths)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(2, 16), st.integers(8, 32), st.integers(0, 10**6))
+def test_many_ranks_within_10_percent_of_the_lower_bound(ranks, rows, seed):
+    rng = random.Random(seed)
+    lengths = [min(8192, int(rng.lognormvariate(7, 0.8)) + 1) for _ in range(ranks * rows)]
+    parts = balance(lengths, ranks)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    assert {len(part) for part in parts} == {rows}
+    bound = max(sum(lengths) / ranks, max(lengths))
+    assert max(sum(lengths[i] for i in part) for part in parts) <= 1.10 * bound
+
+
+def test_balance_is_better_than_slicing():
+    lengths = [8000, 7000, 6000, 5000, 400, 300, 200, 100]
+    heaviest = max(sum(lengths[i] for i in part) for part in balance(lengths, 2))
+    assert heaviest == 13500
+
+
+def test_split_evenly_keeps_order_and_balances():
+    assert split_evenly(list("abcdefg"), 3) == [["a", "b"], ["c", "d", "e"], ["f", "g"]]
+    assert split_evenly(list("abcd"), 4) == [["a", "b", "c", "d"]]
+
+
+def test_shuffle_changes_the_deal_and_is_seeded():
+    groups = [f"q{i}" for i in range(32)]
+    one, two, other = (
+        deal(groups, [10] * 32, groups_per_mini_batch=8, ranks=1, shuffle_seed=s).order for s in (1, 1, 2)
+    )
+    assert one == two != other
+    assert deal(groups, [10] * 32, groups_per_mini_batch=8, ranks=1).order == list(range(32))
+
+
+def test_refuses_nothing_to_deal():
+    with pytest.raises(ValueError, match="cannot deal 0 sequences to mini-batches of 4 groups over 2 ranks"):
+        deal([], [], groups_per_mini_batch=4, ranks=2)

@@ -1,0 +1,1 @@
+"""Hydra configuration files that this package adds to verl's own."""

@@ -1,0 +1,122 @@
+"""Deal a batch's sequences to mini-batches and data-parallel ranks, with all responses to a question in one mini-batch.
+
+Pure: sequences are known by their group and length alone. A question may span ranks, never mini-batches. Within each
+mini-batch every rank gets the same number of rows (verl slices by rows) and, as nearly as can be, the same number of
+tokens; padding rows fill what is missing.
+"""
+
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+
+
+@dataclass
+class Deal:
+    """Where each row goes.
+
+    Attributes:
+        order: rows in the order that verl's dispatch wants: rank 0's rows, all its mini-batches one after another,
+            then rank 1's. Row numbers >= the number of sequences dealt are padding rows.
+        mini_batch: the mini-batch of each entry of ``order``.
+        num_padding: padding rows needed.
+        partitions: rows by mini-batch and rank.
+    """
+
+    order: list[int]
+    mini_batch: list[int]
+    num_padding: int
+    partitions: list[list[list[int]]]
+
+
+def split_evenly(items: Sequence, most: int) -> list[list]:
+    """Fewest parts of at most ``most`` items, sizes differing by at most one, order kept."""
+    parts = -(-len(items) // most)
+    bounds = [round(i * len(items) / parts) for i in range(parts + 1)]
+    return [list(items[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Split items into ``parts`` of equal size and nearly equal total length.
+
+    verl's Karmarkar-Karp partition, then swaps between the heaviest part and another as long as they lower the load of
+    the heavier of the two.
+
+    Args:
+        lengths: length of each item; their number is a multiple of ``parts``.
+    """
+    if len(lengths) == parts:
+        return [[i] for i in range(parts)]
+    split = get_seqlen_balanced_partitions(list(lengths), parts, equal_size=True)
+    lengths, split = np.asarray(lengths), np.array(split)
+    load = lengths[split].sum(-1)
+    for _ in range(100):
+        heavy = int(load.argmax())
+        # Swapping a of the heaviest part with b elsewhere moves a - b tokens.
+        moved = lengths[split[heavy]][:, None, None] - lengths[split][None]
+        after = np.maximum(load[heavy] - moved, load[None, :, None] + moved)
+        after[:, heavy] = load[heavy]
+        a, part, b = np.unravel_index(after.argmin(), after.shape)
+        if after[a, part, b] >= load[heavy]:
+            break
+        split[heavy, a], split[part, b] = split[part, b], split[heavy, a]
+        load = lengths[split].sum(-1)
+    return split.tolist()
+
+
+def deal(
+    groups: Sequence[Hashable],
+    lengths: Sequence[int],
+    *,
+    groups_per_mini_batch: int,
+    ranks: int,
+    rows_multiple: int = 1,
+    padding_length: int = 0,
+    shuffle_seed: int | None = None,
+) -> Deal:
+    """Assign whole groups to mini-batches, and each mini-batch's rows to ranks.
+
+    Args:
+        groups: group of each sequence, in any order; groups may be of any sizes.
+        lengths: tokens of each sequence.
+        groups_per_mini_batch: most groups in a mini-batch; where it does not divide their number, mini-batches differ
+            by at most one group.
+        ranks: data-parallel ranks.
+        rows_multiple: rows of a rank in a mini-batch are a multiple of this if there are more than this (a fixed
+            micro-batch size).
+        padding_length: tokens of a padding row.
+        shuffle_seed: deal groups in a random order instead of that of their first sequence.
+
+    Raises:
+        ValueError: for an empty batch or a size below 1.
+    """
+    if not len(groups) or min(groups_per_mini_batch, ranks, rows_multiple) < 1:
+        raise ValueError(
+            f"cannot deal {len(groups)} sequences to mini-batches of {groups_per_mini_batch} groups over {ranks} ranks"
+        )
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    names = list(members)
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(names)
+    mini_batches = [
+        [row for name in part for row in members[name]] for part in split_evenly(names, groups_per_mini_batch)
+    ]
+    rows = -(-max(map(len, mini_batches)) // ranks)
+    if rows > rows_multiple:
+        rows = -(-rows // rows_multiple) * rows_multiple
+
+    padding = len(groups)
+    partitions = []
+    for mini_batch in mini_batches:
+        missing = rows * ranks - len(mini_batch)
+        filled = mini_batch + list(range(padding, padding + missing))
+        padding += missing
+        tokens = [lengths[row] if row < len(groups) else padding_length for row in filled]
+        partitions.append([[filled[i] for i in part] for part in balance(tokens, ranks)])
+    order = [row for rank in range(ranks) for mini_batch in partitions for row in mini_batch[rank]]
+    mini_batch = [m for _ in range(ranks) for m in range(len(partitions)) for _ in range(rows)]
+    return Deal(order, mini_batch, padding - len(groups), partitions)

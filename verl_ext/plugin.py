@@ -1,0 +1,59 @@
+"""Entry point of the group ``verl.plugins``: registers everything that this package adds to verl.
+
+verl imports this module at the end of ``import verl``, in every process (driver, TaskRunner, each Ray worker), so it
+stays cheap: what needs half of verl is registered when verl itself imports it. verl logs a plugin's exception at DEBUG
+level and goes on; so :func:`activate` reports its own.
+"""
+
+import sys
+import traceback
+
+SUPPORTED_VERL = ">=0.9.1,<0.10"
+"""verl versions that this package is written for, as a PEP 440 specifier."""
+
+error: BaseException | None = None
+"""What kept the plugin from activating in this process, if anything did (``verl_ext.doctor`` shows it)."""
+
+
+def check_verl_version(found: str) -> None:
+    """Refuse a verl release that this package was not written for.
+
+    Raises:
+        RuntimeError: names the version found and the versions supported.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    if not SpecifierSet(SUPPORTED_VERL).contains(found, prereleases=True):
+        raise RuntimeError(
+            f"verl-disco supports verl {SUPPORTED_VERL}, but verl {found} is installed; "
+            f'run: pip install "verl{SUPPORTED_VERL}"'
+        )
+
+
+def activate() -> None:
+    """Register all extensions, in the order in which they matter."""
+    import verl
+
+    check_verl_version(verl.__version__)
+
+    from wrapt import register_post_import_hook
+
+    from verl_ext import cpu, hydra_config
+
+    cpu.register()
+    hydra_config.register()
+    register_post_import_hook(_register_trainers, "verl.trainer.ppo.v1")
+
+
+def _register_trainers(_module) -> None:
+    from verl_ext import trainer
+
+    trainer.register()
+
+
+try:
+    activate()
+except Exception as e:
+    error = e
+    traceback.print_exc()
+    print(f"verl-disco: the plugin is NOT active in this process: {e}", file=sys.stderr, flush=True)

@@ -1,0 +1,201 @@
+"""verl's V1 trainers with whole-group mini-batches, a worker class of choice, and metrics in a JSONL file.
+
+They stand in verl's ``TRAINER_REGISTRY`` under verl's own names, because verl asks for the mode "sync" by name in seven
+places. Without a ``verl_ext`` node in the configuration they do what verl's do, and write ``metrics.jsonl``.
+"""
+
+import os
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import orjson
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.padding_utils import SYNTHETIC_PADDING_SEQ_LEN, upsample_batch_to_divisible_size
+from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+from verl.utils.import_utils import load_class_from_fqn
+from verl.utils.seqlen_balancing import log_seqlen_unbalance
+
+from verl_ext.grouping import deal
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+
+
+class MetricsLog:
+    """verl's ``Tracking``, and a JSONL file: one object a logged step, flat metric names plus ``step``.
+
+    A resumed run appends; lines of steps after the checkpoint, which it runs again, are dropped first.
+    """
+
+    def __init__(self, tracking, path: str, resumed_step: int):
+        self._tracking = tracking
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        kept = []
+        if resumed_step > 0 and os.path.exists(path):
+            with open(path, "rb") as f:
+                kept = [line for line in f if line.endswith(b"\n") and orjson.loads(line)["step"] <= resumed_step]
+        with open(f"{path}.new", "wb") as f:
+            f.writelines(kept)
+        os.replace(f"{path}.new", path)
+        self._file = open(path, "ab", buffering=0)
+
+    def log(self, data: dict[str, Any], step: int, **kwargs) -> None:
+        self._tracking.log(data=data, step=step, **kwargs)
+        numbers = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+        line = orjson.dumps({"step": step, **numbers}, option=orjson.OPT_SERIALIZE_NUMPY, default=str)
+        self._file.write(line + b"\n")
+
+    def finish(self, *args, **kwargs):
+        self._file.close()
+        return self._tracking.finish(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._tracking, name)
+
+
+class ExtendedTrainer:
+    """Mixin in front of a verl trainer. The ``verl_ext`` node says what it adds:
+
+    - ``validator``: function (config) -> None that refuses wrong settings;
+    - ``actor_worker_class``: subclass of verl's ``ActorRolloutRefWorker`` to use instead;
+    - ``whole_groups``: mini-batches of whole questions, tokens balanced over ranks within each.
+    """
+
+    def __init__(self, config):
+        if validator := OmegaConf.select(config, "verl_ext.validator"):
+            load_class_from_fqn(validator, "validator")(config)
+        self._whole_groups = bool(OmegaConf.select(config, "verl_ext.whole_groups", default=False))
+        super().__init__(config)
+
+    def fit(self, agent_loop_manager):
+        folder = self.config.trainer.default_local_dir
+        os.makedirs(folder, exist_ok=True)
+        OmegaConf.save(self.config, os.path.join(folder, CONFIG_FILE))
+        super().fit(agent_loop_manager)
+
+    @property
+    def logger(self):
+        """What ``fit`` sets to verl's ``Tracking``, with the metrics file behind it."""
+        return self._logger
+
+    @logger.setter
+    def logger(self, tracking) -> None:
+        path = os.path.join(self.config.trainer.default_local_dir, METRICS_FILE)
+        self._logger = MetricsLog(tracking, path, resumed_step=self.global_steps)
+
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()
+        if name := OmegaConf.select(self.config, "verl_ext.actor_worker_class"):
+            worker = ray.remote(load_class_from_fqn(name, "actor worker"))
+            for role in self.role_worker_mapping:
+                if "actor" in str(role):
+                    self.role_worker_mapping[role] = worker
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics, logging_prefix="global_seqlen", keep_minibatch=False):
+        if not self._whole_groups:
+            return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
+        actor = self.config.actor_rollout_ref.actor
+        group = [key.rsplit("_", 2)[0] for key in batch.keys]
+        lengths = [tag["seq_len"] for tag in batch.tags]
+        reward = self._sequence_rewards(batch)
+        plan = deal(
+            group,
+            lengths,
+            groups_per_mini_batch=actor.ppo_mini_batch_size,
+            ranks=self._actor_data_parallel_size(),
+            rows_multiple=1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
+            padding_length=SYNTHETIC_PADDING_SEQ_LEN,
+            shuffle_seed=actor.data_loader_seed + self.global_steps if actor.shuffle else None,
+        )
+        names = {name: i for i, name in enumerate(dict.fromkeys(group))}
+        size = Counter(group)
+        padding = plan.num_padding
+        fields = {
+            "group_id": [names[g] for g in group] + [-1] * padding,
+            "group_size": [size[g] for g in group] + [0] * padding,
+            "sequence_reward": reward + [0.0] * padding,
+            "fresh_old_log_probs": [self._old_log_probs_are_fresh()] * (len(group) + padding),
+        }
+        # To a multiple of the size wanted: adds exactly what is missing.
+        batch = upsample_batch_to_divisible_size(batch, len(group) + padding, self.tokenizer.eos_token_id)
+        batch.reorder(plan.order)
+        fields = {k: torch.tensor([v[i] for i in plan.order]) for k, v in fields.items()}
+        fields["mini_batch_id"] = torch.tensor(plan.mini_batch)
+        written = tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
+        )
+        assert list(written.keys) == list(batch.keys)
+
+        tokens = [*lengths, *[SYNTHETIC_PADDING_SEQ_LEN] * padding]
+        by_rank = [[row for part in parts for row in part] for parts in zip(*plan.partitions, strict=True)]
+        metrics.update(log_seqlen_unbalance(seqlen_list=tokens, partitions=by_rank, prefix=logging_prefix))
+        metrics["training/failed_questions"] = self.config.data.train_batch_size - len(names)
+        metrics["training/padding_rows"] = padding
+        return batch
+
+    def _sequence_rewards(self, batch: KVBatchMeta) -> list[float]:
+        """Each row's summed reward, before any KL term; NaN stops the run."""
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        reward = [float(row.sum()) for row in data["rm_scores"].unbind()]
+        bad = [i for i, r in enumerate(reward) if not np.isfinite(r)]
+        if bad:
+            raise ValueError(
+                f"the reward of sample {batch.keys[bad[0]]} (row {bad[0]}) is {reward[bad[0]]}; "
+                f"{len(bad)} of {len(reward)} samples of step {self.global_steps} have no finite reward"
+            )
+        return reward
+
+    def _old_log_probs_are_fresh(self) -> bool:
+        """Whether old_log_probs are those of the policy that is about to be updated."""
+        bypass = OmegaConf.select(self.config, "algorithm.rollout_correction.bypass_mode", default=False)
+        return not bypass and self.local_trigger_step == 0
+
+    def _actor_data_parallel_size(self) -> int:
+        group = self.actor_rollout_wg
+        if "actor" not in group._dispatch_info:
+            group._dispatch_info["actor"] = group._query_dispatch_info("actor")
+        return max(group._dispatch_info["actor"]) + 1
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._compute_old_log_prob(batch, metrics)
+        if self._whole_groups:
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["old_log_probs"])
+            for key, row in zip(batch.keys, data["old_log_probs"].unbind(), strict=True):
+                if not torch.isfinite(row).all():
+                    raise ValueError(f"old_log_probs of sample {key} are NaN or infinite at step {self.global_steps}")
+        return batch
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._update_actor(batch, metrics)
+        for name in [k for k in metrics if k.startswith("actor/disco/")]:
+            metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        return batch
+
+
+class ExtendedTrainerSync(ExtendedTrainer, PPOTrainerSync):
+    """verl's ``sync`` trainer, extended."""
+
+
+class ExtendedTrainerColocateAsync(ExtendedTrainer, PPOTrainerColocateAsync):
+    """verl's ``colocate_async`` trainer, extended."""
+
+
+class ExtendedTrainerSeparateAsync(ExtendedTrainer, PPOTrainerSeparateAsync):
+    """verl's ``separate_async`` trainer, extended."""
+
+
+def register() -> None:
+    """Put the extended trainers in the place of verl's."""
+    for cls in (ExtendedTrainerSync, ExtendedTrainerColocateAsync, ExtendedTrainerSeparateAsync):
+        stock = cls.__mro__[2]
+        name = next((n for n, c in TRAINER_REGISTRY.items() if c is stock), None)
+        if name is None:
+            raise RuntimeError(f"verl no longer registers its trainer {stock.__name__}; verl-disco needs an update")
+        TRAINER_REGISTRY[name] = cls
