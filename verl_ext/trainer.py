@@ -195,7 +195,7 @@ def register() -> None:
     """Put the extended trainers in the place of verl's."""
     for cls in (ExtendedTrainerSync, ExtendedTrainerColocateAsync, ExtendedTrainerSeparateAsync):
         stock = cls.__mro__[2]
-        name = next((n for n, c in TRAINER_REGISTRY.items() if c is stock), None)
+        name = next((n for n, c in TRAINER_REGISTRY.items() if c in (stock, cls)), None)
         if name is None:
             raise RuntimeError(f"verl no longer registers its trainer {stock.__name__}; verl-disco needs an update")
         TRAINER_REGISTRY[name] = cls

@@ -46,7 +46,7 @@ class DiscoConfig:
     delta: float = 1e-4
     beta: float = 1e3
     rho: float = 1e3
-    coefficient: float = 0.0
+    coefficient: float = 0.1
     measure: str = "exact"
     positive_threshold: float = 1.0
 
@@ -91,6 +91,8 @@ def parse(node: DictConfig | dict[str, Any]) -> DiscoConfig:
     Raises:
         ValueError: for an unknown field or a value out of range.
     """
+    # First the score: the default of tau is looked up by it.
+    DiscoConfig(score=node.get("score", "log_l"))
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     values.pop("_target_", None)
     known = {f.name for f in fields(DiscoConfig)}
@@ -117,8 +119,6 @@ def validate(config: DictConfig) -> None:
     def refuse(setting: str, found, right: str) -> None:
         raise ValueError(f"{setting}={found} does not work with DisCO: {right}")
 
-    if not get("trainer.use_v1", True):
-        refuse("trainer.use_v1", False, "verl's legacy trainer tears groups apart; use trainer.use_v1=true")
     if rollout.n < 2:
         refuse("actor_rollout_ref.rollout.n", rollout.n, "a question needs a positive and a negative; use n >= 2")
     if actor.policy_loss.loss_mode != "disco":

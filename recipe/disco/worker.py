@@ -117,8 +117,9 @@ class DiscoTrainingWorker(TrainingWorker):
         if lagged and log_prob is not None:
             total = torch.tensor([self._kl_sum], dtype=torch.float64, device=log_prob.device)
             dist.all_reduce(total, group=self.engine.get_data_parallel_group())
+            # What is known only now; coefficient and penalty stay those that were in force.
             self._last_kl = float(total) / max(self._tokens, 1)
-            metrics |= self._constraint_metrics(self._last_kl)
+            metrics |= {"kl": self._last_kl, "over_delta": float(self._last_kl > self.disco.delta)}
         if result is not None:
             metrics |= {"measured": float(not free), "measure_seconds": measured}
             tu.get(result, "metrics").update({f"disco/{k}": v for k, v in metrics.items()})
@@ -189,21 +190,15 @@ class DiscoTrainingWorker(TrainingWorker):
             "objective": float(value.value),
             "objective_positive": float(value.positive),
             "objective_negative": float(value.negative),
-            **self._constraint_metrics(kl),
-            **group_metrics(score, positive, question, length, weight),
-            "questions": float(len(question[real].unique())),
-            "padding_rows": float((~real).double().mean()),
-            "no_mixed_group": float(not bool(weight.any())),
-        }
-
-    def _constraint_metrics(self, kl: float) -> dict[str, float]:
-        # In the lagged mode the coefficient in force came from the previous mini-batch; log what this KL asks for.
-        return {
             "kl": kl,
             "coefficient": self.controller.coefficient(kl),
             "penalty": self.controller.penalty(kl),
             "over_delta": float(kl > self.disco.delta),
             **{f"constraint_{k}": v for k, v in self.controller.state_dict().items()},
+            **group_metrics(score, positive, question, length, weight),
+            "questions": float(len(question[real].unique())),
+            "padding_rows": float((~real).double().mean()),
+            "no_mixed_group": float(not bool(weight.any())),
         }
 
     # One micro-batch ------------------------------------------------------------------------------------------------

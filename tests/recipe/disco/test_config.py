@@ -1,0 +1,145 @@
+"""Settings: what composes, and each refusal by its message."""
+
+from functools import cache
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import verl_ext.plugin  # noqa: F401  (registers the config group)
+from recipe.disco.config import DiscoConfig, DiscoPolicyLossConfig, parse, validate
+
+RUN = ["algorithm=disco", "actor_rollout_ref.rollout.name=hf", "trainer.n_gpus_per_node=8"]
+
+
+@cache
+def base(*groups):
+    GlobalHydra.instance().clear()
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=[*RUN, *groups])
+
+
+def composed(*overrides):
+    """Composed once for each choice of groups; values are set on a copy, which is much faster."""
+    groups = [o for o in overrides if o.split("=")[0] in ("algorithm", "model_engine")]
+    config = base(*groups).copy()
+    for override in overrides:
+        if override not in groups:
+            name, value = override.lstrip("+").split("=", 1)
+            OmegaConf.update(config, name, yaml.safe_load(value), force_add=override.startswith("+"))
+    return config
+
+
+def refusal(*overrides) -> str:
+    with pytest.raises(ValueError) as e:
+        validate(composed(*overrides))
+    return str(e.value)
+
+
+def test_the_published_constants():
+    config = composed()
+    validate(config)
+    assert parse(config.disco) == DiscoConfig(
+        objective="disco", score="log_l", tau=10.0, kl_estimator="k1", delta=1e-4, beta=1000.0, measure="exact"
+    )
+    assert config.actor_rollout_ref.rollout.n == 8
+
+
+def test_tau_follows_the_score_unless_given():
+    assert parse(composed("disco.score=l_ratio").disco).tau == 1.0
+    assert parse(composed("disco.score=l_ratio", "disco.tau=3").disco).tau == 3.0
+    assert parse(composed("disco.tau=0.5").disco).tau == 0.5
+
+
+def test_workers_see_the_settings():
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = composed("disco.delta=1.0e-3", "algorithm=disco_b")
+    OmegaConf.resolve(config)
+    loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    assert isinstance(loss, DiscoPolicyLossConfig)
+    assert (loss.disco.delta, loss.disco.objective, loss.loss_mode) == (1e-3, "disco_b", "disco")
+
+
+@pytest.mark.parametrize(
+    "setting, right",
+    [
+        ("objective=dico", r"choose from \['disco', 'disco_b'"),
+        ("score=likelihood", r"choose from \['l_ratio', 'log_l'\]"),
+        ("kl_estimator=k2", r"choose from \['k1', 'k3'\]"),
+        ("constraint=hinge", r"choose from \['augmented_lagrangian', 'fixed', 'none', 'squared_hinge'\]"),
+        ("measure=never", r"choose from \['exact', 'lagged'\]"),
+        ("tau=0", "finite number > 0"),
+        ("tau=-1", "finite number > 0"),
+        ("tau=.nan", "finite number > 0"),
+        ("delta=-1.0e-4", "finite number >= 0"),
+        ("beta=-1", "finite number >= 0"),
+        ("rho=0", "finite number > 0"),
+        ("coefficient=-1", "finite number >= 0"),
+        ("positive_threshold=.inf", "a finite number"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(setting, right):
+    name, value = setting.split("=")
+    with pytest.raises(ValueError, match=rf"disco\.{name}=.*{right}"):
+        validate(composed(f"disco.{setting}"))
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(ValueError, match="disco.gamma is not a setting; the settings are .*'beta'"):
+        parse({"gamma": 1})
+
+
+def test_lagged_weights_of_ratios_are_refused_but_for_disco_b():
+    message = refusal("disco.measure=lagged", "disco.score=l_ratio")
+    assert "every ratio is 1 at old_log_probs" in message and "disco.measure=exact" in message
+    validate(composed("disco.measure=lagged"))
+    validate(composed("algorithm=disco_b", "disco.measure=lagged", "disco.score=l_ratio"))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("actor_rollout_ref.rollout.n=1", "actor_rollout_ref.rollout.n=1 .* use n >= 2"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla", "loss_mode=vanilla .* leave it at disco"),
+        ("algorithm.use_kl_in_reward=true", "algorithm.use_kl_in_reward=True .* use false"),
+        ("actor_rollout_ref.actor.use_kl_loss=true", "use_kl_loss=True .* use false"),
+        ("critic.enable=true", "critic.enable=True .* use null"),
+        ("distillation.enabled=true", "distillation.enabled=True .* use false"),
+        ("actor_rollout_ref.actor.use_prefix_grouper=true", "use_prefix_grouper=True .* use false"),
+        ("algorithm.rollout_correction.rollout_is=token", "rollout_is=token .* use null"),
+        ("trainer.v1.trainer_mode=separate_async", "trainer_mode=separate_async .* use sync"),
+        ("actor_rollout_ref.actor.ppo_mini_batch_size=256", "256 .* more questions than data.train_batch_size=128"),
+    ],
+)
+def test_a_setting_that_contradicts_the_method_is_refused_by_name(override, message):
+    with pytest.raises(ValueError, match=message):
+        validate(composed(override))
+
+
+def test_too_few_responses_for_the_ranks_are_refused_with_the_numbers():
+    message = refusal("actor_rollout_ref.actor.ppo_mini_batch_size=1", "trainer.nnodes=2")
+    assert "1 questions x n=8 are 8 responses for 16 data-parallel ranks" in message and "use at least 2" in message
+    # Model parallelism leaves fewer ranks to fill.
+    validate(
+        composed(
+            "actor_rollout_ref.actor.ppo_mini_batch_size=1",
+            "trainer.nnodes=2",
+            "model_engine=megatron",
+            "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=2",
+        )
+    )
+
+
+def test_ulysses_without_flash_attention_is_refused():
+    ulysses = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"
+    message = refusal(ulysses, "+actor_rollout_ref.model.override_config.attn_implementation=sdpa")
+    assert "attn_implementation=sdpa" in message and "flash_attention_2" in message
+    validate(composed(ulysses))
+
+
+def test_megatrons_dynamic_context_parallel_is_refused():
+    message = refusal("model_engine=megatron", "++actor_rollout_ref.actor.megatron.dynamic_context_parallel=true")
+    assert "dynamic_context_parallel=True" in message

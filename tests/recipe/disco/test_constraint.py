@@ -1,0 +1,257 @@
+"""KL estimators and controllers: direction and scale from first principles, coefficients from finite differences."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recipe.disco.constraint import build_controller, kl_estimate
+
+KINDS = {
+    "squared_hinge": {"delta": 0.02, "beta": 30.0},
+    "augmented_lagrangian": {"delta": 0.02, "rho": 30.0},
+    "fixed": {"coefficient": 0.7},
+    "none": {},
+}
+ONES = torch.ones(1, 4, dtype=torch.bool)
+
+
+def policies():
+    """Two distributions over 4 tokens, as log-probabilities, and KL(old || new) by its definition."""
+    old = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+    new = torch.tensor([[0.25, 0.25, 0.3, 0.2]], dtype=torch.float64)
+    return new.log(), old.log(), (old * (old / new).log()).sum().item()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_the_estimate_is_unbiased_for_kl_old_new(estimator):
+    """Weighted by pi_old the estimates are exactly KL(pi_old || pi_theta); the other direction would be another number.
+
+    So is their gradient that of the KL, at pi_theta's own softmax parameters.
+    """
+    new, old, kl = policies()
+    reverse = (new.exp() * (new - old)).sum().item()
+    assert abs(kl - reverse) > 1e-3
+    logits = new.clone().requires_grad_()
+    estimate = (old.exp() * kl_estimate(logits.log_softmax(-1), old, ONES, estimator)).sum()
+    assert estimate.item() == pytest.approx(kl, rel=1e-12)
+    (grad,) = torch.autograd.grad(estimate, logits)
+    torch.testing.assert_close(grad, new.exp() - old.exp(), rtol=1e-12, atol=1e-14)  # d KL(p || softmax(z)) / dz
+
+
+def test_k1_and_k3_token_by_token():
+    """Ratios 2, 1/2, 1 and e: k1 is -ln ratio, k3 is ratio - 1 - ln ratio."""
+    old = torch.tensor([[-3.0, -1.0, -2.0, -4.0]], dtype=torch.float64)
+    ln2 = math.log(2)
+    new = old + torch.tensor([[ln2, -ln2, 0.0, 1.0]], dtype=torch.float64)
+    assert kl_estimate(new, old, ONES, "k1")[0].tolist() == pytest.approx([-ln2, ln2, 0, -1], abs=1e-15)
+    k3 = kl_estimate(new, old, ONES, "k3")[0].tolist()
+    assert k3 == pytest.approx([1 - ln2, ln2 - 1 / 2, 0, math.e - 2], abs=1e-15)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=8))
+@settings(deadline=None, derandomize=True)
+def test_k3_is_never_negative_and_exceeds_k1_by_the_ratio_less_one(drift):
+    drift = torch.tensor([drift], dtype=torch.float64)
+    old, mask = torch.full_like(drift, -6.0), torch.ones_like(drift, dtype=torch.bool)
+    k1, k3 = (kl_estimate(old + drift, old, mask, name) for name in ("k1", "k3"))
+    assert (k3 >= -1e-14).all()
+    torch.testing.assert_close(k3 - k1, ((old + drift) - old).exp() - 1, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_small_drifts_keep_their_digits_in_float32(estimator):
+    """Tokens whose true k1 is 1e-3 and k3 5e-7: 1 and the ratio cancel, and a careless k3 would have one digit left."""
+    old = torch.full((1, 4), -0.5)
+    new = old - torch.tensor(2.0**-10)
+    exact = {"k1": 2**-10, "k3": math.expm1(-(2**-10)) + 2**-10}[estimator]
+    found = kl_estimate(new, old, ONES, estimator)
+    assert found.tolist() == [pytest.approx([exact] * 4, rel=1e-3)]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1e30])
+def test_masked_tokens_are_exactly_zero(estimator, junk):
+    new = torch.tensor([[-1.0, junk, junk, -2.0]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[-1.5, junk, -1.0, -1.0]], dtype=torch.float64)
+    estimate = kl_estimate(new, old, torch.tensor([[True, False, False, True]]), estimator)
+    estimate.sum().backward()
+    assert estimate[0, 1:3].tolist() == [0, 0] and new.grad[0, 1:3].tolist() == [0, 0]
+    assert estimate[0, [0, 3]].all() and new.grad[0, [0, 3]].all()
+
+
+def test_unknown_estimators_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"(?s)kl_estimator.*k2.*k1.*k3"):
+        kl_estimate(*policies()[:2], ONES, "k2")
+
+
+def controller(kind, **other):
+    return build_controller(kind, KINDS[kind] | other)
+
+
+@pytest.mark.parametrize("multiplier_steps", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kl", [-0.5, -0.01, 0.0, 0.019, 0.021, 0.3, 4.0])
+def test_the_coefficient_is_the_penaltys_derivative(kind, kl, multiplier_steps):
+    """By central differences, and by autograd through `penalty`; before and after updates of the state."""
+    c = controller(kind)
+    for _ in range(multiplier_steps):
+        c.end_step(0.034)
+    h = 1e-6
+    slope = (c.penalty(kl + h) - c.penalty(kl - h)) / (2 * h)
+    assert c.coefficient(kl) == pytest.approx(slope, rel=1e-6, abs=1e-8)
+    assert type(c.coefficient(kl)) is float
+    leaf = torch.tensor(kl, dtype=torch.float64, requires_grad=True)
+    penalty = torch.as_tensor(c.penalty(leaf))
+    assert penalty.item() == pytest.approx(c.penalty(kl))
+    if c.coefficient(kl):
+        penalty.backward()
+        assert leaf.grad.item() == pytest.approx(c.coefficient(kl))
+
+
+def test_squared_hinge_in_numbers():
+    """beta 30, delta .02: at KL .12 the coefficient is 30 * .1 and the penalty 15 * .01; up to delta both are 0."""
+    c = controller("squared_hinge")
+    assert (c.coefficient(0.12), c.penalty(0.12)) == (pytest.approx(3.0), pytest.approx(0.15))
+    for kl in (-1.0, 0.0, 0.02):
+        assert (c.coefficient(kl), c.penalty(kl)) == (0, 0)
+
+
+def test_augmented_lagrangian_in_numbers():
+    """rho 30, delta .02, lambda from 0. At KL .12: max(0, 0 + 30 * .1) = 3, penalty 9/60.
+    After a step at .12 lambda is 3: at .02 the coefficient is 3 and the penalty 0; at -.18 it is max(0, 3 - 6) = 0 and
+    the penalty -9/60. A step at .0 lowers lambda by .6; one at -1 takes it to 0, not below."""
+    c = controller("augmented_lagrangian")
+    assert (c.coefficient(0.12), c.penalty(0.12)) == (pytest.approx(3.0), pytest.approx(0.15))
+    assert (c.coefficient(0.0), c.penalty(0.0)) == (0, 0)
+    c.end_step(0.12)
+    assert (c.coefficient(0.02), c.penalty(0.02)) == (pytest.approx(3.0), pytest.approx(0.0, abs=1e-15))
+    assert (c.coefficient(-0.18), c.penalty(-0.18)) == (0, pytest.approx(-0.15))
+    c.end_step(0.0)
+    assert c.coefficient(0.02) == pytest.approx(2.4)
+    c.end_step(-1.0)
+    assert c.coefficient(0.02) == 0
+    assert c.coefficient(0.12) == pytest.approx(3.0)
+
+
+def test_measuring_does_not_change_the_multiplier():
+    """Once per step: several mini-batches may ask for the coefficient before the step ends."""
+    c = controller("augmented_lagrangian")
+    c.end_step(0.05)
+    first = c.coefficient(0.04)
+    assert [c.coefficient(0.04), c.penalty(0.5) * 0 + c.coefficient(0.04)] == [first, first]
+
+
+def test_fixed_and_none_in_numbers():
+    fixed, none = controller("fixed"), controller("none")
+    for kl in (-0.3, 0.0, 0.01, 2.0):
+        assert (fixed.coefficient(kl), fixed.penalty(kl)) == (0.7, pytest.approx(0.7 * kl))
+        assert (none.coefficient(kl), none.penalty(kl)) == (0, 0)
+
+
+def test_the_multiplier_meets_the_bound_where_the_hinge_cannot():
+    """Maximise -(x - 1)^2 / 2 under KL(x) = x <= delta = .2: the best x is delta, with multiplier 1 - delta = .8.
+
+    Each step solves (x - 1) + coefficient(x) = 0 by bisection. The hinge alone stops at (1 + rho delta)/(1 + rho).
+    """
+
+    def solve(c):
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if middle - 1 + c.coefficient(middle) > 0 else (middle, high)
+        return low
+
+    hinge = build_controller("squared_hinge", {"delta": 0.2, "beta": 2.0})
+    assert solve(hinge) == pytest.approx(1.4 / 3)
+    multiplier = build_controller("augmented_lagrangian", {"delta": 0.2, "rho": 2.0})
+    for _ in range(40):
+        multiplier.end_step(solve(multiplier))
+    assert solve(multiplier) == pytest.approx(0.2, abs=1e-9)
+    assert multiplier.coefficient(0.2) == pytest.approx(0.8, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_controller_goes_on_as_an_uninterrupted_one(kind):
+    """Through JSON, as a checkpoint would; every number after the break is the same to the last bit."""
+    history = [0.031, 0.07, 0.011, 0.2, 0.004, 0.05]
+
+    def follow(c, kls):
+        out = []
+        for kl in kls:
+            out.append((c.coefficient(kl), c.penalty(kl)))
+            c.end_step(kl)
+        return out
+
+    whole = follow(controller(kind), history)
+    before, after = controller(kind), controller(kind)
+    first = follow(before, history[:3])
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert first + follow(after, history[3:]) == whole
+
+
+def test_only_the_multiplier_needs_a_state():
+    changed = {}
+    for kind in KINDS:
+        c = controller(kind)
+        before = json.dumps(c.state_dict())
+        c.end_step(0.5)
+        changed[kind] = json.dumps(c.state_dict()) != before
+    assert changed == {"squared_hinge": False, "augmented_lagrangian": True, "fixed": False, "none": False}
+
+
+def test_a_checkpoint_without_the_multiplier_is_refused():
+    """Starting over from 0 in silence would not be what an uninterrupted run does."""
+    with pytest.raises((KeyError, ValueError)):
+        controller("augmented_lagrangian").load_state_dict({})
+
+
+def test_the_default_is_the_constraint_of_the_executable_definition():
+    from recipe.disco import disco_loss
+
+    old, new, _ = policies()
+    settings = {"delta": 0.01, "beta": 40.0}
+    _, metrics = disco_loss(new, old, ONES, torch.ones(1), [0], **settings)
+    c = build_controller("squared_hinge", settings)
+    kl = kl_estimate(new, old, ONES, "k1").mean().item()
+    assert c.coefficient(kl) > 0
+    assert metrics["coefficient"] == pytest.approx(c.coefficient(kl))
+    assert metrics["penalty"] == pytest.approx(c.penalty(kl))
+
+
+def test_settings_that_a_kind_does_not_use_are_left_alone():
+    """All of `disco:` is handed over; only the kind's own constants count."""
+    everything = {"delta": 0.1, "beta": 2.0, "rho": -1.0, "coefficient": math.nan, "tau": 1.0}
+    assert build_controller("squared_hinge", everything).coefficient(0.6) == pytest.approx(1.0)
+
+
+def test_an_unknown_kind_is_refused_with_the_choices():
+    with pytest.raises(ValueError) as error:
+        build_controller("hinge", KINDS["squared_hinge"])
+    for part in ["constraint", "hinge", *KINDS]:
+        assert part in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        ("squared_hinge", "delta", -0.1),
+        ("squared_hinge", "delta", math.nan),
+        ("squared_hinge", "beta", -1.0),
+        ("squared_hinge", "beta", math.inf),
+        ("augmented_lagrangian", "delta", -0.1),
+        ("augmented_lagrangian", "rho", 0.0),  # the penalty divides by it
+        ("augmented_lagrangian", "rho", -2.0),
+        ("augmented_lagrangian", "rho", math.nan),
+        ("fixed", "coefficient", -0.5),
+        ("fixed", "coefficient", math.nan),
+        ("fixed", "coefficient", "a lot"),
+    ],
+)
+def test_constants_out_of_range_are_refused_by_name_and_value(kind, setting, value):
+    with pytest.raises(ValueError) as error:
+        controller(kind, **{setting: value})
+    assert setting in str(error.value) and str(value) in str(error.value), str(error.value)

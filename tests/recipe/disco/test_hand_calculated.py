@@ -1,0 +1,246 @@
+"""Small batches whose loss, gradient and metrics are worked out in the docstrings."""
+
+import math
+
+import pytest
+import torch
+
+from recipe.disco import disco_loss
+
+LN2, LN3 = math.log(2), math.log(3)
+PAD = float("nan")  # padding holds no number on purpose: nothing may depend on it
+
+
+def batch(rows, old_rows):
+    """Ragged token log-probabilities -> (log_prob leaf, old_log_prob, response_mask), padded with NaN."""
+    width = max(max(map(len, rows)), 1)
+    padded = [[row + [PAD] * (width - len(row)) for row in side] for side in (rows, old_rows)]
+    log_prob, old_log_prob = (torch.tensor(side, dtype=torch.float64) for side in padded)
+    return log_prob.requires_grad_(), old_log_prob, (~log_prob.isnan()).double()
+
+
+def run(rows, old_rows, reward, uid, **settings):
+    log_prob, old_log_prob, mask = batch(rows, old_rows)
+    loss, metrics = disco_loss(log_prob, old_log_prob, mask, torch.tensor(reward, dtype=torch.float64), uid, **settings)
+    loss.backward()
+    return loss.item(), [g[: len(row)].tolist() for g, row in zip(log_prob.grad, rows, strict=True)], metrics
+
+
+def approx(rows):
+    return [pytest.approx(row, rel=1e-12, abs=1e-12) for row in rows]
+
+
+def close(value):
+    return pytest.approx(value, rel=1e-12, abs=1e-12)
+
+
+def test_disco_b_log_l_with_an_active_hinge():
+    """Two questions, one of them without a positive; rows in mixed order.
+
+    scores      a+: (-1-3)/2 = -2     a-: -4 and (-1-1-4)/3 = -2, mean -3     b: unmixed, adds 0
+    J           1/2 * (-2 - -3) = 1/2, of which -1 is the positive side and -3/2 the negative side
+    KL (k1)     old - new sums to .1+.1 + .3 + 0 + .1+.2 = .8 over 2+1+3+2 = 8 tokens, so .1
+    hinge       .1 - .02 = .08;  penalty 100/2 * .08^2 = .32;  coefficient 100 * .08 = 8
+    L           -1/2 + .32 = -.18
+    gradient    of -J: a+ -1/2 * 1/2 a token; a- +1/2 * 1/2 * 1/|o|; b 0;  of the penalty: 8 * -1/8 = -1 a token
+    """
+    new = [[-4.0], [-1.0, -2.0], [-1.0, -3.0], [-1.0, -1.0, -4.0]]
+    old = [[-3.7], [-0.9, -1.8], [-0.9, -2.9], [-1.0, -1.0, -4.0]]
+    loss, grad, metrics = run(
+        new, old, [0, 0, 1, 0], ["a", "b", "a", "a"], objective="disco_b", score="log_l", delta=0.02, beta=100.0
+    )
+    assert loss == close(-0.18)
+    assert grad == approx([[0.25 - 1], [-1, -1], [-0.25 - 1] * 2, [1 / 12 - 1] * 3])
+    expected = {
+        "objective": 0.5,
+        "objective_positive": -1.0,
+        "objective_negative": -1.5,
+        "score_positive": -2.0,
+        "score_negative": -3.0,
+        "kl": 0.1,
+        "coefficient": 8.0,
+        "penalty": 0.32,
+        "groups_mixed": 0.5,
+        "groups_all_positive": 0.0,
+        "groups_all_negative": 0.5,
+        "effective_negatives": 2.0,
+        "auc": 0.75,  # -2 beats -4 and ties with -2
+        "length_positive": 2.0,
+        "length_negative": 2.0,  # (1 + 2 + 3) / 3, the unmixed question's response included
+        "empty_responses": 0,
+    }
+    assert {name: metrics[name] for name in expected} == {name: close(value) for name, value in expected.items()}
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_disco_weighs_negatives_by_the_softmax():
+    """One question, tau 2, log-L, no drift.
+
+    negatives   -4 and -4 + 2 ln 3, so exp(s/tau) = e^-2 and 3 e^-2: weights 1/4 and 3/4
+    neg         2 * ln((e^-2 + 3 e^-2) / 2) = -4 + 2 ln 2
+    J           -2 - neg = 2 - 2 ln 2
+    gradient    positive -1 over 2 tokens, negatives 1/4 over 1 token and 3/4 over 2
+    effective   1 / (1/16 + 9/16) = 1.6;  the positive beats -4 but not -4 + 2 ln 3 = -1.80: AUC 1/2
+    """
+    rows = [[-4.0], [-2.5, -1.5], [-4.0 + 4 * LN3, -4.0]]
+    loss, grad, metrics = run(rows, rows, [0, 1, 0], [7, 7, 7], objective="disco", score="log_l", tau=2.0)
+    assert loss == close(2 * LN2 - 2)
+    assert grad == approx([[1 / 4], [-1 / 2] * 2, [3 / 8] * 2])
+    assert metrics["objective"] == close(2 - 2 * LN2)
+    assert metrics["objective_positive"] == close(-2)
+    assert metrics["objective_negative"] == close(-4 + 2 * LN2)
+    assert metrics["score_negative"] == close(-4 + LN3)
+    assert metrics["effective_negatives"] == close(1.6)
+    assert metrics["auc"] == close(0.5)
+
+
+def test_l_ratio_with_k3():
+    """One question, scores are means of probability ratios new/old.
+
+    scores      + (2 + 1)/2 = 3/2     - 1/2 and (1+1+1+3)/4 = 3/2, mean 1
+    J           3/2 - 1 = 1/2
+    gradient    of -J: a token's ratio times -1/2 (positive), +1/2 (first negative), +1/2 * 1/4 (second)
+    KL (k3)     ratio - 1 - ln ratio summed: 9.5 - 7 - ln(2 * 1/2 * 3) = 2.5 - ln 3, over 7 tokens, = .2001982
+    hinge       delta = KL - 1/10, beta 70: coefficient 7, penalty 35/100; a token's gradient 7 * (ratio - 1)/7
+    L           -1/2 + .35 = -.15
+    AUC         3/2 beats 1/2 and ties with 3/2: 3/4
+    """
+    old = [[-1.0, -2.0], [-1.0], [-3.0, -1.0, -2.0, -1.5]]
+    new = [[-1.0 + LN2, -2.0], [-1.0 - LN2], [-3.0, -1.0, -2.0, -1.5 + LN3]]
+    kl = (2.5 - LN3) / 7
+    loss, grad, metrics = run(
+        new,
+        old,
+        [1, 0, 0],
+        [("q", 1)] * 3,
+        objective="disco_b",
+        score="l_ratio",
+        kl_estimator="k3",
+        delta=kl - 0.1,
+        beta=70.0,
+    )
+    assert loss == close(-0.15)
+    assert grad == approx([[-1 + 1, -0.5 + 0], [0.25 - 0.5], [1 / 8, 1 / 8, 1 / 8, 3 / 8 + 2]])
+    assert metrics["kl"] == close(kl)
+    assert metrics["coefficient"] == close(7)
+    assert metrics["auc"] == close(0.75)
+
+
+def test_l_ratio_under_the_softmax():
+    """tau 1/2, negatives of ratio 1 and 1 + ln(2)/2: exp(s/tau) = e^2 and 2 e^2, weights 1/3 and 2/3.
+
+    neg = 1/2 * ln(3 e^2 / 2) = 1 + ln(3/2)/2; the positive's ratio is 2; gradient = weight * ratio.
+    """
+    r = 1 + LN2 / 2
+    loss, grad, _ = run(
+        [[-1.0 + LN2], [-1.0], [-1.0 + math.log(r)]],
+        [[-1.0], [-1.0], [-1.0]],
+        [1, 0, 0],
+        [0, 0, 0],
+        objective="disco",
+        score="l_ratio",
+        tau=0.5,
+        beta=0.0,
+    )
+    assert loss == close(-(2 - 1 - math.log(1.5) / 2))
+    assert grad == approx([[-2.0], [1 / 3], [2 / 3 * r]])
+
+
+def test_several_positives_share_their_weight():
+    """Three positives, one negative: -1/3 each, +1; then a second, unmixed question halves everything."""
+    rows, reward = [[-1.0], [-2.0], [-6.0], [-5.0]], [1, 1, 1, 0]
+    loss, grad, _ = run(rows, rows, reward, ["q"] * 4, objective="disco")
+    assert loss == close(-(-3 - -5))
+    assert grad == approx([[-1 / 3], [-1 / 3], [-1 / 3], [1.0]])
+    loss, grad, _ = run(rows + [[-9.0]], rows + [[-9.0]], reward + [1], ["q"] * 4 + ["r"], objective="disco")
+    assert loss == close(-1)
+    assert grad == approx([[-1 / 6], [-1 / 6], [-1 / 6], [1 / 2], [0.0]])
+
+
+def test_questions_are_not_pooled():
+    """a: -1 against -2, b: -5 against -9. Per question J = (1 + 4)/2 = 5/2, and every weight is 1/2.
+
+    Pooling all responses would weigh the negatives -2 and -9 against each other under a small tau.
+    """
+    rows = [[-1.0], [-2.0], [-5.0], [-9.0]]
+    loss, grad, metrics = run(rows, rows, [1, 0, 1, 0], ["a", "a", "b", "b"], objective="disco", tau=0.1)
+    assert loss == close(-2.5)
+    assert grad == approx([[-0.5], [0.5], [-0.5], [0.5]])
+    assert metrics["effective_negatives"] == close(1)
+    assert metrics["auc"] == close(1)
+
+
+@pytest.mark.parametrize("objective", ["disco", "disco_b"])
+@pytest.mark.parametrize("score", ["log_l", "l_ratio"])
+def test_an_unmixed_batch_feels_only_the_constraint(objective, score):
+    """KL = (.3 + .1)/2 = .2, hinge .1, beta 10: penalty 5 * .01, coefficient 1, gradient -1/2 a token (k1)."""
+    loss, grad, metrics = run(
+        [[-1.3], [-2.1]], [[-1.0], [-2.0]], [1, 0], ["a", "b"], objective=objective, score=score, delta=0.1, beta=10.0
+    )
+    assert loss == close(0.05)
+    assert grad == approx([[-0.5], [-0.5]])
+    assert (metrics["groups_mixed"], metrics["groups_all_positive"], metrics["groups_all_negative"]) == (0, 0.5, 0.5)
+    assert metrics["objective"] == 0
+
+
+@pytest.mark.parametrize("drift", [-0.5, 0.0, 0.1])
+def test_the_hinge_sleeps_up_to_delta(drift):
+    """KL (k1) = drift <= delta = .1 (a negative estimate too): no penalty, no gradient from the constraint."""
+    loss, grad, metrics = run([[-1.0 - drift]], [[-1.0]], [1], ["a"], delta=0.1 + 1e-12, beta=1e3)
+    assert (loss, grad) == (0, [[0.0]])
+    assert metrics["kl"] == close(drift)
+    assert (metrics["coefficient"], metrics["penalty"]) == (0, 0)
+
+
+def test_a_response_without_tokens_has_no_score():
+    """a: + -2, - -3, and an empty negative that must not halve the negative's weight;
+    b: a positive and an empty negative, so not mixed; c: nothing but an empty response. Q = 3.
+
+    J = 1/3 * (-2 + 3); KL (k1) over the 3 tokens that exist = (0 + .3 + 0)/3 = .1, hinge .1, coefficient .1 * 30 = 3.
+    """
+    new, old = [[-2.0], [-3.3], [], [-1.0], [], []], [[-2.0], [-3.0], [], [-1.0], [], []]
+    loss, grad, metrics = run(
+        new, old, [1, 0, 0, 1, 0, 1], list("aaabbc"), objective="disco", tau=1.0, delta=0.0, beta=30.0
+    )
+    assert loss == close(-1.3 / 3 + 15 * 0.01)
+    assert grad == approx([[-1 / 3 - 1], [1 / 3 - 1], [], [-1.0], [], []])
+    assert metrics["groups_mixed"] == close(1 / 3)
+    assert metrics["groups_all_positive"] == close(1 / 3)
+    assert metrics["groups_all_negative"] == 0
+    assert metrics["empty_responses"] == 3
+
+
+def test_a_batch_without_any_token_still_has_a_graph():
+    log_prob = torch.full((2, 3), PAD, dtype=torch.float64, requires_grad=True)
+    loss, metrics = disco_loss(log_prob, torch.full((2, 3), PAD), torch.zeros(2, 3), torch.tensor([1.0, 0.0]), [0, 0])
+    assert loss.item() == 0
+    loss.backward()
+    assert torch.equal(log_prob.grad, torch.zeros(2, 3, dtype=torch.float64))
+    assert metrics["empty_responses"] == 2
+    assert (metrics["kl"], metrics["coefficient"], metrics["penalty"]) == (0, 0, 0)
+
+
+def test_positive_means_at_or_above_the_threshold():
+    """Rewards 1, .5 and .4 at threshold .5: two positives, one negative. At the default threshold 1: one and two."""
+    rows, reward, uid = [[-1.0], [-2.0], [-4.0]], [1.0, 0.5, 0.4], ["q"] * 3
+    _, grad, _ = run(rows, rows, reward, uid, objective="disco_b", positive_threshold=0.5)
+    assert grad == approx([[-0.5], [-0.5], [1.0]])
+    _, grad, _ = run(rows, rows, reward, uid, objective="disco_b")
+    assert grad == approx([[-1.0], [0.5], [0.5]])
+
+
+def test_the_defaults_are_the_published_constants():
+    """DisCO, log-L, tau 10, delta 1e-4, beta 1e3, k1, as in the paper's scripts."""
+    rows, old = [[-1.0], [-2.0], [-12.0]], [[-0.9], [-2.1], [-11.5]]
+    default = run(rows, old, [1, 0, 0], [0, 0, 0])
+    explicit = {"objective": "disco", "score": "log_l", "tau": 10.0, "delta": 1e-4, "beta": 1e3, "kl_estimator": "k1"}
+    assert default == run(rows, old, [1, 0, 0], [0, 0, 0], **explicit, positive_threshold=1.0)
+    for other in (
+        {"objective": "disco_b"},
+        {"tau": 1.0},
+        {"delta": 1e-3},
+        {"beta": 5e2},
+        {"kl_estimator": "k3"},
+        {"score": "l_ratio"},
+    ):
+        assert default[0] != run(rows, old, [1, 0, 0], [0, 0, 0], **{**explicit, **other})[0]

@@ -1,0 +1,56 @@
+"""verl on a CPU: a platform, engines for the device "cpu", and the light rollout ``actor_rollout_ref.rollout.name=hf``.
+
+Nothing here needs an environment variable: the platform is found by verl's own detection when there is no accelerator
+(:mod:`verl_ext.cpu.platform`), and what only some processes need is registered when verl imports what it belongs to.
+"""
+
+import os
+
+from wrapt import register_post_import_hook
+
+
+def register() -> None:
+    """Register all of it, cheaply: verl's plugin entry point calls this in every process."""
+    from verl_ext.cpu import patches, platform
+
+    platform.register()
+    patches.register()
+    register_post_import_hook(_register_engines, "verl.workers.engine.fsdp.transformer_impl")
+    register_post_import_hook(_register_rollout_adapter, "verl.workers.rollout.base")
+    register_post_import_hook(_register_rollout_replica, "verl.workers.rollout.replica")
+
+
+def request() -> None:
+    """Choose the CPU platform although an accelerator may be present (what ``trainer.device=cpu`` means).
+
+    It holds for this process and for the local Ray cluster that it starts. Workers of a cluster that already runs need
+    ``+ray_kwargs.ray_init.runtime_env.env_vars.VERL_PLATFORM=cpu``.
+    """
+    from verl.plugin.platform import get_platform, set_platform
+
+    from verl_ext.cpu.platform import CPUPlatform
+
+    os.environ["VERL_PLATFORM"] = "cpu"
+    # verl.trainer.main_ppo resolves the platform while it is imported, before any setting is known.
+    if get_platform().device_name != "cpu":
+        set_platform(CPUPlatform())
+
+
+def _register_engines(_module) -> None:
+    from verl_ext.cpu import engine
+
+    engine.register()
+
+
+def _register_rollout_adapter(module) -> None:
+    module._ROLLOUT_REGISTRY.setdefault(("hf", "async"), "verl_ext.cpu.rollout.adapter.HFServerAdapter")
+
+
+def _register_rollout_replica(module) -> None:
+    def load():
+        from verl_ext.cpu.rollout.replica import HFReplica
+
+        return HFReplica
+
+    if "hf" not in module.RolloutReplicaRegistry._registry:
+        module.RolloutReplicaRegistry.register("hf", load)

@@ -1,0 +1,106 @@
+"""verl's FSDP2 engines for the device "cpu".
+
+They are verl's own, for actor, reference and critic, with the defaults that a CPU needs where the user set none
+(float32, SDPA, nothing compiled), and three things refused that cannot work.
+"""
+
+import copy
+import logging
+from typing import Any
+
+import verl.utils.model
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
+
+logger = logging.getLogger(__name__)
+
+FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+
+
+def default_attention(model_config: Any) -> str:
+    """The attention to use: what ``override_config.attn_implementation`` says, else SDPA.
+
+    verl's default, FlashAttention 2, does not exist on a CPU.
+    """
+    return model_config.override_config.get("attn_implementation", "sdpa")
+
+
+def settings_for_cpu(engine_config: Any, attention: str) -> Any:
+    """A copy of verl's ``FSDPEngineConfig`` that runs on a CPU.
+
+    Raises:
+        ValueError: names a setting that cannot work, what was found and what would be right.
+    """
+    if engine_config.strategy != "fsdp2":
+        raise ValueError(
+            f"strategy={engine_config.strategy} does not run on a CPU (FSDP1 synchronises its states on an accelerator "
+            "only); set actor_rollout_ref.actor.strategy=fsdp2, and critic.strategy=fsdp2 where there is a critic"
+        )
+    if engine_config.offload_policy:
+        raise ValueError("fsdp_config.offload_policy=True pins memory for an accelerator; set it to False on a CPU")
+    if engine_config.ulysses_sequence_parallel_size > 1 and attention != "flash_attention_2":
+        raise ValueError(
+            f"ulysses_sequence_parallel_size={engine_config.ulysses_sequence_parallel_size} with "
+            f"attn_implementation={attention}: verl parallelises FlashAttention 2 alone, any other attention would see "
+            "its own rank's part of each sequence; set ulysses_sequence_parallel_size=1"
+        )
+    config = copy.copy(engine_config)
+    if config.use_torch_compile:
+        object.__setattr__(config, "use_torch_compile", False)
+    if config.mixed_precision is None:
+        object.__setattr__(config, "mixed_precision", FLOAT32)
+    return config
+
+
+class _OnCPU:
+    def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
+        attention = default_attention(model_config)
+        model_config.hf_config._attn_implementation = attention
+        super().__init__(model_config, settings_for_cpu(engine_config, attention), optimizer_config, checkpoint_config)
+
+    def _build_fsdp_module(self, module):
+        # For a forward-only engine (the reference policy) verl forces an offload to pinned memory, which needs an
+        # accelerator. The configuration is this engine's own copy.
+        forward_only, self.engine_config.forward_only = self.engine_config.forward_only, False
+        try:
+            return super()._build_fsdp_module(module)
+        finally:
+            self.engine_config.forward_only = forward_only
+
+
+class CPUEngineWithLMHead(_OnCPU, FSDPEngineWithLMHead):
+    """Actor and reference policy."""
+
+
+class CPUEngineWithValueHead(_OnCPU, FSDPEngineWithValueHead):
+    """The critic."""
+
+    def _build_module(self):
+        # verl's loader names FlashAttention 2 in its code. It is looked up when called, so it can be exchanged for as
+        # long as this call takes.
+        original = verl.utils.model.load_valuehead_model
+        verl.utils.model.load_valuehead_model = _load_value_model
+        try:
+            return super()._build_module()
+        finally:
+            verl.utils.model.load_valuehead_model = original
+
+
+def _load_value_model(local_path, torch_dtype, model_config, trust_remote_code):
+    from transformers import AutoModelForTokenClassification
+
+    return AutoModelForTokenClassification.from_pretrained(
+        pretrained_model_name_or_path=local_path,
+        dtype=torch_dtype,
+        config=model_config,
+        attn_implementation=model_config._attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def register() -> None:
+    """Register the engines, unless this verl has some for "cpu" already."""
+    for model_type, engine in {"language_model": CPUEngineWithLMHead, "value_model": CPUEngineWithValueHead}.items():
+        for backend in ("fsdp", "fsdp2"):
+            if "cpu" not in EngineRegistry._engines[model_type][backend]:
+                EngineRegistry.register(model_type=model_type, backend=backend, device="cpu")(engine)

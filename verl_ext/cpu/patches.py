@@ -1,0 +1,58 @@
+"""The two functions of verl that do not work, or hardly, on a CPU. Both patches act only there.
+
+Each checks what it replaces; on another verl than it knows it leaves verl alone and says so, and
+``tests/verl_ext/cpu/test_patches.py`` fails.
+"""
+
+import functools
+import inspect
+import sys
+from types import ModuleType
+
+import torch
+from wrapt import register_post_import_hook
+
+
+def register() -> None:
+    register_post_import_hook(patch_process_group, "verl.utils.distributed")
+    register_post_import_hook(patch_log_probs, "verl.utils.torch_functional")
+
+
+def patch_process_group(module: ModuleType) -> None:
+    """verl names the backend ``cpu:gloo,{device}:{backend}``; torch refuses "cpu:gloo,cpu:gloo" as a duplicate."""
+    original = module.initialize_global_process_group_ray
+    if not _known(original, ["timeout_second", "backend"]):
+        return
+
+    @functools.wraps(original)
+    def initialize_global_process_group_ray(timeout_second=None, backend=None):
+        if backend is None and module.get_device_name() == "cpu":
+            backend = "cpu:gloo"
+        return original(timeout_second=timeout_second, backend=backend)
+
+    module.initialize_global_process_group_ray = initialize_global_process_group_ray
+
+
+def patch_log_probs(module: ModuleType) -> None:
+    """Without flash-attn verl's log-probabilities are a Python loop over the rows of the logits: over every token."""
+    original = module.logprobs_from_logits_v2
+    if not _known(original, ["logits", "labels"]):
+        return
+
+    @functools.wraps(original)
+    def logprobs_from_logits_v2(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if logits.device.type != "cpu":
+            return original(logits, labels)
+        flat = logits.reshape(-1, logits.shape[-1])
+        return -torch.nn.functional.cross_entropy(flat, labels.reshape(-1), reduction="none").view(labels.shape)
+
+    module.logprobs_from_logits_v2 = logprobs_from_logits_v2
+
+
+def _known(function, parameters: list[str]) -> bool:
+    """Whether verl's function still takes ``parameters`` and is not patched yet."""
+    if list(inspect.signature(function).parameters) == parameters:
+        return not hasattr(function, "__wrapped__")
+    name = f"{function.__module__}.{function.__name__}"
+    print(f"verl-disco: {name} has changed; running on a CPU needs a new patch of it", file=sys.stderr, flush=True)
+    return False

@@ -1,0 +1,327 @@
+"""An agent-loop manager for small single-turn runs: per batch one request a server, one a reward worker, one put.
+
+verl's own starts processes that run every response as a task of its own, with its own calls to the server, the reward
+worker and TransferQueue: right for long responses and tools, most of the time of a small run. To choose this one::
+
+    actor_rollout_ref.rollout.name=hf
+    +actor_rollout_ref.rollout.agent.agent_loop_manager_class=verl_ext.cpu.rollout.batch_loop.BatchAgentLoopManager
+
+It returns when all responses are in TransferQueue, so the trainer never waits for its replay buffer's next poll (2 s).
+What it writes is what verl's ``AgentLoopWorkerTQ`` with a ``SingleTurnAgentLoop`` writes (a test compares them).
+"""
+
+import logging
+from collections import Counter
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
+from tensordict import NonTensorData, NonTensorStack, TensorDict
+from torch.nn.utils.rnn import pad_sequence
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker, DictConfigWrap
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.protocol import DataProto
+from verl.trainer.distillation import is_distillation_enabled
+from verl.utils.model import compute_position_id_with_mask
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from verl_ext.cpu.rollout.replica import server_name
+from verl_ext.cpu.rollout.server import TokenOutput
+
+logger = logging.getLogger(__name__)
+
+AGENT = "single_turn_agent"
+
+
+class BatchAgentLoopManager:
+    """See the module. verl's trainer creates it with :meth:`create` and calls :meth:`generate_sequences`."""
+
+    def __init__(
+        self,
+        config: DictConfig,
+        llm_client: Any,
+        teacher_client: Any = None,
+        reward_loop_worker_handles: list[ray.actor.ActorHandle] | None = None,
+    ):
+        refuse_unsupported(config)
+        self.config = config
+        self.rollout = config.actor_rollout_ref.rollout
+        self.reward_workers = reward_loop_worker_handles
+        # For tokenizer, chat template and prompts as verl has them; neither ever runs a loop.
+        worker = AgentLoopWorker(config, llm_client, teacher_client, reward_loop_worker_handles)
+        if worker.processor is not None:
+            raise ValueError(
+                f"{type(self).__name__} is for text; the processor {type(worker.processor).__name__} needs verl's own "
+                "agent-loop manager: leave rollout.agent.agent_loop_manager_class empty"
+            )
+        self.agent = SingleTurnAgentLoop(
+            trainer_config=DictConfigWrap(config),
+            server_manager=llm_client,
+            tokenizer=worker.tokenizer,
+            processor=worker.processor,
+            dataset_cls=worker.dataset_cls,
+            data_config=DictConfigWrap(config.data),
+            hf_model_type=worker.hf_model_type,
+        )
+        ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+        replicas = ranks // self.rollout.tensor_model_parallel_size
+        self.servers = [ray.get_actor(server_name(rank)) for rank in range(replicas)]
+        self._drawn: Counter[tuple[int, ...]] = Counter()
+        self._drawn_in: tuple | None = None
+
+    @classmethod
+    def create(cls, *args: Any, **kwargs: Any) -> "BatchAgentLoopManager":
+        return cls(*args, **kwargs)
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """Generate, reward and store all responses of a batch; questions with a failed one are marked as failures."""
+        validate = bool(prompts["validate"]) if "validate" in prompts else False
+        partition = "val" if validate else "train"
+        questions = _rows(prompts)
+        uids = [q["uid"] for q in questions]
+        failed = self._run(questions, partition, validate)
+        tags = [{"status": "failure" if uid in failed else "finished"} for uid in uids]
+        tq.kv_batch_put(keys=uids, partition_id=partition, tags=tags)
+
+    def _run(self, questions: list[dict[str, Any]], partition: str, validate: bool) -> set[str]:
+        """Store the responses to ``questions``; returns the uids of those that failed in part."""
+        samples = self._samples(questions, validate)
+        started = perf_counter()
+        outputs = self._generate(samples)
+        seconds = {"generate_sequences": perf_counter() - started}
+        outputs = [
+            o if isinstance(o, Exception) else self._agent_output(s, o) for s, o in zip(samples, outputs, strict=True)
+        ]
+
+        failed = set()
+        good = [i for i, o in enumerate(outputs) if not isinstance(o, Exception)]
+        started = perf_counter()
+        rewards = self._rewards([samples[i] for i in good], [outputs[i] for i in good])
+        seconds["compute_score"] = perf_counter() - started
+        for i, reward in zip(good, rewards, strict=True):
+            if isinstance(reward, Exception):
+                outputs[i] = reward
+            elif reward is not None:
+                outputs[i].reward_score = reward["reward_score"]
+                outputs[i].extra_fields["reward_extra_info"] = reward["reward_extra_info"]
+
+        keys, fields, tags = [], [], []
+        for sample, output in zip(samples, outputs, strict=True):
+            if isinstance(output, Exception):
+                failed.add(sample["uid"])
+                logger.error("question %s, response %s failed", sample["uid"], sample["session_id"], exc_info=output)
+                continue
+            for name, value in seconds.items():
+                setattr(output.metrics, name, value)
+            field, tag = _row(sample["fields"], output)
+            keys.append(f"{sample['uid']}_{sample['session_id']}_0")
+            fields.append(field)
+            tags.append(tag)
+        if keys:
+            tq.kv_batch_put(keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition)
+        return failed
+
+    def _samples(self, questions: list[dict[str, Any]], validate: bool) -> list[dict[str, Any]]:
+        """One dict a response to be: prompt, sampling settings, random stream, and the question's fields."""
+        rollout = self.rollout
+        source = rollout.val_kwargs if validate else rollout
+        params = dict(
+            temperature=source.temperature,
+            top_p=source.top_p,
+            top_k=source.top_k,
+            repetition_penalty=1.0,
+            logprobs=rollout.calculate_log_probs,
+        )
+        greedy = params | dict(temperature=0, top_p=1.0, top_k=-1)
+        samples = []
+        for question in questions:
+            fields = dict(question)
+            agent = fields.pop("agent_name", AGENT)
+            if agent != AGENT:
+                raise ValueError(f"{type(self).__name__} runs agent_name={AGENT} only; the data set asks for {agent}")
+            n = int(fields.pop("__rollout_n__", source.n))
+            do_sample = fields.pop("__do_sample__", True)
+            # Which of the equal prompts of this step it is: the servers' random numbers follow from it.
+            now = (validate, int(fields["global_steps"]))
+            if now != self._drawn_in:
+                self._drawn_in = now
+                self._drawn.clear()
+            prompt_ids = self.agent.loop.run_until_complete(
+                self.agent.ct_build_initial_tokens(list(fields["raw_prompt"]))
+            )
+            for session_id in range(n):
+                stream = (validate, self._drawn[tuple(prompt_ids)])
+                self._drawn[tuple(prompt_ids)] += 1
+                samples.append(
+                    {
+                        "uid": fields["uid"],
+                        "session_id": session_id,
+                        "prompt_ids": prompt_ids,
+                        "params": params if validate or do_sample else greedy,
+                        "stream": stream,
+                        "fields": fields | {"session_id": session_id},
+                    }
+                )
+        return samples
+
+    def _generate(self, samples: list[dict[str, Any]]) -> list[TokenOutput | Exception]:
+        chunks = _split(samples, len(self.servers))
+        calls = [
+            server.generate_batch.remote([(s["prompt_ids"], s["params"], s["stream"]) for s in chunk])
+            for server, chunk in zip(self.servers, chunks, strict=False)
+        ]
+        return [output for call, chunk in zip(calls, chunks, strict=True) for output in _get(call, len(chunk))]
+
+    def _agent_output(self, sample: dict[str, Any], output: TokenOutput) -> AgentLoopOutput:
+        """What verl's single-turn agent loop makes of a server's answer."""
+        length = self.rollout.response_length
+        version = output.extra_fields.get("global_steps")
+        return AgentLoopOutput(
+            prompt_ids=sample["prompt_ids"],
+            response_ids=output.token_ids[:length],
+            response_mask=[1] * len(output.token_ids[:length]),
+            response_logprobs=output.log_probs[:length] if output.log_probs else None,
+            routed_experts=None,
+            multi_modal_data={},
+            mm_processor_kwargs=self.agent._get_mm_processor_kwargs(),
+            mm_processor_output=None,
+            num_turns=2,
+            metrics={"num_preempted": -1},
+            extra_fields={
+                **output.extra_fields,
+                "min_global_steps": version,
+                "max_global_steps": version,
+                "turn_scores": [],
+                "tool_rewards": [],
+            },
+        )
+
+    def _rewards(self, samples: list[dict[str, Any]], outputs: list[AgentLoopOutput]) -> list[dict | None | Exception]:
+        """A reward each, or None where a colocated reward model comes later."""
+        if self.reward_workers is None or not samples:
+            return [None] * len(samples)
+        chunks = _split(list(range(len(samples))), len(self.reward_workers))
+        batches = [_reward_batch([samples[i] for i in c], [outputs[i] for i in c]) for c in chunks]
+        calls = [w.compute_score_batch.remote(b) for w, b in zip(self.reward_workers, batches, strict=False)]
+        results = []
+        for worker, batch, call in zip(self.reward_workers, batches, calls, strict=False):
+            answer = _get(call, len(batch))
+            if any(isinstance(a, Exception) for a in answer):
+                # One failure fails the whole call: ask again, one by one.
+                singles = [worker.compute_score.remote(batch[i : i + 1]) for i in range(len(batch))]
+                answer = [_get(single, 1, whole=False)[0] for single in singles]
+            results.extend(answer)
+        return results
+
+
+def refuse_unsupported(config: DictConfig) -> None:
+    """Raise ValueError naming the first setting for which verl's own agent-loop manager is needed."""
+    rollout = config.actor_rollout_ref.rollout
+    for name, found, right in (
+        ("actor_rollout_ref.rollout.name", rollout.name, "hf"),
+        ("trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, "sync"),
+        ("actor_rollout_ref.rollout.agent.default_agent_loop", rollout.agent.default_agent_loop, AGENT),
+        ("actor_rollout_ref.rollout.agent.agent_loop_config_path", rollout.agent.agent_loop_config_path, None),
+        ("actor_rollout_ref.rollout.multi_turn.enable", rollout.multi_turn.enable, False),
+        ("actor_rollout_ref.rollout.multi_turn.tool_config_path", rollout.multi_turn.tool_config_path, None),
+        ("actor_rollout_ref.rollout.multi_turn.function_tool_path", rollout.multi_turn.function_tool_path, None),
+        ("distillation.enabled", bool(is_distillation_enabled(config.get("distillation"))), False),
+    ):
+        if found != right:
+            raise ValueError(
+                f"BatchAgentLoopManager needs {name}={right}, found {found}; for anything else leave "
+                "actor_rollout_ref.rollout.agent.agent_loop_manager_class empty"
+            )
+
+
+def _rows(batch: TensorDict) -> list[dict[str, Any]]:
+    """The fields of each question, as verl's agent-loop worker takes them apart."""
+    rows: list[dict[str, Any]] = [{} for _ in range(len(batch))]
+    for name, column in batch.items():
+        if name == "validate":
+            continue
+        for i, row in enumerate(rows):
+            if isinstance(column, NonTensorData):
+                row[name] = column.data
+            else:
+                row[name] = column[i].data if isinstance(column, NonTensorStack) else column[i]
+    return rows
+
+
+def _row(question: dict[str, Any], output: AgentLoopOutput) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields and tag of one response in TransferQueue."""
+    field = output.as_dict()
+    field.update(question)
+    field.pop("multi_modal_data", None)
+    field["loss_mask"] = field["response_mask"]
+    field["input_ids"] = torch.cat([field["prompts"], field["responses"]])
+    field["position_ids"] = torch.arange(len(field["input_ids"]))
+    field["multi_modal_inputs"] = {}
+    prompt_len, response_len = len(field["prompts"]), len(field["responses"])
+    tag = {
+        "status": "success",
+        "prompt_len": prompt_len,
+        "response_len": response_len,
+        "seq_len": prompt_len + response_len,
+        "global_steps": question["global_steps"],
+        "min_global_steps": output.extra_fields["min_global_steps"],
+        "max_global_steps": output.extra_fields["max_global_steps"],
+    }
+    return field, tag
+
+
+def _reward_batch(samples: list[dict[str, Any]], outputs: list[AgentLoopOutput]) -> DataProto:
+    """Input of verl's reward workers: prompts padded on the left, responses on the right."""
+    prompts = [torch.tensor(o.prompt_ids) for o in outputs]
+    responses = [torch.tensor(o.response_ids, dtype=torch.long) for o in outputs]
+
+    def pad(tensors: list[torch.Tensor], side: str) -> torch.Tensor:
+        return pad_sequence(tensors, batch_first=True, padding_side=side)
+
+    left, right = pad(prompts, "left"), pad(responses, "right")
+    mask = torch.cat(
+        [pad([torch.ones_like(t) for t in prompts], "left"), pad([torch.ones_like(t) for t in responses], "right")], 1
+    )
+    tensors = {
+        "prompts": left,
+        "responses": right,
+        "attention_mask": mask,
+        "input_ids": torch.cat([left, right], 1),
+        "position_ids": compute_position_id_with_mask(mask),
+    }
+    others = {name: [s["fields"][name] for s in samples] for name in samples[0]["fields"]}
+    others |= {
+        "__num_turns__": [o.num_turns for o in outputs],
+        "tool_extra_fields": [o.extra_fields for o in outputs],
+        "prompt_len": [len(o.prompt_ids) for o in outputs],
+        "response_len": [len(o.response_ids) for o in outputs],
+    }
+    return DataProto(
+        batch=TensorDict(tensors, batch_size=len(samples)),
+        non_tensor_batch={name: _objects(values) for name, values in others.items()},
+    )
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def _split(items: list, parts: int) -> list[list]:
+    """``items`` in at most ``parts`` non-empty runs of nearly equal length."""
+    size = -(-len(items) // parts)
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _get(call: ray.ObjectRef, count: int, whole: bool = True) -> list:
+    """The ``count`` answers of a call, or its exception that many times."""
+    try:
+        answer = ray.get(call)
+    except Exception as e:
+        return [e] * count
+    return answer if whole else [answer]

