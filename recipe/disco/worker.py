@@ -106,9 +106,11 @@ class DiscoTrainingWorker(TrainingWorker):
         first, self._first_after_rollout = self._first_after_rollout, False
         # At pi_theta = pi_old there is nothing to measure: scores follow from old_log_probs and the KL is 0.
         free = lagged or (first and bool(data["fresh_old_log_probs"].all()))
-        log_prob = padded(data["old_log_probs"]).float() if free else self._forward(data)
+        # verl's pass for old_log_probs logs the entropy; where there is none (bypass mode), this pass does.
+        log_prob, entropy = (padded(data["old_log_probs"]).float(), None) if free else self._forward(data, first)
         # None on pipeline stages before the last: no loss is evaluated there.
-        metrics = {} if log_prob is None else self._weigh(data, log_prob, lagged_kl=0.0 if first else self._last_kl)
+        lagged_kl = 0.0 if first else self._last_kl
+        metrics = {} if log_prob is None else self._weigh(data, log_prob, entropy, lagged_kl)
         measured = time.perf_counter() - started
 
         self._fit_micro_batches(data, self.engine_config.micro_batch_size_per_gpu)
@@ -129,14 +131,17 @@ class DiscoTrainingWorker(TrainingWorker):
         if not self.engine_config.use_dynamic_bsz and size:
             tu.assign_non_tensor(data, micro_batch_size_per_gpu=largest_divisor(len(data), size))
 
-    def _forward(self, data: TensorDict) -> Tensor | None:
-        """Log-probabilities (B, T) under the current policy, without gradient; None on early pipeline stages."""
+    def _forward(self, data: TensorDict, with_entropy: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Log-probabilities and, on request, entropies (B, T) under the current policy, without gradient.
+
+        None on early pipeline stages, which have no outputs.
+        """
         engine = self.engine_config
         # A shallow copy: engines write into the batch that they are given.
         data = data.copy()
         tu.assign_non_tensor(
             data,
-            calculate_entropy=False,
+            calculate_entropy=with_entropy,
             use_remove_padding=self.model_config.get("use_remove_padding", False),
             use_fused_kernels=engine.use_fused_kernels,
             use_dynamic_bsz=engine.use_dynamic_bsz,
@@ -146,10 +151,11 @@ class DiscoTrainingWorker(TrainingWorker):
         with self.engine.eval_mode(disable_auto_offload=True):
             # The engine's own: the worker's wrapper returns None on ranks that must weigh, too.
             output = self.engine.infer_batch(data, loss_function=None)
-        log_prob = (output or {}).get("model_output", {}).get("log_probs")
-        return None if log_prob is None else no_padding_2_padding(log_prob, data).float()
+        output = (output or {}).get("model_output", {})
+        names = ("log_probs", "entropy")
+        return tuple(no_padding_2_padding(output[n], data).float() if n in output else None for n in names)
 
-    def _weigh(self, data: TensorDict, log_prob: Tensor, lagged_kl: float) -> dict[str, float]:
+    def _weigh(self, data: TensorDict, log_prob: Tensor, entropy: Tensor | None, lagged_kl: float) -> dict[str, float]:
         """Exchange the table, write each row's weight and the coefficient into ``data``; return the metrics."""
         mask = padded(data["response_mask"]).bool().to(log_prob.device)
         old = padded(data["old_log_probs"]).float().to(log_prob.device)
@@ -160,12 +166,13 @@ class DiscoTrainingWorker(TrainingWorker):
             "length": mask.sum(-1),
             "score": compute_score(self.disco.score, log_prob, old, mask),
             "kl": kl_estimate(log_prob, old, mask, self.disco.kl_estimator).sum(-1),
+            "entropy": masked(log_prob if entropy is None else entropy, mask).sum(-1),
         }
         table = torch.stack([x.to(log_prob.device, torch.float64) for x in columns.values()], -1)
         group = self.engine.get_data_parallel_group()
         parts = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, table, group=group)
-        question, size, reward, length, score, kl_sum = torch.cat(parts).cpu().unbind(-1)
+        question, size, reward, length, score, kl_sum, entropy_sum = torch.cat(parts).cpu().unbind(-1)
         question, length = question.long(), length.long()
 
         real = question >= 0
@@ -199,6 +206,7 @@ class DiscoTrainingWorker(TrainingWorker):
             "questions": float(len(question[real].unique())),
             "padding_rows": float((~real).double().mean()),
             "no_mixed_group": float(not bool(weight.any())),
+            **({} if entropy is None else {"entropy": float(entropy_sum.sum()) / max(self._tokens, 1)}),
         }
 
     # One micro-batch ------------------------------------------------------------------------------------------------

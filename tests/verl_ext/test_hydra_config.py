@@ -1,0 +1,308 @@
+"""The config group ``algorithm`` on verl's own primary configs, and the callback around each job."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import hydra
+import pytest
+import verl
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+from verl.trainer import main_ppo
+from verl.utils.config import omega_conf_to_dataclass
+
+from verl_ext import hydra_callbacks, hydra_config
+
+VERL = Path(verl.__file__).parent
+ALGORITHMS = sorted(f.stem for f in hydra_config.ALGORITHMS.glob("*.yaml"))
+
+# Every primary config with a node `algorithm` that verl ships, and the module that has its main().
+PRIMARY = {
+    "ppo_trainer": "verl.trainer.main_ppo",
+    "ppo_megatron_trainer": "verl.trainer.main_ppo",
+    "fully_async_ppo_trainer": "verl.experimental.fully_async_policy.fully_async_main",
+    "fully_async_ppo_megatron_trainer": "verl.experimental.fully_async_policy.fully_async_main",
+    "one_step_off_ppo_trainer": "verl.experimental.one_step_off_policy.main_ppo",
+    "one_step_off_ppo_megatron_trainer": "verl.experimental.one_step_off_policy.main_ppo",
+}
+
+# In one process for all configs, because `import verl` takes seconds: argv[1] is a JSON list of command lines, each a
+# module and its arguments; prints a JSON list of what each wrote to stdout.
+RUN_COMMANDS = """
+import contextlib, importlib, io, json, sys
+outputs = []
+for module, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [module, *arguments]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        importlib.import_module(module).main()
+    outputs.append(out.getvalue())
+print(json.dumps(outputs))
+"""
+
+
+def _start(commands: list[list[str]], plugins: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN_COMMANDS, json.dumps(commands)],
+        env={**os.environ, "VERL_USE_EXTERNAL_PLUGINS": plugins},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _finish(process: subprocess.Popen) -> list[str]:
+    stdout, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return json.loads(stdout.splitlines()[-1])
+
+
+def test_the_list_of_primary_configs_is_complete():
+    found = set()
+    for file in VERL.glob("**/config/*.yaml"):
+        config = OmegaConf.load(file)
+        if {"defaults", "algorithm"} <= config.keys():
+            found.add(file.stem)
+    assert found == set(PRIMARY)
+
+
+def test_without_an_override_every_primary_config_is_stock_verls():
+    commands = []
+    for name, module in PRIMARY.items():
+        # one_step_off and the Megatron variants name verl's directory relative to a source checkout.
+        search = [] if "experimental" not in module else ["hydra.searchpath=[pkg://verl.trainer.config]"]
+        for cfg in (["--cfg", "job"], ["--cfg", "job", "--resolve"]):
+            commands.append([module, "--config-name", name, *cfg, *search])
+    commands.append(["verl.trainer.main_ppo", "--cfg", "job", "model_engine=megatron", "algorithm.gamma=0.9"])
+
+    with _start(commands, "none") as stock, _start(commands, "auto") as ours:
+        for command, expected, got in zip(commands, _finish(stock), _finish(ours), strict=True):
+            assert "adv_estimator: gae" in expected
+            assert got == expected, command
+
+
+def test_the_module_run_as_a_script_knows_the_group(tmp_path):
+    run = [sys.executable, "-m", "verl.trainer.main_ppo", "algorithm=nonsense"]
+    process = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 1
+    _, _, options = process.stderr.partition("Available options in 'algorithm':\n")
+    assert options.splitlines()[: len(ALGORITHMS)] == [f"\t{name}" for name in ALGORITHMS]
+    assert "rollout_correction" not in options
+
+
+@pytest.mark.parametrize("engine", ["dp", "megatron"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_algorithm_makes_verls_dataclasses(compose, name, engine):
+    micro_batches = ("actor.ppo", "rollout.log_prob")
+    config = compose(
+        f"algorithm={name}",
+        f"model_engine={engine}",
+        "actor_rollout_ref.rollout.name=vllm",
+        *(f"actor_rollout_ref.{m}_micro_batch_size_per_gpu=1" for m in micro_batches),
+    )
+    OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert actor.strategy == {"dp": "fsdp2", "megatron": "megatron"}[engine] or engine == "dp"
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.rollout).n == config.actor_rollout_ref.rollout.n
+    omega_conf_to_dataclass(config.algorithm)
+    if validator := OmegaConf.select(config, "verl_ext.validator"):
+        hydra.utils.get_method(validator)(config)
+
+
+def test_unknown_names_list_the_choices(compose):
+    with pytest.raises(MissingConfigException) as e:
+        compose("algorithm=nonsense")
+    assert e.value.options == ALGORITHMS
+
+
+def test_values_on_the_command_line_win(compose):
+    config = compose("algorithm=disco", "algorithm.gamma=0.9", "actor_rollout_ref.rollout.n=4", "disco.delta=1e-3")
+    assert (config.algorithm.gamma, config.actor_rollout_ref.rollout.n, config.disco.delta) == (0.9, 4, 1e-3)
+
+
+def test_primary_megatron_config_has_the_group(compose):
+    config = compose("algorithm=disco", config_name="ppo_megatron_trainer")
+    assert config.actor_rollout_ref.actor.strategy == "megatron"
+    assert config.actor_rollout_ref.actor.policy_loss.loss_mode == "disco"
+
+
+def test_a_users_config_on_top_of_verls_has_the_group(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\ntrainer: {total_epochs: 3}\n")
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        config = hydra.compose("mine", overrides=[f"hydra.searchpath=[file://{tmp_path}]", "algorithm=disco"])
+    assert (config.trainer.total_epochs, config.disco.objective) == (3, "disco")
+
+
+def test_other_hydra_applications_are_left_alone(tmp_path):
+    (tmp_path / "app.yaml").write_text("defaults: [_self_]\nalgorithm: {lr: 1}\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base=None):
+        config = hydra.compose("app", return_hydra_config=True)
+        assert config.hydra.callbacks == {}
+        assert "algorithm" not in config.hydra.runtime.choices
+        assert [s.provider for s in config.hydra.runtime.config_sources] == ["hydra", "main", "schema"]
+        with pytest.raises(hydra.errors.ConfigCompositionException):
+            hydra.compose("app", overrides=["algorithm=disco"])
+
+
+@pytest.mark.parametrize("path", ["verl/trainer/config", "file://verl/trainer/config", "pkg://verl.trainer/config"])
+def test_verls_directory_is_recognised_in_each_form(path, monkeypatch):
+    monkeypatch.chdir(VERL.parent)
+    assert hydra_config._verl_directory(path) == VERL / "trainer" / "config"
+
+
+@pytest.mark.parametrize("path", ["/verl/trainer/config", "pkg://verl_ext.config", "pkg://hydra.conf", "structured://"])
+def test_other_directories_are_not_verls(path):
+    assert hydra_config._verl_directory(path) is None
+
+
+def test_disco_reaches_the_workers_and_needs_nothing_else(compose):
+    config = compose("algorithm=disco")
+    carried = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).disco
+    assert (carried.objective, carried.score, carried.tau) == ("disco", "log_l", 10.0)
+    assert (carried.constraint, carried.delta, carried.beta) == ("squared_hinge", 1e-4, 1000.0)
+    assert not config.actor_rollout_ref.actor.use_kl_loss and not config.algorithm.use_kl_in_reward
+
+
+@pytest.mark.parametrize(
+    "overrides, tau",
+    [([], 10.0), (["disco.score=l_ratio"], 1.0), (["disco.score=l_ratio", "disco.tau=3"], 3), (["disco.tau=3"], 3)],
+)
+def test_tau_follows_the_score_unless_it_is_set(compose, overrides, tau):
+    assert compose("algorithm=disco", *overrides).actor_rollout_ref.actor.policy_loss.disco.tau == tau
+
+
+def test_disco_b_differs_from_disco_in_the_objective_alone(compose):
+    disco, disco_b = compose("algorithm=disco"), compose("algorithm=disco_b")
+    assert disco_b.disco.objective == "disco_b"
+    disco_b.disco.objective = "disco"
+    assert disco_b == disco
+
+
+def test_the_compared_methods_share_their_run_settings(compose):
+    configs = {name: compose(f"algorithm={name}") for name in ("disco", "disco_b", "grpo", "dapo")}
+    paths = ["data", "actor_rollout_ref.rollout", "actor_rollout_ref.actor.optim", "actor_rollout_ref.actor.ppo_epochs"]
+    paths += ["actor_rollout_ref.actor.ppo_mini_batch_size", "actor_rollout_ref.actor.entropy_coeff", "trainer"]
+    for path in paths:
+        for config in configs.values():
+            assert OmegaConf.select(config, path) == OmegaConf.select(configs["disco"], path), path
+    assert configs["disco"].data.train_batch_size == 128
+    assert configs["disco"].actor_rollout_ref.rollout.n == 8
+
+
+@pytest.mark.parametrize("coefficient, reference", [("0.04", True), ("0", False)])
+def test_grpo_runs_without_a_reference_when_its_coefficient_is_zero(compose, coefficient, reference):
+    config = compose("algorithm=grpo", f"grpo.kl_coef={coefficient}")
+    assert main_ppo.need_reference_policy(config) is reference
+
+
+def test_dapo_switches_reach_verl(compose):
+    config = compose("algorithm=dapo", "data.max_response_length=20480")
+    buffer = config.reward.reward_kwargs.overlong_buffer_cfg
+    assert (config.algorithm.filter_groups.enable, buffer.enable, buffer.len) == (True, True, 4096)
+    config = compose("algorithm=dapo", "dapo.dynamic_sampling=false", "dapo.overlong_buffer.enable=false")
+    assert not config.algorithm.filter_groups.enable
+    assert not config.reward.reward_kwargs.overlong_buffer_cfg.enable
+
+
+def test_a_share_is_at_least_one():
+    assert [hydra_config.share(0.2, total) for total in (20480, 32, 3)] == [4096, 6, 1]
+
+
+def test_experiments_come_from_the_same_search_path(compose):
+    names = sorted(f.stem for f in (hydra_config.ALGORITHMS.parent / "experiment").glob("*.yaml"))
+    with pytest.raises(MissingConfigException) as e:
+        compose("+experiment=nonsense")
+    assert (e.value.options or []) == names
+
+
+def test_descriptions_are_the_second_line_of_each_file():
+    descriptions = hydra_config.describe_algorithms()
+    assert sorted(descriptions) == ALGORITHMS
+    assert all(len(text) > 20 for text in descriptions.values())
+
+
+@pytest.fixture
+def jobs(monkeypatch, tmp_path):
+    """``jobs(*arguments)``: run ``main_ppo``'s Hydra application with training replaced; the configs that it got."""
+    got = []
+
+    def run(*arguments: str) -> list:
+        logging = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+        places = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep"]
+        monkeypatch.setattr(sys, "argv", ["main_ppo", *arguments, *logging, *places])
+        monkeypatch.setattr(main_ppo, "validate_config", lambda **kwargs: None)
+        monkeypatch.setattr(main_ppo, "run_ppo", lambda config, task_runner_class: got.append(config))
+        main_ppo.main()
+        return got
+
+    yield run
+    HydraConfig.instance().cfg = None
+
+
+CALLS = []
+
+
+def accept(config) -> None:
+    """Named by ``verl_ext.prepare`` and ``verl_ext.validator`` below."""
+    assert "hydra" not in config
+    CALLS.append(config.trainer.project_name)
+
+
+def refuse(config) -> None:
+    raise ValueError(f"trainer.nnodes={config.trainer.nnodes} is odd; use an even number")
+
+
+def crash(config) -> None:
+    raise KeyError("a bug")
+
+
+def _here(name: str) -> str:
+    sys.modules.setdefault("callback_functions", sys.modules[__name__])
+    return f"callback_functions.{name}"
+
+
+def test_multirun_over_algorithms(jobs):
+    configs = jobs("-m", "algorithm=disco,disco_b", "verl_ext.validator=null")
+    assert [c.disco.objective for c in configs] == ["disco", "disco_b"]
+
+
+def test_prepare_runs_after_the_validator_and_before_the_job(jobs):
+    CALLS.clear()
+    settings = [f"+verl_ext.{step}={_here('accept')}" for step in ("validator", "prepare")]
+    assert len(jobs("trainer.project_name=mine", *settings)) == 1
+    assert CALLS == ["mine", "mine"]
+
+
+def test_a_refusal_ends_the_run_with_its_message_alone(jobs, capsys):
+    with pytest.raises(SystemExit) as e:
+        jobs(f"+verl_ext.validator={_here('refuse')}", f"+verl_ext.prepare={_here('crash')}")
+    assert e.value.code == "verl-disco: settings refused: trainer.nnodes=1 is odd; use an even number"
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bug_in_a_validator_does_not_let_the_run_go_on(jobs, capsys):
+    with pytest.raises(SystemExit, match="verl_ext.validator=callback_functions.crash failed: KeyError: 'a bug'"):
+        jobs(f"+verl_ext.validator={_here('crash')}")
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override, message", [("trainer.use_v1=false", "trainer.use_v1=False"), ("+rollout.nnodes=1", "verl.experimental")]
+)
+def test_trainers_that_would_ignore_the_extensions_are_refused(jobs, override, message):
+    with pytest.raises(SystemExit, match=f"settings refused: {message}.* know.* nothing of verl_ext.actor_worker_class"):
+        jobs("algorithm=disco", override)
+    assert len(jobs("algorithm=grpo", override)) == 1
+
+
+@pytest.mark.parametrize("initialized", [True, False])
+def test_ray_is_shut_down_after_a_job(monkeypatch, initialized):
+    shut_down = []
+    ray = types.SimpleNamespace(is_initialized=lambda: initialized, shutdown=lambda: shut_down.append(True))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    hydra_callbacks.JobCallback().on_job_end(OmegaConf.create(), job_return=None)
+    assert bool(shut_down) is initialized

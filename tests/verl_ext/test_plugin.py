@@ -1,0 +1,51 @@
+"""The entry point: active in a fresh process at little cost, loud when it fails."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import verl
+
+from verl_ext import plugin
+
+
+def _python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_import_verl_activates_it_without_hydra_or_the_trainers():
+    code = """
+import sys, verl
+plugin = sys.modules["verl_ext.plugin"]
+assert plugin.error is None, plugin.error
+heavy = [m for m in ("hydra", "verl.trainer.ppo.v1", "verl.workers", "vllm") if m in sys.modules]
+assert not heavy, heavy
+print("active")
+"""
+    process = _python(code)
+    assert process.stdout.split() == ["active"], process.stderr
+
+
+def test_a_failure_is_printed_although_verl_swallows_it(tmp_path):
+    (tmp_path / "wrapt.py").write_text("raise ImportError('provoked by a test')")
+    code = "import sys, verl; print(type(sys.modules['verl_ext.plugin'].error).__name__)"
+    process = _python(code, PYTHONPATH=str(tmp_path))
+    assert process.returncode == 0
+    assert process.stdout.split() == ["ImportError"]
+    assert "verl-disco: the plugin is NOT active in this process: provoked by a test\n" in process.stderr
+    assert "Traceback" in process.stderr
+
+
+@pytest.mark.parametrize("found", ["0.9.1", "0.9.1.post1", "0.9.5"])
+def test_supported_versions(found):
+    plugin.check_verl_version(found)
+
+
+@pytest.mark.parametrize("found", ["0.9.0", "0.8.0", "0.10.0", "1.0.0"])
+def test_an_unsupported_version_is_refused_with_both_versions(monkeypatch, found):
+    monkeypatch.setattr(verl, "__version__", found)
+    with pytest.raises(RuntimeError, match=rf"supports verl >=0.9.1,<0.10, but verl {found} is installed"):
+        plugin.activate()
