@@ -61,8 +61,7 @@ def refuse_unsupported_trainer(config: DictConfig) -> None:
     # The node that tells the configs of verl.experimental's trainers from those of main_ppo.
     if "rollout" in config:
         raise ValueError(
-            f"verl.experimental's trainers know nothing of verl_ext.{wanted[0]}; run `python -m verl.trainer.main_ppo`, "
-            "with trainer.v1.trainer_mode=separate_async for asynchronous training"
+            f"verl.experimental's trainers know nothing of verl_ext.{wanted[0]}; run python -m verl.trainer.main_ppo"
         )
 
 

@@ -1,8 +1,8 @@
 """Makes ``algorithm=NAME`` a Hydra config group, although verl's primary configs define ``algorithm:`` as a plain node.
 
 Two Hydra plugins, registered when Hydra is first imported, act only if the application's main config directory lies
-inside the installed verl package. The first puts ``verl_ext/config`` (groups ``algorithm``, ``experiment``) on the search
-path. The second serves verl's directory unchanged but for this: to each primary config it appends the default
+inside the installed verl package. One puts ``verl_ext/config`` (groups ``algorithm``, ``experiment``) on the search
+path. The other serves verl's directory unchanged but for this: to a primary config it appends the default
 ``algorithm: ppo``, which sets nothing, and the Hydra callback of :mod:`verl_ext.hydra_callbacks`. So stock commands
 compose as before, and nothing of verl is copied.
 """
@@ -72,7 +72,7 @@ def _register_plugins(_hydra: Any) -> None:
         def load_config(self, config_path: str):
             result = super().load_config(config_path)
             cfg = result.config
-            # Primary configs of trainers: in the top directory, with a defaults list and a node `algorithm`.
+            # The configs that define the node `algorithm`; ppo_megatron_trainer and users' own inherit from these.
             if "/" not in config_path and isinstance(cfg, DictConfig) and {"defaults", "algorithm"} <= cfg.keys():
                 cfg.defaults.append({"algorithm": DEFAULT_ALGORITHM})
                 callback = {"_target_": "verl_ext.hydra_callbacks.JobCallback"}

@@ -4,7 +4,6 @@ import importlib.metadata as metadata
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -101,8 +100,8 @@ def test_no_rollout_engine_is_wrong(monkeypatch):
     assert _problems(doctor.check_rollout_engines)[0][0] == "verl has nothing to generate responses with"
 
 
-def test_versions_and_entry_point_are_those_of_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["name"] == doctor.DISTRIBUTION
-    assert tuple(project["entry-points"]["verl.plugins"].items()) == (doctor.ENTRY_POINT,)
-    assert f"verl{plugin.SUPPORTED_VERL}" in project["dependencies"]
+def test_names_and_versions_are_those_of_pyproject():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    name, module = doctor.ENTRY_POINT
+    for line in (f'name = "{doctor.DISTRIBUTION}"', f'{name} = "{module}"', f'"verl{plugin.SUPPORTED_VERL}"'):
+        assert line in pyproject

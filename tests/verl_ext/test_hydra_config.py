@@ -13,7 +13,10 @@ import verl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
+from verl.experimental.reward_loop.reward_manager.dapo import DAPORewardManager
 from verl.trainer import main_ppo
+from verl.trainer.ppo.reward import resolve_reward_manager_cls
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.config import omega_conf_to_dataclass
 
 from verl_ext import hydra_callbacks, hydra_config
@@ -21,26 +24,28 @@ from verl_ext import hydra_callbacks, hydra_config
 VERL = Path(verl.__file__).parent
 ALGORITHMS = sorted(f.stem for f in hydra_config.ALGORITHMS.glob("*.yaml"))
 
-# Every primary config with a node `algorithm` that verl ships, and the module that has its main().
+# Every primary config with a node `algorithm` that verl ships -> its directory in verl.
 PRIMARY = {
-    "ppo_trainer": "verl.trainer.main_ppo",
-    "ppo_megatron_trainer": "verl.trainer.main_ppo",
-    "fully_async_ppo_trainer": "verl.experimental.fully_async_policy.fully_async_main",
-    "fully_async_ppo_megatron_trainer": "verl.experimental.fully_async_policy.fully_async_main",
-    "one_step_off_ppo_trainer": "verl.experimental.one_step_off_policy.main_ppo",
-    "one_step_off_ppo_megatron_trainer": "verl.experimental.one_step_off_policy.main_ppo",
+    "ppo_trainer": "trainer/config",
+    "ppo_megatron_trainer": "trainer/config",
+    "fully_async_ppo_trainer": "experimental/fully_async_policy/config",
+    "fully_async_ppo_megatron_trainer": "experimental/fully_async_policy/config",
+    "one_step_off_ppo_trainer": "experimental/one_step_off_policy/config",
+    "one_step_off_ppo_megatron_trainer": "experimental/one_step_off_policy/config",
 }
 
-# In one process for all configs, because `import verl` takes seconds: argv[1] is a JSON list of command lines, each a
-# module and its arguments; prints a JSON list of what each wrote to stdout.
+# One process for all, because `import verl` takes seconds: argv[1] is a JSON list of command lines of a Hydra
+# application, each after its config directory; prints a JSON list of what each wrote to stdout.
 RUN_COMMANDS = """
-import contextlib, importlib, io, json, sys
+import contextlib, io, json, sys
+import verl
+import hydra
 outputs = []
-for module, *arguments in json.loads(sys.argv[1]):
-    sys.argv = [module, *arguments]
+for directory, *arguments in json.loads(sys.argv[1]):
+    sys.argv = ["main", *arguments]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        importlib.import_module(module).main()
+        hydra.main(config_path=directory, version_base=None)(lambda config: None)()
     outputs.append(out.getvalue())
 print(json.dumps(outputs))
 """
@@ -62,22 +67,20 @@ def _finish(process: subprocess.Popen) -> list[str]:
 
 
 def test_the_list_of_primary_configs_is_complete():
-    found = set()
-    for file in VERL.glob("**/config/*.yaml"):
-        config = OmegaConf.load(file)
-        if {"defaults", "algorithm"} <= config.keys():
-            found.add(file.stem)
-    assert found == set(PRIMARY)
+    files = [file for file in VERL.glob("**/config/*.yaml") if "\ndefaults:" in file.read_text()]
+    inherit = [file.stem for file in files if "\n  - ppo_trainer" in file.read_text()]
+    define = [file.stem for file in files if "algorithm" in OmegaConf.load(file)]
+    assert {*inherit, *define} == set(PRIMARY)
 
 
 def test_without_an_override_every_primary_config_is_stock_verls():
     commands = []
-    for name, module in PRIMARY.items():
-        # one_step_off and the Megatron variants name verl's directory relative to a source checkout.
-        search = [] if "experimental" not in module else ["hydra.searchpath=[pkg://verl.trainer.config]"]
-        for cfg in (["--cfg", "job"], ["--cfg", "job", "--resolve"]):
-            commands.append([module, "--config-name", name, *cfg, *search])
-    commands.append(["verl.trainer.main_ppo", "--cfg", "job", "model_engine=megatron", "algorithm.gamma=0.9"])
+    for name, directory in PRIMARY.items():
+        # Some of the experimental configs name verl's directory relative to a source checkout.
+        search = [] if name.startswith("ppo") else ["hydra.searchpath=[pkg://verl.trainer.config]"]
+        commands.append([f"{VERL}/{directory}", "--config-name", name, "--cfg", "job", *search])
+    overrides = ["model_engine=megatron", "algorithm.gamma=0.9"]
+    commands.append([f"{VERL}/trainer/config", "--config-name", "ppo_trainer", "--cfg", "job", "--resolve", *overrides])
 
     with _start(commands, "none") as stock, _start(commands, "auto") as ours:
         for command, expected, got in zip(commands, _finish(stock), _finish(ours), strict=True):
@@ -104,10 +107,10 @@ def test_each_algorithm_makes_verls_dataclasses(compose, name, engine):
         "actor_rollout_ref.rollout.name=vllm",
         *(f"actor_rollout_ref.{m}_micro_batch_size_per_gpu=1" for m in micro_batches),
     )
-    OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    OmegaConf.to_container(config, resolve=True)
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-    assert actor.strategy == {"dp": "fsdp2", "megatron": "megatron"}[engine] or engine == "dp"
-    assert omega_conf_to_dataclass(config.actor_rollout_ref.rollout).n == config.actor_rollout_ref.rollout.n
+    assert actor.strategy.startswith({"dp": "fsdp", "megatron": "megatron"}[engine])
+    assert actor.rollout_n == omega_conf_to_dataclass(config.actor_rollout_ref.rollout).n
     omega_conf_to_dataclass(config.algorithm)
     if validator := OmegaConf.select(config, "verl_ext.validator"):
         hydra.utils.get_method(validator)(config)
@@ -130,13 +133,6 @@ def test_primary_megatron_config_has_the_group(compose):
     assert config.actor_rollout_ref.actor.policy_loss.loss_mode == "disco"
 
 
-def test_a_users_config_on_top_of_verls_has_the_group(tmp_path):
-    (tmp_path / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\ntrainer: {total_epochs: 3}\n")
-    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
-        config = hydra.compose("mine", overrides=[f"hydra.searchpath=[file://{tmp_path}]", "algorithm=disco"])
-    assert (config.trainer.total_epochs, config.disco.objective) == (3, "disco")
-
-
 def test_other_hydra_applications_are_left_alone(tmp_path):
     (tmp_path / "app.yaml").write_text("defaults: [_self_]\nalgorithm: {lr: 1}\n")
     with hydra.initialize_config_dir(str(tmp_path), version_base=None):
@@ -144,8 +140,7 @@ def test_other_hydra_applications_are_left_alone(tmp_path):
         assert config.hydra.callbacks == {}
         assert "algorithm" not in config.hydra.runtime.choices
         assert [s.provider for s in config.hydra.runtime.config_sources] == ["hydra", "main", "schema"]
-        with pytest.raises(hydra.errors.ConfigCompositionException):
-            hydra.compose("app", overrides=["algorithm=disco"])
+        assert hydra.compose("app", overrides=["algorithm=disco"]) == {"algorithm": "disco"}
 
 
 @pytest.mark.parametrize("path", ["verl/trainer/config", "file://verl/trainer/config", "pkg://verl.trainer/config"])
@@ -195,17 +190,23 @@ def test_the_compared_methods_share_their_run_settings(compose):
 
 @pytest.mark.parametrize("coefficient, reference", [("0.04", True), ("0", False)])
 def test_grpo_runs_without_a_reference_when_its_coefficient_is_zero(compose, coefficient, reference):
-    config = compose("algorithm=grpo", f"grpo.kl_coef={coefficient}")
+    micro_batch = "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4"
+    config = compose("algorithm=grpo", f"grpo.kl_coef={coefficient}", micro_batch)
     assert main_ppo.need_reference_policy(config) is reference
+    assert config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu == 4
 
 
-def test_dapo_switches_reach_verl(compose):
+def test_dapo_settings_reach_verls_reward_manager_and_group_filter(compose):
     config = compose("algorithm=dapo", "data.max_response_length=20480")
-    buffer = config.reward.reward_kwargs.overlong_buffer_cfg
-    assert (config.algorithm.filter_groups.enable, buffer.enable, buffer.len) == (True, True, 4096)
+    manager = resolve_reward_manager_cls(config)(config, tokenizer=None, compute_score=None)
+    assert isinstance(manager, DAPORewardManager)
+    buffer = manager.overlong_buffer_cfg
+    assert (manager.max_resp_len, buffer.enable, buffer.len, buffer.penalty_factor) == (20480, True, 4096, 1.0)
+    assert PPOTrainer._resolve_filter_groups_metric(types.SimpleNamespace(config=config)) == "acc"
+
     config = compose("algorithm=dapo", "dapo.dynamic_sampling=false", "dapo.overlong_buffer.enable=false")
-    assert not config.algorithm.filter_groups.enable
     assert not config.reward.reward_kwargs.overlong_buffer_cfg.enable
+    assert PPOTrainer._resolve_filter_groups_metric(types.SimpleNamespace(config=config)) is None
 
 
 def test_a_share_is_at_least_one():
@@ -266,8 +267,20 @@ def _here(name: str) -> str:
 
 
 def test_multirun_over_algorithms(jobs):
-    configs = jobs("-m", "algorithm=disco,disco_b", "verl_ext.validator=null")
-    assert [c.disco.objective for c in configs] == ["disco", "disco_b"]
+    # `++`, because Hydra first composes a multirun with the default algorithm, which has no node `disco`.
+    configs = jobs("-m", "algorithm=disco,disco_b", "++disco.tau=3,4", "trainer.nnodes=2")
+    assert [(c.disco.objective, c.disco.tau) for c in configs] == [
+        ("disco", 3),
+        ("disco", 4),
+        ("disco_b", 3),
+        ("disco_b", 4),
+    ]
+
+
+def test_a_users_config_on_top_of_verls_has_the_group(jobs, tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\ntrainer: {total_epochs: 3}\n")
+    (config,) = jobs("--config-dir", str(tmp_path), "--config-name", "mine", "algorithm=disco")
+    assert (config.trainer.total_epochs, config.disco.objective) == (3, "disco")
 
 
 def test_prepare_runs_after_the_validator_and_before_the_job(jobs):
@@ -294,7 +307,9 @@ def test_a_bug_in_a_validator_does_not_let_the_run_go_on(jobs, capsys):
     "override, message", [("trainer.use_v1=false", "trainer.use_v1=False"), ("+rollout.nnodes=1", "verl.experimental")]
 )
 def test_trainers_that_would_ignore_the_extensions_are_refused(jobs, override, message):
-    with pytest.raises(SystemExit, match=f"settings refused: {message}.* know.* nothing of verl_ext.actor_worker_class"):
+    with pytest.raises(
+        SystemExit, match=f"settings refused: {message}.* know.* nothing of verl_ext.actor_worker_class"
+    ):
         jobs("algorithm=disco", override)
     assert len(jobs("algorithm=grpo", override)) == 1
 

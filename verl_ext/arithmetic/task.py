@@ -1,15 +1,14 @@
-"""The toy task: running totals of small additions and subtractions, graded by their number.
+"""The toy task: chains of single digits to add and subtract, graded by their length.
 
-A question of level k asks for k operations on a two-digit number, "47+8-5+9=", and a response works it out total by
-total before it answers, "55 50 59#59". Every total lies in 0..99, so one operation is a fact that a tiny model can
-learn, and a chain of k operations is only as good as its weakest link.
+A question of level k has k operations, "4+8-5+9=", and a response works it out total by total before it answers,
+"12 7 16#16". One operation is a fact that a tiny model can learn; a chain is only as good as its weakest link.
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-LEVELS = (1, 2, 3, 4, 5, 6)
+LEVELS = (1, 2, 3, 4, 5, 6, 7, 8)
 """Levels of difficulty: the number of operations of a question."""
 
 ANSWER_MARK = "#"
@@ -18,7 +17,7 @@ ANSWER_MARK = "#"
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its running totals (one per operation; the last is the answer)."""
+    """A question and its running totals, one per operation; the last is the answer."""
 
     text: str
     totals: tuple[int, ...]
@@ -38,21 +37,19 @@ class Question:
 
 
 def draw(rng: random.Random, level: int) -> Question:
-    """Draw one question of ``level`` operations, each with a digit 1..9, with all totals in 0..99."""
-    total = rng.randint(10, 99)
+    """Draw one question of ``level`` operations on digits 1..9. No total is negative."""
+    total = rng.randint(1, 9)
     text, totals = str(total), []
     for _ in range(level):
         digit = rng.randint(1, 9)
-        sign = rng.choice("+-")
-        if not 0 <= (total + digit if sign == "+" else total - digit) <= 99:
-            sign = "-" if sign == "+" else "+"
-        total = total + digit if sign == "+" else total - digit
-        text += f"{sign}{digit}"
+        subtract = rng.random() < 0.5 and digit <= total
+        total += -digit if subtract else digit
+        text += f"{'-' if subtract else '+'}{digit}"
         totals.append(total)
     return Question(text + "=", tuple(totals))
 
 
-def draw_many(rng: random.Random, levels: Iterable[int], exclude: frozenset[str] = frozenset()) -> Iterator[Question]:
+def draw_many(rng: random.Random, levels: Iterable[int], exclude: Collection[str] = ()) -> Iterator[Question]:
     """One question for each of ``levels``, none of whose text is in ``exclude``."""
     for level in levels:
         while (question := draw(rng, level)).text in exclude:

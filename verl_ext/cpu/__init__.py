@@ -1,4 +1,5 @@
-"""verl on a CPU: a platform, engines for the device "cpu", and the light rollout ``actor_rollout_ref.rollout.name=hf``.
+"""verl on a CPU: a platform, engines for the device "cpu", the light rollout ``actor_rollout_ref.rollout.name=hf``, and
+verl's vLLM rollout on a CPU build of vLLM.
 
 Nothing here needs an environment variable: the platform is found by verl's own detection when there is no accelerator
 (:mod:`verl_ext.cpu.platform`), and what only some processes need is registered when verl imports what it belongs to.
@@ -11,10 +12,11 @@ from wrapt import register_post_import_hook
 
 def register() -> None:
     """Register all of it, cheaply: verl's plugin entry point calls this in every process."""
-    from verl_ext.cpu import patches, platform
+    from verl_ext.cpu import patches, platform, vllm
 
     platform.register()
     patches.register()
+    vllm.register()
     register_post_import_hook(_register_engines, "verl.workers.engine.fsdp.transformer_impl")
     register_post_import_hook(_register_rollout_adapter, "verl.workers.rollout.base")
     register_post_import_hook(_register_rollout_replica, "verl.workers.rollout.replica")

@@ -64,12 +64,25 @@ def test_k3_is_never_negative_and_exceeds_k1_by_the_ratio_less_one(drift):
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_small_drifts_keep_their_digits_in_float32(estimator):
-    """Tokens whose true k1 is 1e-3 and k3 5e-7: 1 and the ratio cancel, and a careless k3 would have one digit left."""
+    """k3 of a drift of -7e-4 is 2.7e-7, 4.5 times float32's spacing below 1: as r - 1 - log r it is 10 % off."""
     old = torch.full((1, 4), -0.5)
-    new = old - torch.tensor(2.0**-10)
-    exact = {"k1": 2**-10, "k3": math.expm1(-(2**-10)) + 2**-10}[estimator]
+    drift = 3 * 2.0**-12
+    new = old - drift
+    exact = {"k1": drift, "k3": math.expm1(-drift) + drift}[estimator]
     found = kl_estimate(new, old, ONES, estimator)
     assert found.tolist() == [pytest.approx([exact] * 4, rel=1e-3)]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_raised_before_the_difference(estimator, dtype):
+    """-1 and -32 exactly: the ratio e^31 is beyond float16, and e - 2 beyond bfloat16's eight bits."""
+    old = torch.full((1, 4), -32.0, dtype=dtype)
+    new = torch.tensor([[-1.0, -32.0, -31.0, -30.0]], dtype=dtype)
+    found = kl_estimate(new, old, ONES, estimator)
+    assert found.dtype == torch.float32
+    expected = kl_estimate(new.double(), old.double(), ONES, estimator)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -177,7 +190,7 @@ def test_the_multiplier_meets_the_bound_where_the_hinge_cannot():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_controller_goes_on_as_an_uninterrupted_one(kind):
     """Through JSON, as a checkpoint would; every number after the break is the same to the last bit."""
-    history = [0.031, 0.07, 0.011, 0.2, 0.004, 0.05]
+    history = [0.0312345678, math.sqrt(0.005), 1 / 90, 0.2, 0.004, 0.05]
 
     def follow(c, kls):
         out = []

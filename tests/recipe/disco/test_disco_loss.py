@@ -8,6 +8,8 @@ import torch
 from oracle import oracle_gradient
 
 from recipe.disco import disco_loss
+from recipe.disco.loss import compute_score, micro_batch_loss
+from recipe.disco.objectives import weigh
 
 UIDS = [0, 1, 0, 1, 2, 0, 1, 2]
 SETTINGS = {
@@ -88,6 +90,14 @@ def test_the_behaviour_policy_is_a_constant(score):
     assert expected.any() and torch.equal(leaf.grad, expected)
 
 
+def test_evaluating_without_a_graph_gives_the_same_numbers():
+    inputs = example()
+    loss, _, metrics = gradient(*inputs, **SETTINGS)
+    with torch.no_grad():
+        value, same_metrics = disco_loss(*inputs, **SETTINGS)
+    assert torch.equal(value, loss) and same_metrics == metrics and not value.requires_grad
+
+
 def test_inputs_are_not_modified():
     inputs = example()
     before = [x.clone() for x in inputs[:4]]
@@ -155,6 +165,15 @@ def test_bfloat16_is_accumulated_in_float32(score):
     # the gradient is stored in bfloat16, so rounded once, by up to half a unit in its last place, 2^-8;
     # more would mean that the objective's and the constraint's share were rounded before they were added
     torch.testing.assert_close(grad.double(), exact, rtol=1.01 * 2**-8, atol=1e-10)
+
+    kept = mask.bool()
+    scores = compute_score(score, log_prob, old_log_prob, kept)
+    assert scores.dtype == torch.float32
+    _, weight = weigh("disco", scores, reward >= 1, torch.from_numpy(uid), kept.sum(1), settings)
+    leaf = log_prob.clone().requires_grad_()
+    share = micro_batch_loss(leaf, old_log_prob, mask, weight, facts["coefficient"], mask.numel(), score=score)
+    share.backward()
+    torch.testing.assert_close(leaf.grad.double(), exact, rtol=1.01 * 2**-8, atol=1e-10)
 
 
 def test_small_tau_neither_overflows_nor_underflows():

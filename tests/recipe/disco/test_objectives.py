@@ -168,6 +168,19 @@ def test_disco_moves_weight_to_the_hardest_negatives():
         assert weight.tolist() == pytest.approx([1, *(-x for x in expected)], abs=1e-8)
 
 
+def test_weights_need_no_surrounding_graph():
+    """Training measures under `no_grad`; scores that carry a graph of the model must not be reached through it."""
+    table = (torch.tensor([-1.0, -2.0, -2.5]), torch.tensor([True, False, False]), torch.zeros(3).long(), torch.ones(3))
+    _, expected = weigh("disco", *table, {"tau": 1.0})
+    with torch.no_grad():
+        value, weight = weigh("disco", *table, {"tau": 1.0})
+    assert expected.all() and torch.equal(weight, expected)
+    assert not value.value.requires_grad
+    leaf = table[0].clone().requires_grad_()
+    value, weight = weigh("disco", leaf * 1.0, *table[1:], {"tau": 1.0})
+    assert torch.equal(weight, expected) and not value.value.requires_grad and leaf.grad is None
+
+
 @pytest.mark.parametrize("call", [evaluate, weigh])
 def test_an_unknown_objective_is_refused_with_the_choices(call):
     table = (torch.zeros(2), torch.tensor([True, False]), torch.zeros(2, dtype=torch.int64), torch.ones(2))

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from decoding import EOS, VOCABULARY, plain
 
 from verl_ext.cpu.rollout.generate import Request, generate
-from verl_ext.cpu.rollout.sampling import Sampler, SamplingParams, uniforms
+from verl_ext.cpu.rollout.sampling import SamplingParams
 
-EOS = [1, 2]
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7], [3, 3, 4, 21]]
 
 
@@ -20,31 +19,13 @@ def decode(model, reqs, **others):
     return generate(model, reqs, **({"eos_token_ids": EOS, "vocab_size": VOCABULARY} | others))
 
 
-@torch.no_grad()
-def plain(model, request, eos=EOS, vocab_size=VOCABULARY):
-    """One request, no cache, no padding: the whole sequence goes through the model for every token."""
-    ids, log_probs = list(request.prompt_ids), []
-    sampler = Sampler([request.params], vocab_size)
-    numbers = torch.from_numpy(uniforms(request.key, request.params.max_tokens))
-    for u in numbers:
-        seen = torch.zeros(1, VOCABULARY, dtype=torch.bool)
-        seen[0, ids] = True
-        token, log_prob = sampler(model(torch.tensor([ids])).logits[:, -1], u[None], seen)
-        ids.append(int(token))
-        log_probs.append(float(log_prob))
-        if ids[-1] in request.params.stop_token_ids or (ids[-1] in eos and not request.params.ignore_eos):
-            break
-    return ids[len(request.prompt_ids) :], log_probs
-
-
-def check(model, reqs, **others):
-    got = decode(model, reqs, **others)
+def check(model, reqs):
+    got = decode(model, reqs)
     for request, response in zip(reqs, got, strict=True):
-        tokens, log_probs = plain(model, request, others.get("eos_token_ids", EOS))
+        tokens, log_probs = plain(model, request)
         assert response.token_ids == tokens
         assert not response.aborted
         torch.testing.assert_close(torch.tensor(response.log_probs), torch.tensor(log_probs), rtol=0, atol=1e-5)
-    return got
 
 
 @pytest.mark.parametrize(
@@ -77,12 +58,14 @@ def test_every_way_to_end_occurs(model):
 def test_equal_prompts_are_read_once_and_answered_differently(model):
     prompts = [p for p in PROMPTS for _ in range(4)]
     widths = []
-    handle = model.register_forward_pre_hook(lambda _, args, kw: widths.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
-    got = check_free = decode(model, requests(prompts, ignore_eos=True))
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kw: widths.append(tuple(kw["input_ids"].shape)), with_kwargs=True
+    )
+    got = decode(model, requests(prompts, ignore_eos=True))
     handle.remove()
     assert widths[0] == (4, 6) and widths[1] == (20, 1)
     assert len({tuple(r.token_ids) for r in got[:4]}) > 1
-    assert [r.token_ids for r in check_free] == [plain(model, r)[0] for r in requests(prompts, ignore_eos=True)]
+    assert [r.token_ids for r in got] == [plain(model, r)[0] for r in requests(prompts, ignore_eos=True)]
 
 
 def test_rows_that_ended_leave_the_batch(model):
@@ -98,7 +81,10 @@ def test_rows_that_ended_leave_the_batch(model):
 def test_mixed_settings_in_one_batch(model):
     settings = [{"temperature": 0}, {"top_k": 2}, {"max_tokens": 3}, {"repetition_penalty": 2.0}, {"ignore_eos": True}]
     base = {"max_tokens": 12}
-    check(model, [Request(p, SamplingParams(**base | s), (i,)) for i, (p, s) in enumerate(zip(PROMPTS, settings))])
+    check(
+        model,
+        [Request(p, SamplingParams(**base | s), (i,)) for i, (p, s) in enumerate(zip(PROMPTS, settings, strict=True))],
+    )
 
 
 def test_without_padding_no_mask_is_given_and_nothing_changes(model):
@@ -114,7 +100,8 @@ def test_without_padding_no_mask_is_given_and_nothing_changes(model):
 def test_log_probs_are_the_actors_log_probs(model):
     """As verl's actor computes them: teacher-forced, log-softmax of logits / temperature."""
     temperature = 0.7
-    for request, response in zip(requests(temperature=temperature), decode(model, requests(temperature=temperature))):
+    reqs = requests(temperature=temperature)
+    for request, response in zip(reqs, decode(model, reqs), strict=True):
         ids = torch.tensor([request.prompt_ids + response.token_ids])
         logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1] / temperature
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(response.token_ids)[:, None]).squeeze(-1)

@@ -1,6 +1,7 @@
-"""The CPU platform is the last resort of verl's detection, and never chosen on a machine or cluster with accelerators."""
+"""The CPU platform is the last resort of verl's detection; never chosen on a machine or cluster with accelerators."""
 
 import glob
+import os
 import subprocess
 import sys
 
@@ -8,41 +9,33 @@ import pytest
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry, platform_manager
 
+import verl_ext.cpu
 from verl_ext.cpu import platform
-
-# What verl does first in a process of its own, and how the plugin finds the platform there.
-PROBE = "import verl; from verl.utils.device import get_device_name, get_nccl_backend; print(get_device_name())"
-
-
-def run(code: str, **environment: str) -> str:
-    clean = {"PATH": "/usr/bin:/bin", **environment}
-    return subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.skipif(platform.accelerator_present() is not None, reason="needs a machine without accelerator")
-def test_found_without_any_setting():
-    assert run(PROBE).split() == ["cpu"]
+def test_found_in_a_process_without_any_setting():
+    """It shows as well that verl resolves no platform before it loads plugins: the answer would be verl's fallback."""
+    code = "import verl; from verl.utils.device import get_device_name; print(get_device_name())"
+    process = subprocess.run(
+        [sys.executable, "-c", code], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+    )
+    assert process.stdout.split() == ["cpu"]
 
 
-def test_environment_variable_chooses_it():
-    assert run(PROBE, VERL_PLATFORM="cpu").split() == ["cpu"]
+def test_environment_variable_chooses_it(monkeypatch):
+    monkeypatch.setattr(platform, "accelerator_present", lambda: "a GPU")
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    assert detected() == "cpu"
+    assert PlatformRegistry.get("cpu") is platform.CPUPlatform
 
 
-def test_request_replaces_a_platform_that_is_resolved_already():
-    code = """
-import os, verl, verl_ext.cpu
-from verl.plugin.platform import get_platform, set_platform, PlatformRegistry
-set_platform(PlatformRegistry.get("nvidia")())
-verl_ext.cpu.request()
-print(get_platform().device_name, os.environ["VERL_PLATFORM"])
-"""
-    assert run(code).split() == ["cpu", "cpu"]
-
-
-def test_verl_resolves_no_platform_before_plugins_are_loaded():
-    """If it did, ours would come too late to be found by verl's detection."""
-    code = "import verl; from verl.plugin.platform import platform_manager as m; print(m._current_platform)"
-    assert run(code, VERL_USE_EXTERNAL_PLUGINS="none").split() == ["None"]
+def test_request_replaces_a_platform_that_is_resolved_already(monkeypatch):
+    monkeypatch.setenv("VERL_PLATFORM", "nvidia")
+    monkeypatch.setattr(platform_manager, "_current_platform", PlatformRegistry.get("nvidia")())
+    verl_ext.cpu.request()
+    assert platform_manager.get_platform().device_name == "cpu"
+    assert os.environ["VERL_PLATFORM"] == "cpu"  # what the processes of a local Ray cluster inherit
 
 
 @pytest.fixture

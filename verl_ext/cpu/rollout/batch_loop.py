@@ -101,7 +101,8 @@ class BatchAgentLoopManager:
         good = [i for i, o in enumerate(outputs) if not isinstance(o, Exception)]
         started = perf_counter()
         rewards = self._rewards([samples[i] for i in good], [outputs[i] for i in good])
-        seconds["compute_score"] = perf_counter() - started
+        if self.reward_workers is not None:
+            seconds["compute_score"] = perf_counter() - started
         for i, reward in zip(good, rewards, strict=True):
             if isinstance(reward, Exception):
                 outputs[i] = reward

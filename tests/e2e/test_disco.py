@@ -1,0 +1,70 @@
+"""DisCO through the whole pipeline: resuming, uneven batches, the cheap mode, and refusals before Ray starts."""
+
+import json
+
+import pytest
+
+
+def test_a_resumed_run_continues_as_an_uninterrupted_one(main_ppo, tmp_path):
+    common = [
+        "algorithm=disco",
+        "disco.constraint=augmented_lagrangian",
+        "disco.rho=50",
+        "disco.delta=0",
+        "trainer.save_freq=2",
+        "trainer.resume_mode=auto",
+    ]
+    whole = main_ppo(*common, "trainer.total_training_steps=4", folder=tmp_path / "whole")
+    assert whole.returncode == 0, whole.output[-5000:]
+    half = main_ppo(*common, "trainer.total_training_steps=2", folder=tmp_path / "parts")
+    assert half.returncode == 0, half.output[-5000:]
+    saved = json.loads((tmp_path / "parts/global_step_2/actor/disco_controller.json").read_text())
+    assert saved["state"]["multiplier"] > 0
+    rest = main_ppo(*common, "trainer.total_training_steps=4", folder=tmp_path / "parts")
+    assert rest.returncode == 0, rest.output[-5000:]
+
+    expected, found = whole.metrics(), rest.metrics()
+    assert [s["step"] for s in found] == [s["step"] for s in expected] == [1, 2, 3, 4]
+    assert expected[2]["disco/constraint_multiplier"] > 0
+    for a, b in zip(expected, found, strict=True):
+        for name in ("disco/constraint_multiplier", "disco/kl", "disco/loss", "actor/grad_norm", "critic/score/mean"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), (name, a["step"])
+
+
+def test_batches_that_divide_unevenly_in_the_lagged_mode(main_ppo):
+    # 3 questions x 3 responses a mini-batch, on 2 ranks by micro-batches of 4: 8 rows a rank, 7 of 16 are padding.
+    run = main_ppo(
+        "algorithm=disco",
+        "disco.measure=lagged",
+        "disco.delta=0",
+        "data.train_batch_size=6",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "actor_rollout_ref.rollout.n=3",
+        "actor_rollout_ref.actor.shuffle=true",
+        "actor_rollout_ref.actor.ppo_epochs=2",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+        ranks=2,
+    )
+    assert run.returncode == 0, run.output[-5000:]
+    for step in run.metrics():
+        assert step["disco/measured"] == 0
+        assert step["training/padding_rows"] > 0 and step["training/failed_questions"] == 0
+        assert step["disco/questions"] == 3
+        # The last mini-batches pay for the KL of those before.
+        assert step["disco/coefficient"] != 0
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["algorithm=disco", "actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n=1 does not work with DisCO"),
+        (["algorithm=disco", "disco.measure=lagged", "disco.score=l_ratio"], "would silently be DisCO-b's"),
+        (["algorithm=disko"], "Available options in 'algorithm'"),
+    ],
+    ids=["n=1", "lagged ratios", "unknown algorithm"],
+)
+def test_wrong_settings_end_the_run_before_ray_starts(main_ppo, overrides, message):
+    run = main_ppo(*overrides)
+    assert run.returncode != 0
+    assert message in run.output
+    assert "Started a local Ray instance" not in run.output and "ray init kwargs" not in run.output

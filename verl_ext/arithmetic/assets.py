@@ -1,0 +1,107 @@
+"""Builds what the arithmetic run needs, once: a pre-trained small model, training and held-out questions.
+
+    python -m verl_ext.arithmetic.assets [--out outputs/arithmetic] [--iterations 400] [--seed 1]
+
+``+experiment=arithmetic_cpu`` calls :func:`ensure_assets` before Ray starts.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+
+from verl_ext.arithmetic.model import build_model, build_tokenizer
+from verl_ext.arithmetic.pretrain import pretrain
+from verl_ext.arithmetic.task import LEVELS, Question, draw_many
+
+STAMP = "assets.json"
+VERSION = 1
+"""Raise it when the same parameters build something else."""
+
+
+def to_row(question: Question, index: int, split: str) -> dict:
+    """One row in verl's RL schema; the level is in the data source, so that verl reports pass@1 by level."""
+    return {
+        "data_source": f"level_{question.level}",
+        "prompt": [{"role": "user", "content": question.text}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": question.answer},
+        "extra_info": {"index": index, "split": split, "level": question.level},
+    }
+
+
+def draw_splits(train_size: int, test_size: int, seed: int) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions, all levels alike, without a question in both or twice held out.
+
+    Level 1 has too few questions for that, so held-out ones start at level 2.
+    """
+    rng = random.Random(seed)
+    test: dict[str, Question] = {}
+    while len(test) < test_size:
+        level = LEVELS[1:][len(test) % len(LEVELS[1:])]
+        (question,) = draw_many(rng, [level], exclude=test)
+        test[question.text] = question
+    train = list(draw_many(rng, [LEVELS[i % len(LEVELS)] for i in range(train_size)], exclude=test))
+    rng.shuffle(train)
+    return train, list(test.values())
+
+
+def build_assets(folder: str | Path, *, iterations: int, train_size: int, test_size: int, seed: int) -> Path:
+    """Build model and data in ``folder``, unless it holds them already, made with the same parameters.
+
+    Whole or not at all: everything is made beside it and renamed.
+    """
+    folder = Path(folder).absolute()
+    parameters = dict(
+        version=VERSION, iterations=iterations, train_size=train_size, test_size=test_size, seed=seed, levels=LEVELS
+    )
+    stamp = json.dumps(parameters, sort_keys=True)
+    if (folder / STAMP).exists() and (folder / STAMP).read_text() == stamp:
+        return folder
+    print(f"building the arithmetic task in {folder}", flush=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    train, test = draw_splits(train_size, test_size, seed)
+    for split, questions in (("train", train), ("test", test)):
+        pd.DataFrame([to_row(q, i, split) for i, q in enumerate(questions)]).to_parquet(partial / f"{split}.parquet")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, seed)
+    pretrain(model, tokenizer, iterations, seed, exclude={q.text for q in test})
+    torch.set_num_threads(threads)
+    tokenizer.save_pretrained(partial / "model")
+    model.save_pretrained(partial / "model")
+    (partial / STAMP).write_text(stamp)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return folder
+
+
+def ensure_assets(config: DictConfig) -> None:
+    """``verl_ext.prepare`` of the experiment: build what ``config.arithmetic`` describes."""
+    a = config.arithmetic
+    build_assets(a.folder, iterations=a.iterations, train_size=a.train_size, test_size=a.test_size, seed=a.seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="outputs/arithmetic/assets")
+    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--train-size", type=int, default=8192)
+    parser.add_argument("--test-size", type=int, default=210)
+    parser.add_argument("--seed", type=int, default=1)
+    a = parser.parse_args()
+    build_assets(a.out, iterations=a.iterations, train_size=a.train_size, test_size=a.test_size, seed=a.seed)
+
+
+if __name__ == "__main__":
+    main()
