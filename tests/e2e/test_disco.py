@@ -57,7 +57,10 @@ def test_batches_that_divide_unevenly_in_the_lagged_mode(main_ppo):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["algorithm=disco", "actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n=1 does not work with DisCO"),
+        (
+            ["algorithm=disco", "actor_rollout_ref.rollout.n=1"],
+            "actor_rollout_ref.rollout.n=1 does not work with DisCO",
+        ),
         (["algorithm=disco", "disco.measure=lagged", "disco.score=l_ratio"], "would silently be DisCO-b's"),
         (["algorithm=disko"], "Available options in 'algorithm'"),
     ],

@@ -1,7 +1,6 @@
-"""Supervised pre-training of the toy model on worked solutions, for a minute or two on a CPU.
+"""Supervised pre-training of the toy model on careless solutions, for a minute or two on a CPU.
 
-It stops long before the model is done: it knows how to work a chain out, but not reliably. That is what reinforcement
-learning then improves.
+It then knows how to work a chain out, but not reliably: that is what reinforcement learning improves.
 """
 
 import math
@@ -13,11 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from verl_ext.arithmetic.task import LEVELS, Question, draw_many
+from verl_ext.arithmetic.task import LEVELS, draw_many
 
 BATCH, LEARNING_RATE, WARM_UP = 32, 1e-2, 50
-WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.2, 0.05)
-"""How often each level is drawn: long chains hardly ever, so the model fails them nearly always."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,11 +46,11 @@ class Muon(torch.optim.Optimizer):
                     p.add_(u.T if tall else u, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, question: Question) -> tuple[list[int], list[int]]:
-    """Prompt and response of a worked example, as the chat template and verl's rollout see them."""
-    message = [{"role": "user", "content": question.text}]
+def encode(tokenizer: PreTrainedTokenizerFast, question: str, response: str) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and response, as the chat template and verl's rollout have them."""
+    message = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return prompt, tokenizer.encode(question.solution) + [tokenizer.eos_token_id]
+    return prompt, tokenizer.encode(response) + [tokenizer.eos_token_id]
 
 
 def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
@@ -83,15 +80,17 @@ def pretrain(
         torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / WARM_UP) * (1 - 0.95 * i / iterations))
         for o in optimizers
     ]
-    losses, pool, started = [], [], time.time()
+    losses, pool, started, pad = [], [], time.time(), tokenizer.pad_token_id
     model.train()
     for i in range(iterations):
         if not pool:
             # Batches of similar lengths waste little on padding.
-            questions = sorted(draw_many(rng, rng.choices(LEVELS, WEIGHTS, k=4 * BATCH), exclude), key=lambda q: q.level)
+            questions = sorted(
+                draw_many(rng, rng.choices(LEVELS, k=4 * BATCH), exclude), key=lambda q: q.level
+            )
             pool = [questions[j : j + BATCH] for j in range(0, len(questions), BATCH)]
             rng.shuffle(pool)
-        ids, labels = collate([encode(tokenizer, q) for q in pool.pop()], tokenizer.pad_token_id)
+        ids, labels = collate([encode(tokenizer, q.text, q.careless_solution(rng)) for q in pool.pop()], pad)
         hidden = model.model(input_ids=ids).last_hidden_state
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[labels >= 0]), labels[labels >= 0])
         model.zero_grad()

@@ -5,7 +5,7 @@ A question of level k has k operations, "4+8-5+9=", and a response works it out 
 """
 
 import random
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -13,6 +13,15 @@ LEVELS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 ANSWER_MARK = "#"
 """What stands between the working and the final answer of a response."""
+
+
+SLIP_FIRST, SLIP_MORE, SLIP_MOST = 0.02, 0.08, 0.5
+"""Probability of a slip in the first operation, what each further one adds to it, and its limit."""
+
+
+def respond(totals: Sequence[int]) -> str:
+    """A response in the right form: the working, the mark, the answer."""
+    return " ".join(map(str, totals)) + ANSWER_MARK + str(totals[-1])
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,19 @@ class Question:
     @property
     def solution(self) -> str:
         """The correct response: the working, the mark, the answer."""
-        return " ".join(map(str, self.totals)) + ANSWER_MARK + self.answer
+        return respond(self.totals)
+
+    def careless_solution(self, rng: random.Random) -> str:
+        """A response of somebody who knows how, and slips: by 1 or 2, ever more often the longer the chain gets.
+
+        The working goes on from the slip, so that the answer is wrong, too.
+        """
+        slip, totals = 0, []
+        for i, total in enumerate(self.totals):
+            if rng.random() < min(SLIP_MOST, SLIP_FIRST + SLIP_MORE * i):
+                slip += rng.choice((-2, -1, 1, 2))
+            totals.append(max(total + slip, 0))
+        return respond(totals)
 
 
 def draw(rng: random.Random, level: int) -> Question:

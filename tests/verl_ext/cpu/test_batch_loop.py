@@ -371,8 +371,7 @@ def test_reward_workers_see_each_row_as_if_alone(make):
     manager = make()
     samples = manager._samples(_rows_of(questions()), validate=False)
     outputs = [
-        manager._agent_output(s, TokenOutput(respond(s["prompt_ids"], s["stream"][1]), extra_fields={}))
-        for s in samples
+        manager._agent_output(s, TokenOutput(respond(s.prompt_ids, s.stream[1]), extra_fields={})) for s in samples
     ]
     together = _reward_batch(samples, outputs)
     for i in range(len(samples)):

@@ -12,6 +12,7 @@ What it writes is what verl's ``AgentLoopWorkerTQ`` with a ``SingleTurnAgentLoop
 
 import logging
 from collections import Counter
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -37,6 +38,19 @@ logger = logging.getLogger(__name__)
 AGENT = "single_turn_agent"
 
 
+@dataclass
+class Sample:
+    """One response to be."""
+
+    fields: dict[str, Any]
+    """The question's fields in the data set, and ``session_id``: which of its responses this is."""
+    prompt_ids: list[int]
+    params: dict[str, Any]
+    """Sampling settings."""
+    stream: tuple
+    """What the server's random numbers are a function of, besides the prompt."""
+
+
 class BatchAgentLoopManager:
     """See the module. verl's trainer creates it with :meth:`create` and calls :meth:`generate_sequences`."""
 
@@ -48,7 +62,6 @@ class BatchAgentLoopManager:
         reward_loop_worker_handles: list[ray.actor.ActorHandle] | None = None,
     ):
         refuse_unsupported(config)
-        self.config = config
         self.rollout = config.actor_rollout_ref.rollout
         self.reward_workers = reward_loop_worker_handles
         # For tokenizer, chat template and prompts as verl has them; neither ever runs a loop.
@@ -83,13 +96,12 @@ class BatchAgentLoopManager:
         partition = "val" if validate else "train"
         questions = _rows(prompts)
         uids = [q["uid"] for q in questions]
-        failed = self._run(questions, partition, validate)
+        failed = self._run(self._samples(questions, validate), partition)
         tags = [{"status": "failure" if uid in failed else "finished"} for uid in uids]
         tq.kv_batch_put(keys=uids, partition_id=partition, tags=tags)
 
-    def _run(self, questions: list[dict[str, Any]], partition: str, validate: bool) -> set[str]:
-        """Store the responses to ``questions``; returns the uids of those that failed in part."""
-        samples = self._samples(questions, validate)
+    def _run(self, samples: list[Sample], partition: str) -> set[str]:
+        """Store the responses; returns the uids of questions of which one failed."""
         started = perf_counter()
         outputs = self._generate(samples)
         seconds = {"generate_sequences": perf_counter() - started}
@@ -112,22 +124,22 @@ class BatchAgentLoopManager:
 
         keys, fields, tags = [], [], []
         for sample, output in zip(samples, outputs, strict=True):
+            uid, session_id = sample.fields["uid"], sample.fields["session_id"]
             if isinstance(output, Exception):
-                failed.add(sample["uid"])
-                logger.error("question %s, response %s failed", sample["uid"], sample["session_id"], exc_info=output)
+                failed.add(uid)
+                logger.error("question %s, response %s failed", uid, session_id, exc_info=output)
                 continue
             for name, value in seconds.items():
                 setattr(output.metrics, name, value)
-            field, tag = _row(sample["fields"], output)
-            keys.append(f"{sample['uid']}_{sample['session_id']}_0")
+            field, tag = _row(sample.fields, output)
+            keys.append(f"{uid}_{session_id}_0")
             fields.append(field)
             tags.append(tag)
         if keys:
             tq.kv_batch_put(keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition)
         return failed
 
-    def _samples(self, questions: list[dict[str, Any]], validate: bool) -> list[dict[str, Any]]:
-        """One dict a response to be: prompt, sampling settings, random stream, and the question's fields."""
+    def _samples(self, questions: list[dict[str, Any]], validate: bool) -> list[Sample]:
         rollout = self.rollout
         source = rollout.val_kwargs if validate else rollout
         params = dict(
@@ -157,32 +169,24 @@ class BatchAgentLoopManager:
             for session_id in range(n):
                 stream = (validate, self._drawn[tuple(prompt_ids)])
                 self._drawn[tuple(prompt_ids)] += 1
-                samples.append(
-                    {
-                        "uid": fields["uid"],
-                        "session_id": session_id,
-                        "prompt_ids": prompt_ids,
-                        "params": params if validate or do_sample else greedy,
-                        "stream": stream,
-                        "fields": fields | {"session_id": session_id},
-                    }
-                )
+                settings = params if validate or do_sample else greedy
+                samples.append(Sample(fields | {"session_id": session_id}, prompt_ids, settings, stream))
         return samples
 
-    def _generate(self, samples: list[dict[str, Any]]) -> list[TokenOutput | Exception]:
+    def _generate(self, samples: list[Sample]) -> list[TokenOutput | Exception]:
         chunks = _split(samples, len(self.servers))
         calls = [
-            server.generate_batch.remote([(s["prompt_ids"], s["params"], s["stream"]) for s in chunk])
+            server.generate_batch.remote([(s.prompt_ids, s.params, s.stream) for s in chunk])
             for server, chunk in zip(self.servers, chunks, strict=False)
         ]
         return [output for call, chunk in zip(calls, chunks, strict=True) for output in _get(call, len(chunk))]
 
-    def _agent_output(self, sample: dict[str, Any], output: TokenOutput) -> AgentLoopOutput:
+    def _agent_output(self, sample: Sample, output: TokenOutput) -> AgentLoopOutput:
         """What verl's single-turn agent loop makes of a server's answer."""
         length = self.rollout.response_length
         version = output.extra_fields.get("global_steps")
         return AgentLoopOutput(
-            prompt_ids=sample["prompt_ids"],
+            prompt_ids=sample.prompt_ids,
             response_ids=output.token_ids[:length],
             response_mask=[1] * len(output.token_ids[:length]),
             response_logprobs=output.log_probs[:length] if output.log_probs else None,
@@ -201,7 +205,7 @@ class BatchAgentLoopManager:
             },
         )
 
-    def _rewards(self, samples: list[dict[str, Any]], outputs: list[AgentLoopOutput]) -> list[dict | None | Exception]:
+    def _rewards(self, samples: list[Sample], outputs: list[AgentLoopOutput]) -> list[dict | None | Exception]:
         """A reward each, or None where a colocated reward model comes later."""
         if self.reward_workers is None or not samples:
             return [None] * len(samples)
@@ -275,7 +279,7 @@ def _row(question: dict[str, Any], output: AgentLoopOutput) -> tuple[dict[str, A
     return field, tag
 
 
-def _reward_batch(samples: list[dict[str, Any]], outputs: list[AgentLoopOutput]) -> DataProto:
+def _reward_batch(samples: list[Sample], outputs: list[AgentLoopOutput]) -> DataProto:
     """Input of verl's reward workers: prompts padded on the left, responses on the right."""
     prompts = [torch.tensor(o.prompt_ids) for o in outputs]
     responses = [torch.tensor(o.response_ids, dtype=torch.long) for o in outputs]
@@ -294,7 +298,7 @@ def _reward_batch(samples: list[dict[str, Any]], outputs: list[AgentLoopOutput])
         "input_ids": torch.cat([left, right], 1),
         "position_ids": compute_position_id_with_mask(mask),
     }
-    others = {name: [s["fields"][name] for s in samples] for name in samples[0]["fields"]}
+    others = {name: [s.fields[name] for s in samples] for name in samples[0].fields}
     others |= {
         "__num_turns__": [o.num_turns for o in outputs],
         "tool_extra_fields": [o.extra_fields for o in outputs],
