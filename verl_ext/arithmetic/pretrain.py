@@ -1,4 +1,4 @@
-"""Supervised pre-training of the toy model on careless solutions, for a minute or two on a CPU.
+"""Supervised pre-training of the toy model, two minutes on a CPU: first on correct, at last on careless solutions.
 
 It then knows how to work a chain out, but not reliably: that is what reinforcement learning improves.
 """
@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from verl_ext.arithmetic.task import LEVELS, draw_many
 
 BATCH, LEARNING_RATE, WARM_UP = 32, 1e-2, 50
+CARELESS = 0.2
+"""Last part of the iterations, on careless solutions."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -90,7 +92,9 @@ def pretrain(
             )
             pool = [questions[j : j + BATCH] for j in range(0, len(questions), BATCH)]
             rng.shuffle(pool)
-        ids, labels = collate([encode(tokenizer, q.text, q.careless_solution(rng)) for q in pool.pop()], pad)
+        careless = i >= (1 - CARELESS) * iterations
+        rows = [(q.text, q.careless_solution(rng) if careless else q.solution) for q in pool.pop()]
+        ids, labels = collate([encode(tokenizer, *row) for row in rows], pad)
         hidden = model.model(input_ids=ids).last_hidden_state
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[labels >= 0]), labels[labels >= 0])
         model.zero_grad()

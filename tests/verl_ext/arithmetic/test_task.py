@@ -8,7 +8,7 @@ import pytest
 from verl_ext.arithmetic.model import build_tokenizer
 from verl_ext.arithmetic.pretrain import encode
 from verl_ext.arithmetic.reward import compute_score, parse_answer
-from verl_ext.arithmetic.task import LEVELS, draw, draw_many
+from verl_ext.arithmetic.task import LEVELS, Question, draw, draw_many
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,29 @@ def test_a_solution_shows_each_total_and_earns_the_reward(questions):
         assert compute_score("level_1", q.solution, q.answer)["score"] == 1.0
 
 
+def test_careless_solutions_have_the_right_form_and_slip_more_in_longer_chains(questions):
+    rng = random.Random(0)
+    right = {level: [] for level in LEVELS}
+    for q in questions:
+        response = q.careless_solution(rng)
+        working, answer = response.split("#")
+        totals = working.split(" ")
+        # Graded like any response: it answers with its own last total.
+        assert len(totals) == q.level and parse_answer(response) == answer == totals[-1]
+        right[q.level].append(compute_score("", response, q.answer)["score"])
+    share = {level: sum(scores) / len(scores) for level, scores in right.items()}
+    assert share[min(LEVELS)] > 0.9 and share[max(LEVELS)] < 0.3
+    assert share[1] > share[3] > share[6]
+
+
+def test_a_slip_carries_on():
+    question = Question("9+9+9+9=", (18, 27, 36))
+    drawn = {question.careless_solution(random.Random(seed)) for seed in range(200)}
+    assert question.solution in drawn
+    # One slip, at the first operation, by one: all later totals are off by one.
+    assert "19 28 37#37" in drawn
+
+
 def test_the_same_seed_draws_the_same_questions():
     first, second, other = (list(draw_many(random.Random(seed), LEVELS * 5)) for seed in (3, 3, 4))
     assert first == second != other
@@ -64,7 +87,7 @@ def test_excluded_questions_are_never_drawn():
 
 def test_prompts_and_solutions_fit_into_32_tokens(questions):
     tokenizer = build_tokenizer()
-    prompts, responses = zip(*(encode(tokenizer, q) for q in questions), strict=True)
+    prompts, responses = zip(*(encode(tokenizer, q.text, q.solution) for q in questions), strict=True)
     assert max(map(len, prompts)) <= 32
     assert max(map(len, responses)) <= 32
     # The longest possible: every total of two digits.

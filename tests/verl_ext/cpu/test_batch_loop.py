@@ -81,7 +81,8 @@ def score(data):
     length = item.batch["responses"].shape[-1]
     mask = item.batch["attention_mask"]
     response = item.batch["responses"][: int(mask[-length:].sum())]
-    prompt = item.batch["prompts"][-int(mask[:-length].sum()) :]
+    prompt = item.batch["prompts"][mask[:-length].bool()]
+    assert torch.equal(prompt, item.batch["prompts"][-len(prompt) :])
     if "broken" in item.non_tensor_batch["reward_model"]["ground_truth"]:
         raise ArithmeticError("no such answer")
     value = float(response.sum() + prompt.sum()) + item.non_tensor_batch["__num_turns__"]

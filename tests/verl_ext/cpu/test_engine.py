@@ -78,6 +78,17 @@ def test_reference_policy_is_built_without_offload(monkeypatch):
     assert seen == [False] and reference.engine_config.forward_only is True
 
 
+def test_micro_batches_reach_verls_forward_step_unmoved(monkeypatch):
+    monkeypatch.setattr(
+        engine.FSDPEngineWithLMHead,
+        "forward_step",
+        lambda self, micro_batch, loss_function, forward_only: micro_batch.to("cpu"),
+    )
+    micro_batch = object()
+    for engine_class in (engine.CPUEngineWithLMHead, engine.CPUEngineWithValueHead):
+        assert object.__new__(engine_class).forward_step(micro_batch, None, True) is micro_batch
+
+
 def test_critic_loads_with_the_configured_attention(model_path, monkeypatch):
     import verl.utils.model
     from transformers import AutoConfig

@@ -95,6 +95,14 @@ def test_verl_still_looks_its_value_model_loader_up_when_called():
     assert 'attn_implementation="flash_attention_2"' in inspect.getsource(verl.utils.model.load_valuehead_model)
 
 
+def test_verl_still_moves_a_micro_batch_before_it_looks_at_it():
+    """``_OnCPU.forward_step`` stands in for that call alone."""
+    body = inspect.getsource(transformer_impl.FSDPEngineWithLMHead.forward_step).split("):", 1)[1]
+    assert next(line.strip() for line in body.splitlines() if "micro_batch" in line) == (
+        "micro_batch = micro_batch.to(get_device_id())"
+    )
+
+
 def test_verl_still_forces_the_reference_policy_into_pinned_memory():
     """The reason for ``_OnCPU._build_fsdp_module``."""
     source = inspect.getsource(transformer_impl.FSDPEngine._build_fsdp_module)

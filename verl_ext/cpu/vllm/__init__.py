@@ -54,13 +54,16 @@ def check(rollout: Mapping[str, Any], hf_config: Any = None) -> None:
     if hf_config is not None:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        text = hf_config.get_text_config()
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        supported = CPUAttentionBackend.get_supported_head_sizes()
-        if head_dim not in supported:
-            wrong.append(f"a model with head_dim={head_dim} (its attention takes {', '.join(map(str, supported))})")
+        size, supported = head_dim(hf_config.get_text_config()), CPUAttentionBackend.get_supported_head_sizes()
+        if size not in supported:
+            wrong.append(f"a model with head_dim={size} (its attention takes {', '.join(map(str, supported))})")
     if wrong:
         raise ValueError(f"vLLM {cpu_build()} was built for a CPU and cannot do: " + "; ".join(wrong))
+
+
+def head_dim(text_config: Any) -> int:
+    """The size of an attention head of a transformers configuration."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 def _register_adapter(module: Any) -> None:

@@ -3,11 +3,16 @@
 import os
 from typing import Any
 
+import psutil
 import ray
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from verl_ext.cpu.vllm import head_dim
+
 
 class CPUvLLMHttpServer(vLLMHttpServer):
+    """verl's, with defaults for a CPU. ``rollout.engine_kwargs.vllm`` wins over them."""
+
     def _post_init(self, cuda_visible_devices: str) -> None:
         super()._post_init(cuda_visible_devices)
         if self.config.enforce_eager:
@@ -22,6 +27,20 @@ class CPUvLLMHttpServer(vLLMHttpServer):
         super()._preprocess_engine_kwargs(engine_kwargs)
         # True in verl, outside its YAML. Without free_cache_engine verl never lets vLLM sleep.
         engine_kwargs.setdefault("enable_sleep_mode", False)
+        if "kv_cache_memory_bytes" not in engine_kwargs:
+            # vLLM would fill this share of the machine's memory, however small the model.
+            share = self.config.gpu_memory_utilization * psutil.virtual_memory().total
+            if (useful := useful_cache_bytes(self.config, self.model_config.hf_config)) < share:
+                engine_kwargs["kv_cache_memory_bytes"] = useful
+
+
+def useful_cache_bytes(rollout: Any, hf_config: Any) -> int:
+    """A KV cache for ``max_num_seqs`` sequences of ``max_model_len`` tokens in float32; more is never used."""
+    text = hf_config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * heads * head_dim(text) * 4
+    block = 128  # tokens; vLLM's default on a CPU
+    return rollout.max_num_seqs * -(-rollout.max_model_len // block) * block * per_token
 
 
 class CPUvLLMReplica(vLLMReplica):
