@@ -87,9 +87,7 @@ def pretrain(
     for i in range(iterations):
         if not pool:
             # Batches of similar lengths waste little on padding.
-            questions = sorted(
-                draw_many(rng, rng.choices(LEVELS, k=4 * BATCH), exclude), key=lambda q: q.level
-            )
+            questions = sorted(draw_many(rng, rng.choices(LEVELS, k=4 * BATCH), exclude), key=lambda q: q.level)
             pool = [questions[j : j + BATCH] for j in range(0, len(questions), BATCH)]
             rng.shuffle(pool)
         careless = i >= (1 - CARELESS) * iterations

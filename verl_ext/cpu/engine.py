@@ -53,10 +53,10 @@ def settings_for_cpu(engine_config: Any, attention: str) -> Any:
 
 
 class _AlreadyThere:
-    """A micro-batch that answers ``.to(device)`` with itself.
+    """A micro-batch that answers verl's ``.to(device)`` with itself.
 
-    verl moves each micro-batch to the device. On a CPU nothing moves, but TensorDict walks through every string and dict
-    of every row for it: a tenth of a second for 128 rows, as long as a third of the forward pass of a small model.
+    On a CPU nothing moves, but TensorDict walks through every string and dict of every row for it: a tenth of a second
+    for 128 rows, a third of a small model's forward pass.
     """
 
     def __init__(self, micro_batch):

@@ -173,6 +173,7 @@ def build_worker(folder: str, engine: dict):
     if remove_padding:
         attention = "sdpa"
     if ulysses > 1:
+        import verl.workers.engine.fsdp.transformer_impl  # noqa: F401  (first: our engines register upon its import)
         from varlen_attention import install
 
         from verl_ext.cpu import engine as cpu_engine
@@ -304,7 +305,9 @@ def run_case(worker, folder: str, case: dict) -> dict:
     if output is not None:
         ours = tu.get(output, "metrics")
         result["metrics"] = {k.removeprefix("disco/"): v for k, v in ours.items() if k.startswith("disco/")}
-        result["reference"] = {k: [m.get(k) for m in logged] for k in logged[0]}
+        # A mean over nothing, as over no mixed group, is left out on both sides.
+        names = {k for m in logged for k in m}
+        result["reference"] = {k: [m[k] for m in logged if k in m] for k in names}
     return result
 
 

@@ -61,31 +61,33 @@ def test_muon_treats_matrices_of_a_shape_one_by_one():
         torch.testing.assert_close(a, b)
 
 
-def test_the_loss_falls_and_the_seed_decides(tokenizer, capsys):
-    def run(seed):
-        model = build_model(tokenizer, seed=1)
-        return pretrain(model, tokenizer, iterations=15, seed=seed), model
+def run(tokenizer, seed, iterations):
+    model = build_model(tokenizer, seed=1)
+    return pretrain(model, tokenizer, iterations=iterations, seed=seed), model
 
-    losses, model = run(1)
-    assert len(losses) == 15
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+def test_the_loss_falls(tokenizer, capsys):
+    losses, model = run(tokenizer, seed=1, iterations=12)
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     assert not model.training
-    assert "pre-training 15/15" in capsys.readouterr().out
+    assert "pre-training 12/12" in capsys.readouterr().out
 
-    again, twin = run(1)
-    assert again == losses
+
+def test_the_seed_decides(tokenizer):
+    (losses, model), (again, twin), (others, _) = (run(tokenizer, seed, iterations=2) for seed in (1, 1, 2))
+    assert losses == again != others
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    assert run(2)[0] != losses
 
 
 def test_held_out_questions_are_excluded(tokenizer, monkeypatch):
-    held_out = {q.text for q in draw_many(random.Random(0), [1] * 60)}
+    held_out = {q.text for q in draw_many(random.Random(0), [1] * 100)}
     seen = []
     monkeypatch.setattr(module, "encode", lambda t, q, r: seen.append(q) or encode(t, q, r))
-    pretrain(build_model(tokenizer, seed=1), tokenizer, iterations=4, seed=1, exclude=held_out)
-    assert len(seen) >= 4 * 32
+    pretrain(build_model(tokenizer, seed=1), tokenizer, iterations=2, seed=1, exclude=held_out)
+    assert len(seen) >= 2 * 32
     assert not held_out & set(seen)
     # Without the exclusion this seed does draw some.
     seen.clear()
-    pretrain(build_model(tokenizer, seed=1), tokenizer, iterations=4, seed=1)
+    pretrain(build_model(tokenizer, seed=1), tokenizer, iterations=2, seed=1)
     assert held_out & set(seen)

@@ -310,6 +310,19 @@ def test_a_failed_reward_fails_its_question_alone(make, queue):
     assert len(queue.fields["train"]) == 6
 
 
+def test_when_everything_fails_the_run_stops_with_the_error(make, queue, caplog):
+    def dead(requests):
+        raise ConnectionError("actor died")
+
+    with pytest.raises(RuntimeError, match="all 9 responses failed") as error:
+        make(servers=[Actor(generate_batch=dead)]).generate_sequences(questions())
+    assert isinstance(error.value.__cause__, ConnectionError) and not queue.puts
+    assert caplog.text.count("9 of 9 responses failed with this error") == 1
+    refill = make("trainer.v1.sampler.sync_refill_failed_groups=True", servers=[Actor(generate_batch=dead)])
+    refill.generate_sequences(questions())
+    assert {tag["status"] for tag in queue.tags["train"].values()} == {"failure"}
+
+
 def test_a_dead_server_fails_the_questions_it_had(make, queue):
     def dead(requests):
         raise ConnectionError("actor died")

@@ -80,6 +80,7 @@ class BatchAgentLoopManager:
             data_config=DictConfigWrap(config.data),
             hf_model_type=worker.hf_model_type,
         )
+        self.refill_failed = bool(config.trainer.v1.sampler.get("sync_refill_failed_groups", False))
         ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
         replicas = ranks // self.rollout.tensor_model_parallel_size
         self.servers = [ray.get_actor(server_name(rank)) for rank in range(replicas)]
@@ -101,7 +102,11 @@ class BatchAgentLoopManager:
         tq.kv_batch_put(keys=uids, partition_id=partition, tags=tags)
 
     def _run(self, samples: list[Sample], partition: str) -> set[str]:
-        """Store the responses; returns the uids of questions of which one failed."""
+        """Store the responses; returns the uids of questions of which one failed.
+
+        Raises:
+            RuntimeError: every response failed, and verl is not set to put other questions in their place.
+        """
         started = perf_counter()
         outputs = self._generate(samples)
         seconds = {"generate_sequences": perf_counter() - started}
@@ -109,7 +114,6 @@ class BatchAgentLoopManager:
             o if isinstance(o, Exception) else self._agent_output(s, o) for s, o in zip(samples, outputs, strict=True)
         ]
 
-        failed = set()
         good = [i for i, o in enumerate(outputs) if not isinstance(o, Exception)]
         started = perf_counter()
         rewards = self._rewards([samples[i] for i in good], [outputs[i] for i in good])
@@ -122,12 +126,13 @@ class BatchAgentLoopManager:
                 outputs[i].reward_score = reward["reward_score"]
                 outputs[i].extra_fields["reward_extra_info"] = reward["reward_extra_info"]
 
-        keys, fields, tags = [], [], []
+        keys, fields, tags, failed = [], [], [], set()
+        errors: dict[str, list[Exception]] = {}
         for sample, output in zip(samples, outputs, strict=True):
             uid, session_id = sample.fields["uid"], sample.fields["session_id"]
             if isinstance(output, Exception):
                 failed.add(uid)
-                logger.error("question %s, response %s failed", uid, session_id, exc_info=output)
+                errors.setdefault(repr(output), []).append(output)
                 continue
             for name, value in seconds.items():
                 setattr(output.metrics, name, value)
@@ -135,6 +140,10 @@ class BatchAgentLoopManager:
             keys.append(f"{uid}_{session_id}_0")
             fields.append(field)
             tags.append(tag)
+        for alike in errors.values():
+            logger.error("%d of %d responses failed with this error", len(alike), len(samples), exc_info=alike[0])
+        if not keys and not self.refill_failed:
+            raise RuntimeError(f"all {len(samples)} responses failed") from next(iter(errors.values()))[0]
         if keys:
             tq.kv_batch_put(keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition)
         return failed

@@ -30,11 +30,12 @@ class CPUServerAdapter(ServerAdapter):
             TimeoutError: when vLLM's worker does not answer; the cause is its own error, where it had one.
         """
         # verl waits for the answer to each bucket without a limit, and for a dead process before the first one. Its
-        # socket is made within this call, with the defaults of this context.
+        # socket is made within this call, with the defaults of this context. LINGER: nor may closing it wait.
+        limit = int(WAIT_SECONDS * 1000)
+        options = {zmq.SNDTIMEO: limit, zmq.RCVTIMEO: limit, zmq.LINGER: 0}
         context = zmq.Context.instance()
-        limits = (zmq.SNDTIMEO, zmq.RCVTIMEO)
-        for limit in limits:
-            context.setsockopt(limit, int(WAIT_SECONDS * 1000))
+        before = dict(context.sockopts)
+        context.sockopts.update(options)
         try:
             await super().update_weights(weights, *args, **kwargs)
         except zmq.Again:
@@ -44,8 +45,8 @@ class CPUServerAdapter(ServerAdapter):
                 "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
             ) from await self._error_of_vllm()
         finally:
-            for limit in limits:
-                del context.sockopts[limit]
+            context.sockopts.clear()
+            context.sockopts.update(before)
 
     async def _error_of_vllm(self) -> Exception | None:
         """What ended the call that should have received the weights; None while it still runs."""
