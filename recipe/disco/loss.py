@@ -19,7 +19,7 @@ from recipe.disco.constraint import SquaredHinge, kl_estimate
 from recipe.disco.metrics import group_metrics
 from recipe.disco.objectives import evaluate, weigh
 from recipe.disco.registry import require_finite
-from recipe.disco.scores import SCORES
+from recipe.disco.scores import SCORES, at_least_float32
 
 
 def compute_score(score: str, log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
@@ -113,10 +113,11 @@ def disco_loss(
                 f"{name} has shape {tuple(x.shape)}, log_prob {tuple(log_prob.shape)}; log_prob, old_log_prob and "
                 f"response_mask are (responses, tokens), reward is (responses,)"
             )
+    if len(uid) != batch or getattr(uid, "ndim", 1) != 1:
+        raise ValueError(f"uid has shape {tuple(getattr(uid, 'shape', (len(uid),)))} for {batch} responses")
     question = torch.tensor(question_ids(uid), dtype=torch.long, device=log_prob.device)
-    if len(question) != batch:
-        raise ValueError(f"uid has {len(question)} entries for {batch} responses")
     mask = response_mask.bool()
+    log_prob, old_log_prob = at_least_float32(log_prob), at_least_float32(old_log_prob).detach()
     require_numbers("reward", reward)
     require_numbers("log_prob", log_prob, mask)
     require_numbers("old_log_prob", old_log_prob, mask)
@@ -165,7 +166,7 @@ def micro_batch_loss(
         num_tokens: N, response tokens of the whole mini-batch, over all ranks.
         score, kl_estimator: names.
     """
-    mask = response_mask.bool()
+    mask, log_prob = response_mask.bool(), at_least_float32(log_prob)
     s = compute_score(score, log_prob, old_log_prob, mask)
     kl = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum()
     return -(weight.to(s) * s).sum() + coefficient * kl / max(num_tokens, 1)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 
-def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` at response tokens, exactly 0 elsewhere, where neither a NaN's value nor its gradient gets through.
-
-    Half-precision input is raised to float32, so that sums over long responses keep their digits.
-    """
-    x = torch.where(mask, x, 0.0)
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision raised to float32: sums over long responses keep their digits, gradients are rounded once."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` at response tokens, exactly 0 elsewhere, where neither a NaN's value nor its gradient gets through."""
+    return torch.where(mask, at_least_float32(x), 0.0)
 
 
 def token_mean(x: Tensor, mask: Tensor) -> Tensor:

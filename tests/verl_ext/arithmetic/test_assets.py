@@ -20,6 +20,14 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads wait for each other at every operation when other tests keep the cores busy."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(assets.os, "cpu_count", lambda: 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     return build_assets(tmp_path_factory.mktemp("built") / "assets", **PARAMETERS)
