@@ -16,6 +16,8 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
+from verl_ext import cpu
+
 
 class JobCallback(Callback):
     """Validate and prepare before a job; leave a clean process behind after it."""
@@ -27,6 +29,8 @@ class JobCallback(Callback):
             SystemExit: with a message that the interpreter prints. Hydra turns an Exception of a callback into a
                 warning and goes on, so nothing less would stop the run.
         """
+        if OmegaConf.select(config, "trainer.device") == "cpu":
+            cpu.request()
         settings = config.get("verl_ext")
         if not settings:
             return

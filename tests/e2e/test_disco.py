@@ -42,7 +42,9 @@ def test_batches_that_divide_unevenly_in_the_lagged_mode(main_ppo):
         "actor_rollout_ref.rollout.n=3",
         "actor_rollout_ref.actor.shuffle=true",
         "actor_rollout_ref.actor.ppo_epochs=2",
+        "actor_rollout_ref.actor.use_dynamic_bsz=false",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
         ranks=2,
     )
     assert run.returncode == 0, run.output[-5000:]

@@ -84,10 +84,10 @@ def test_held_out_questions_are_excluded(tokenizer, monkeypatch):
     held_out = {q.text for q in draw_many(random.Random(0), [1] * 100)}
     seen = []
     monkeypatch.setattr(module, "encode", lambda t, q, r: seen.append(q) or encode(t, q, r))
-    pretrain(build_model(tokenizer, seed=1), tokenizer, iterations=2, seed=1, exclude=held_out)
-    assert len(seen) >= 2 * 32
+    pretrain(build_model(tokenizer, seed=1), tokenizer, iterations=4, seed=1, exclude=held_out)
+    assert len(seen) >= 4 * 32
     assert not held_out & set(seen)
     # Without the exclusion this seed does draw some.
     seen.clear()
-    pretrain(build_model(tokenizer, seed=1), tokenizer, iterations=2, seed=1)
+    pretrain(build_model(tokenizer, seed=1), tokenizer, iterations=4, seed=1)
     assert held_out & set(seen)
