@@ -173,7 +173,8 @@ def test_tau_follows_the_score_unless_it_is_set(compose, overrides, tau):
 def test_disco_b_differs_from_disco_in_the_objective_alone(compose):
     disco, disco_b = compose("algorithm=disco"), compose("algorithm=disco_b")
     assert disco_b.disco.objective == "disco_b"
-    disco_b.disco.objective = "disco"
+    assert disco_b.verl_ext.algorithm == "disco_b"
+    disco_b.disco.objective = disco_b.verl_ext.algorithm = "disco"
     assert disco_b == disco
 
 
