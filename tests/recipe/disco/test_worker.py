@@ -65,7 +65,8 @@ def check(results):
             names.append("auc")
         for name in names:
             for ours, theirs in zip(r["metrics"][name], r["reference"][name], strict=True):
-                assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), (name, r["case"])
+                # float32 against float64, after up to six updates
+                assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5), (name, r["case"])
     print("worst relative error of an update:", max(r["error"] for r in results))
     # The hinge was at work.
     assert sum(max(r["metrics"]["coefficient"]) > 0 for r in results) > len(results) / 2
