@@ -15,8 +15,12 @@ ANSWER_MARK = "#"
 """What stands between the working and the final answer of a response."""
 
 
-SLIP_FIRST, SLIP_MORE, SLIP_MOST = 0.02, 0.08, 0.5
-"""Probability of a slip in the first operation, what each further one adds to it, and its limit."""
+GUESS_MORE, GUESS_MOST = 0.15, 0.75
+"""Share of careless responses that guess the answer without working it out: what each operation adds to it, and its
+limit. A guess at level k is right once in k^2."""
+
+SLIP_FIRST, SLIP_MORE = 0.02, 0.04
+"""Probability of a slip in the first operation that is worked out, and what each further one adds to it."""
 
 
 def respond(totals: Sequence[int]) -> str:
@@ -45,13 +49,16 @@ class Question:
         return respond(self.totals)
 
     def careless_solution(self, rng: random.Random) -> str:
-        """A response of somebody who knows how, and slips: by 1 or 2, ever more often the longer the chain gets.
+        """A response of somebody who knows how, but mostly guesses, and slips when working it out.
 
-        The working goes on from the slip, so that the answer is wrong, too.
+        A slip is by 1 or 2, ever more likely the longer the chain gets, and the working goes on from it.
         """
+        if rng.random() < min(GUESS_MOST, GUESS_MORE * self.level):
+            off = 0 if rng.random() < 1 / self.level**2 else rng.choice((-3, -2, -1, 1, 2, 3))
+            return ANSWER_MARK + str(abs(self.totals[-1] + off))
         slip, totals = 0, []
         for i, total in enumerate(self.totals):
-            if rng.random() < min(SLIP_MOST, SLIP_FIRST + SLIP_MORE * i):
+            if rng.random() < SLIP_FIRST + SLIP_MORE * i:
                 slip += rng.choice((-2, -1, 1, 2))
             totals.append(max(total + slip, 0))
         return respond(totals)

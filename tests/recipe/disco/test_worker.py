@@ -29,7 +29,6 @@ SHORT = [loss | split for loss in LOSSES for split in (SPLITS["by three"], SPLIT
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    sys.path.insert(0, str(HERE))
     from harness import make_model
 
     folder = tmp_path_factory.mktemp("model")
