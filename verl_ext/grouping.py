@@ -2,9 +2,10 @@
 
 Pure: sequences are known by their group and length alone. A question may span ranks, never mini-batches. Within each
 mini-batch every rank gets the same number of rows (verl slices by rows) and, as nearly as can be, the same number of
-tokens; padding rows fill what is missing.
+tokens, longest rows first; padding rows fill what is missing.
 """
 
+import math
 import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
     if len(lengths) == parts:
         return [[i] for i in range(parts)]
+    if parts == 1:
+        return [list(range(len(lengths)))]
     split = get_seqlen_balanced_partitions(list(lengths), parts, equal_size=True)
     lengths, split = np.asarray(lengths), np.array(split)
     load = lengths[split].sum(-1)
@@ -72,7 +75,7 @@ def deal(
     *,
     groups_per_mini_batch: int,
     ranks: int,
-    rows_multiple: int = 1,
+    micro_batches: Sequence[int] = (),
     padding_length: int = 0,
     shuffle_seed: int | None = None,
 ) -> Deal:
@@ -84,17 +87,18 @@ def deal(
         groups_per_mini_batch: most groups in a mini-batch; where it does not divide their number, mini-batches differ
             by at most one group.
         ranks: data-parallel ranks.
-        rows_multiple: rows of a rank in a mini-batch are a multiple of this if there are more than this (a fixed
-            micro-batch size).
+        micro_batches: fixed micro-batch sizes (of training and of measuring, say). Rows of a rank in a mini-batch are a
+            multiple of each of them that they exceed.
         padding_length: tokens of a padding row.
         shuffle_seed: deal groups in a random order instead of that of their first sequence.
 
     Raises:
         ValueError: for an empty batch or a size below 1.
     """
-    if not len(groups) or min(groups_per_mini_batch, ranks, rows_multiple) < 1:
+    if not len(groups) or min(groups_per_mini_batch, ranks, *micro_batches) < 1:
         raise ValueError(
             f"cannot deal {len(groups)} sequences to mini-batches of {groups_per_mini_batch} groups over {ranks} ranks"
+            + (f" by micro-batches of {', '.join(map(str, micro_batches))}" if micro_batches else "")
         )
     members: dict[Hashable, list[int]] = {}
     for row, group in enumerate(groups):
@@ -106,8 +110,10 @@ def deal(
         [row for name in part for row in members[name]] for part in split_evenly(names, groups_per_mini_batch)
     ]
     rows = -(-max(map(len, mini_batches)) // ranks)
-    if rows > rows_multiple:
-        rows = -(-rows // rows_multiple) * rows_multiple
+    for size in sorted(micro_batches):
+        multiple = math.lcm(*(s for s in micro_batches if s <= size))
+        if rows > size:
+            rows = -(-rows // multiple) * multiple
 
     padding = len(groups)
     partitions = []
@@ -116,7 +122,9 @@ def deal(
         filled = mini_batch + list(range(padding, padding + missing))
         padding += missing
         tokens = [lengths[row] if row < len(groups) else padding_length for row in filled]
-        partitions.append([[filled[i] for i in part] for part in balance(tokens, ranks)])
+        # Rows of like length next to each other: a fixed micro-batch is padded to its longest.
+        parts = [sorted(part, key=lambda i: -tokens[i]) for part in balance(tokens, ranks)]
+        partitions.append([[filled[i] for i in part] for part in parts])
     order = [row for rank in range(ranks) for mini_batch in partitions for row in mini_batch[rank]]
     mini_batch = [m for _ in range(ranks) for m in range(len(partitions)) for _ in range(rows)]
     return Deal(order, mini_batch, padding - len(groups), partitions)

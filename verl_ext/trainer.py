@@ -110,7 +110,7 @@ class ExtendedTrainer:
             lengths,
             groups_per_mini_batch=actor.ppo_mini_batch_size,
             ranks=self._actor_data_parallel_size(),
-            rows_multiple=1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
+            micro_batches=self._fixed_micro_batches(),
             padding_length=SYNTHETIC_PADDING_SEQ_LEN,
             shuffle_seed=actor.data_loader_seed + self.global_steps if actor.shuffle else None,
         )
@@ -120,6 +120,7 @@ class ExtendedTrainer:
         fields = {
             "group_id": [names[g] for g in group] + [-1] * padding,
             "group_size": [size[g] for g in group] + [0] * padding,
+            "sample_index": list(range(len(group) + padding)),
             "sequence_reward": reward + [0.0] * padding,
             "fresh_old_log_probs": [self._old_log_probs_are_fresh()] * (len(group) + padding),
         }
@@ -139,6 +140,13 @@ class ExtendedTrainer:
         metrics["training/failed_questions"] = self.config.data.train_batch_size - len(names)
         metrics["training/padding_rows"] = padding
         return batch
+
+    def _fixed_micro_batches(self) -> list[int]:
+        """Sizes of fixed micro-batches, for training and for log-probabilities, that must divide a rank's rows."""
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        if actor.use_dynamic_bsz:
+            return []
+        return [actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu]
 
     def _sequence_rewards(self, batch: KVBatchMeta) -> list[float]:
         """Each row's summed reward, before any KL term; NaN stops the run."""

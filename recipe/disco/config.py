@@ -11,6 +11,9 @@ from recipe.disco.objectives import OBJECTIVES
 from recipe.disco.registry import require_finite
 from recipe.disco.scores import SCORES
 
+ENGINES = ("fsdp", "fsdp2", "megatron")
+"""verl's training engines that the exact update is made for."""
+
 MEASURES = {
     "exact": "scores and KL of the whole mini-batch are measured before each update; the gradient of L is exact",
     "lagged": "weights from old_log_probs and the KL of the previous mini-batch; no extra forward pass",
@@ -129,12 +132,25 @@ def validate(config: DictConfig) -> None:
         refuse("actor_rollout_ref.actor.use_kl_loss", True, "the constraint replaces a KL loss; use false")
     if get("critic.enable"):
         refuse("critic.enable", True, "there are no values to learn; use null")
+    if get("critic.enable") is None and config.algorithm.adv_estimator == "gae":
+        refuse("algorithm.adv_estimator", "gae", "it starts a critic, and DisCO reads no advantages; leave it at grpo")
     if get("distillation.enabled", False):
         refuse("distillation.enabled", True, "its loss would be ignored; use false")
     if get("actor_rollout_ref.actor.use_prefix_grouper", False):
         refuse("actor_rollout_ref.actor.use_prefix_grouper", True, "it is not supported; use false")
-    if (found := get("algorithm.rollout_correction.rollout_is")) is not None:
-        refuse("algorithm.rollout_correction.rollout_is", found, "importance weights are not supported; use null")
+    for name, what in (("rollout_is", "importance weights are"), ("rollout_rs", "rejection sampling is")):
+        if (found := get(f"algorithm.rollout_correction.{name}")) is not None:
+            refuse(f"algorithm.rollout_correction.{name}", found, f"{what} not supported; use null")
+    if actor.strategy not in ENGINES:
+        refuse("actor_rollout_ref.actor.strategy", actor.strategy, f"it is not tested; use one of {', '.join(ENGINES)}")
+    virtual = get("actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size")
+    if actor.strategy == "megatron" and virtual and not actor.use_dynamic_bsz:
+        refuse(
+            "actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size",
+            virtual,
+            "it needs a multiple of its pipeline's micro-batches, and groups of any size do not make one; "
+            "set actor_rollout_ref.actor.use_dynamic_bsz=True",
+        )
     if (mode := get("trainer.v1.trainer_mode", "sync")) != "sync":
         refuse("trainer.v1.trainer_mode", mode, "only the sync trainer is supported; use sync")
     if get("actor_rollout_ref.actor.megatron.dynamic_context_parallel", False):

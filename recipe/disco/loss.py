@@ -40,8 +40,11 @@ def question_ids(uid: Sequence[Hashable] | Tensor) -> list[int]:
     return [number.setdefault(u, len(number)) for u in uid]
 
 
-def require_numbers(name: str, x: Tensor, mask: Tensor | None = None) -> None:
+def require_numbers(name: str, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> None:
     """Stop on NaN or infinity (at response tokens, if ``mask`` is given).
+
+    Args:
+        index: (B,) the samples' numbers in the batch, where ``x`` holds them in another order.
 
     Raises:
         ValueError: names the tensor and the first sample's index.
@@ -50,8 +53,9 @@ def require_numbers(name: str, x: Tensor, mask: Tensor | None = None) -> None:
     if mask is not None:
         bad = (bad & mask).any(-1)
     if bad.any():
-        index = int(bad.nonzero()[0])
-        raise ValueError(f"{name} of sample {index} is NaN or infinite ({int(bad.sum())} of {len(bad)} samples are)")
+        row = int(bad.nonzero()[0])
+        sample = row if index is None else int(index[row])
+        raise ValueError(f"{name} of sample {sample} is NaN or infinite ({int(bad.sum())} of {len(bad)} samples are)")
 
 
 def disco_loss(

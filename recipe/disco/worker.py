@@ -9,9 +9,9 @@ parallelism below it. Per mini-batch, on every rank:
 3. weigh: the objective gives a weight per response, the controller one coefficient, the same on every rank;
 4. train: verl's ``train_batch`` runs the micro-batches, each with its share of the separable loss.
 
-Rows carry what ``verl_ext.trainer`` wrote: ``group_id``, ``group_size``, ``sequence_reward``, ``mini_batch_id``,
-``fresh_old_log_probs``. verl's conventions that matter here: a loss function returns dp_size times its micro-batch's
-share of the global sum; fields of the batch reach it as ``data[...]``.
+Rows carry what ``verl_ext.trainer`` wrote: ``group_id``, ``group_size``, ``sample_index``, ``sequence_reward``,
+``mini_batch_id``, ``fresh_old_log_probs``. verl's conventions that matter here: a loss function returns dp_size times
+its micro-batch's share of the global sum; fields of the batch reach it as ``data[...]``.
 """
 
 import json
@@ -90,6 +90,10 @@ class DiscoTrainingWorker(TrainingWorker):
         self._first_after_rollout = True
         output = super().train_mini_batch(data)
         self.controller.end_step(self._last_kl)
+        if output is not None:
+            metrics = tu.get(output, "metrics")
+            # What verl would average over the mini-batches.
+            metrics["disco/measure_seconds"] = sum(metrics["disco/measure_seconds"])
         return output
 
     def infer_batch(self, data: TensorDict) -> TensorDict:
@@ -106,25 +110,33 @@ class DiscoTrainingWorker(TrainingWorker):
         first, self._first_after_rollout = self._first_after_rollout, False
         # At pi_theta = pi_old there is nothing to measure: scores follow from old_log_probs and the KL is 0.
         free = lagged or (first and bool(data["fresh_old_log_probs"].all()))
-        # verl's pass for old_log_probs logs the entropy; where there is none (bypass mode), this pass does.
-        log_prob, entropy = (padded(data["old_log_probs"]).float(), None) if free else self._forward(data, first)
+        # verl's pass for old_log_probs logs the entropy; where there is none (bypass mode), we do.
+        entropy_unknown = first and not bool(data["fresh_old_log_probs"].all())
+        if free:
+            log_prob, entropy = padded(data["old_log_probs"]).float(), None
+        else:
+            log_prob, entropy = self._forward(data, with_entropy=entropy_unknown)
         # None on pipeline stages before the last: no loss is evaluated there.
         lagged_kl = 0.0 if first else self._last_kl
         metrics = {} if log_prob is None else self._weigh(data, log_prob, entropy, lagged_kl)
         measured = time.perf_counter() - started
 
         self._fit_micro_batches(data, self.engine_config.micro_batch_size_per_gpu)
-        self._kl_sum = 0.0
+        if lagged and entropy_unknown:
+            tu.assign_non_tensor(data, calculate_entropy=True)
+        self._sums = torch.zeros(2, dtype=torch.float64)
         result = super().train_batch(data)
         if lagged and log_prob is not None:
-            total = torch.tensor([self._kl_sum], dtype=torch.float64, device=log_prob.device)
-            dist.all_reduce(total, group=self.engine.get_data_parallel_group())
-            # What is known only now; coefficient and penalty stay those that were in force.
-            self._last_kl = float(total) / max(self._tokens, 1)
+            # Known only now; coefficient and penalty stay those that were in force.
+            sums = self._sums.to(log_prob.device)
+            dist.all_reduce(sums, group=self.engine.get_data_parallel_group())
+            self._last_kl, mean_entropy = (sums / max(self._tokens, 1)).tolist()
             metrics |= {"kl": self._last_kl, "over_delta": float(self._last_kl > self.disco.delta)}
+            metrics |= {"entropy": mean_entropy} if entropy_unknown else {}
         if result is not None:
             metrics |= {"measured": float(not free), "measure_seconds": measured}
-            tu.get(result, "metrics").update({f"disco/{k}": v for k, v in metrics.items()})
+            # verl's "loss" is the value of the separable form, which only has L's gradient.
+            tu.get(result, "metrics").update({f"disco/{k}": v for k, v in metrics.items()}, loss=metrics["loss"])
         return result
 
     def _fit_micro_batches(self, data: TensorDict, size: int | None) -> None:
@@ -162,6 +174,7 @@ class DiscoTrainingWorker(TrainingWorker):
         columns = {
             "question": data["group_id"],
             "size": data["group_size"],
+            "index": data["sample_index"],
             "reward": data["sequence_reward"],
             "length": mask.sum(-1),
             "score": compute_score(self.disco.score, log_prob, old, mask),
@@ -172,15 +185,16 @@ class DiscoTrainingWorker(TrainingWorker):
         group = self.engine.get_data_parallel_group()
         parts = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, table, group=group)
-        question, size, reward, length, score, kl_sum, entropy_sum = torch.cat(parts).cpu().unbind(-1)
+        question, size, index, reward, length, score, kl_sum, entropy_sum = torch.cat(parts).cpu().unbind(-1)
         question, length = question.long(), length.long()
 
         real = question >= 0
         for name, x in (("sequence_reward", reward), ("score", score), ("KL", kl_sum)):
-            require_numbers(name, torch.where(real, x, 0.0))
+            require_numbers(name, torch.where(real, x, 0.0), index=index)
         refuse_torn_questions(question, size.long())
 
-        positive = reward >= self.disco.positive_threshold
+        # In the rewards' own precision, as in disco_loss: a reward of 0.7 reaches a threshold of 0.7.
+        positive = reward.float() >= self.disco.positive_threshold
         settings = asdict(self.disco)
         value, weight = weigh(self.disco.objective, score, positive, question, length, settings)
         self._tokens = int(length.sum())
@@ -216,7 +230,7 @@ class DiscoTrainingWorker(TrainingWorker):
         log_prob = no_padding_2_padding(model_output["log_probs"], data)
         mask = padded(data["response_mask"]).bool()
         old, tokens = padded(data["old_log_probs"]), tu.get(data, "disco_tokens")
-        require_numbers("log_prob", log_prob.detach(), mask)
+        require_numbers("log_prob", log_prob.detach(), mask, data["sample_index"])
         loss = micro_batch_loss(
             log_prob,
             old,
@@ -229,10 +243,12 @@ class DiscoTrainingWorker(TrainingWorker):
         )
         if self.disco.measure == "lagged":
             kl = kl_estimate(log_prob.detach(), old, mask, self.disco.kl_estimator)
-            self._kl_sum += float(kl.double().sum())
-        if self.entropy_coeff:
-            entropy = no_padding_2_padding(model_output["entropy"], data)
-            loss = loss - self.entropy_coeff * masked(entropy, mask).sum() / max(tokens, 1)
+            self._sums[0] += kl.double().sum().cpu()
+        if "entropy" in model_output:
+            entropy = masked(no_padding_2_padding(model_output["entropy"], data), mask).sum()
+            self._sums[1] += entropy.detach().double().cpu()
+            if self.entropy_coeff:
+                loss = loss - self.entropy_coeff * entropy / max(tokens, 1)
         return loss * data["dp_size"], {}
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
@@ -241,7 +257,7 @@ class DiscoTrainingWorker(TrainingWorker):
     def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
         """verl's, plus the controller's state in ``disco_controller.json`` beside the weights."""
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
-        # Every rank with outputs holds the same state and may write it: the file is there on each node that needs it.
+        # Every rank with outputs holds the same state and may write it.
         if self.engine.is_mp_src_rank_with_outputs():
             os.makedirs(local_path, exist_ok=True)
             temporary = os.path.join(local_path, f".{STATE_FILE}.{dist.get_rank()}")
@@ -258,6 +274,10 @@ class DiscoTrainingWorker(TrainingWorker):
             with open(path) as f:
                 saved = json.load(f)
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
+        # Nodes may have disks of their own, and not each holds the file: all ranks go on from the same state.
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, saved)
+        saved = next((state for state in found if state is not None), None)
         if saved is not None and saved["constraint"] == self.disco.constraint:
             self.controller.load_state_dict(saved["state"])
         elif self.controller.state_dict() and local_path:

@@ -1,5 +1,6 @@
 """Whole-group mini-batches: every group whole, every sequence once, tokens balanced over the ranks."""
 
+import math
 import random
 from itertools import combinations
 
@@ -27,17 +28,17 @@ def flatten(batch, seed):
     st.integers(0, 3),
     st.integers(1, 16),
     st.sampled_from([1, 2, 3, 8]),
-    st.sampled_from([1, 2, 4, 5]),
+    st.sampled_from([(), (2,), (4, 5), (4, 8), (16, 16)]),
     st.sampled_from([None, 0, 7]),
 )
-def test_every_group_whole_and_every_sequence_once(batch, seed, per_mini_batch, ranks, multiple, shuffle_seed):
+def test_every_group_whole_and_every_sequence_once(batch, seed, per_mini_batch, ranks, micro_batches, shuffle_seed):
     groups, lengths = flatten(batch, seed)
     plan = deal(
         groups,
         lengths,
         groups_per_mini_batch=per_mini_batch,
         ranks=ranks,
-        rows_multiple=multiple,
+        micro_batches=micro_batches,
         padding_length=128,
         shuffle_seed=shuffle_seed,
     )
@@ -55,15 +56,18 @@ def test_every_group_whole_and_every_sequence_once(batch, seed, per_mini_batch, 
     rows = {len(part) for parts in plan.partitions for part in parts}
     assert len(rows) == 1
     (rows,) = rows
-    assert rows % multiple == 0 or rows < multiple
+    assert all(rows % size == 0 or rows <= size for size in micro_batches)
     for rank in range(ranks):
         for m in range(len(sizes)):
             start = (rank * len(sizes) + m) * rows
             assert plan.order[start : start + rows] == plan.partitions[m][rank]
             assert set(plan.mini_batch[start : start + rows]) == {m}
-    # No more padding than the fullest mini-batch and the multiple ask for.
+            tokens = [lengths[row] if row < len(groups) else 128 for row in plan.partitions[m][rank]]
+            assert tokens == sorted(tokens, reverse=True)
+    # No more padding than the fullest mini-batch and the micro-batches ask for.
     fullest = max(sum(row < len(groups) for part in parts for row in part) for parts in plan.partitions)
-    assert (rows - multiple) * ranks < fullest
+    needed = -(-fullest // ranks)
+    assert rows - needed < math.lcm(*(size for size in micro_batches if size < rows))
 
 
 def best_two_way(lengths):
@@ -111,6 +115,15 @@ def test_shuffle_changes_the_deal_and_is_seeded():
     assert deal(groups, [10] * 32, groups_per_mini_batch=8, ranks=1).order == list(range(32))
 
 
+def test_two_micro_batch_sizes_share_the_padding():
+    groups = [f"q{i}" for i in range(37)]
+    plan = deal(groups, [10] * 37, groups_per_mini_batch=37, ranks=1, micro_batches=(1, 16))
+    assert plan.num_padding == 48 - 37
+    assert deal(groups, [10] * 37, groups_per_mini_batch=37, ranks=1, micro_batches=(64,)).num_padding == 0
+
+
 def test_refuses_nothing_to_deal():
     with pytest.raises(ValueError, match="cannot deal 0 sequences to mini-batches of 4 groups over 2 ranks"):
         deal([], [], groups_per_mini_batch=4, ranks=2)
+    with pytest.raises(ValueError, match="cannot deal 1 sequences .* by micro-batches of 0"):
+        deal(["q"], [1], groups_per_mini_batch=4, ranks=2, micro_batches=(0,))

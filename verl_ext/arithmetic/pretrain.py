@@ -1,7 +1,7 @@
 """Supervised pre-training of the toy model, two minutes on a CPU: first on correct, at last on careless solutions.
 
-It then knows how to work a chain out, but mostly guesses, and slips when it does not. Reinforcement learning has to find
-out which of its habits pays.
+It then knows how to work a chain out, but mostly guesses, and slips when it does not: reinforcement learning has to
+find out which of its habits pays.
 """
 
 import math

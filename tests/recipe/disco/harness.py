@@ -7,7 +7,7 @@ Run by test_worker.py under torchrun, on gloo ranks without Ray:
 SPEC: {"model": DIR, "engine": {...}, "cases": [{...}, ...]}. Rank 0 prints one JSON line a case with ``error``,
 |theta - theta_ref| / |theta_ref - theta_0| over all parameters after the case's updates, and ``parameters``, the same
 relative to |theta_ref|. The reference is float64: the Hugging Face model, ``disco_loss`` on each mini-batch in one
-piece, plain SGD.
+piece (for ``measure=lagged`` the loss written out below), plain SGD.
 """
 
 import json
@@ -83,29 +83,59 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        self.previous_kl = 0.0
         self.initial = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
-    def log_probs(self, rows: list[dict], temperature: float) -> torch.Tensor:
+    def log_probs(self, rows: list[dict], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the responses' tokens and the entropies there, (rows, tokens) each."""
         out = []
         for r in rows:
             ids = torch.cat([r["prompt"], r["response"]])[None]
-            logits = self.model(ids).logits[0, :-1] / temperature
-            out.append(torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[len(r["prompt"]) - 1 :, 0])
-        return torch.nn.utils.rnn.pad_sequence(out, batch_first=True)
+            every = torch.log_softmax(self.model(ids).logits[0, :-1] / temperature, -1)[len(r["prompt"]) - 1 :]
+            out.append((every.gather(-1, r["response"][:, None])[:, 0], -(every.exp() * every).sum(-1)))
+        return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in zip(*out, strict=True))
+
+    def lagged_loss(self, rows, log_prob, old, mask, case) -> tuple[torch.Tensor, dict]:
+        """log-L with the negatives' weights at pi_old and the hinge at the previous mini-batch's KL."""
+        total = 0.0
+        for uid in {r["uid"] for r in rows}:
+            sides = {0.0: [], 1.0: []}
+            for i, r in enumerate(rows):
+                if r["uid"] == uid and r["mask"].any():
+                    length = mask[i].sum()
+                    sides[r["reward"]].append(
+                        ((log_prob[i] * mask[i]).sum() / length, (old[i] * mask[i]).sum() / length)
+                    )
+            if sides[0.0] and sides[1.0]:
+                now, then = (torch.stack(x) for x in zip(*sides[0.0], strict=True))
+                share = torch.softmax(then / case["tau"], 0) if case["objective"] == "disco" else 1 / len(now)
+                total = total + torch.stack([s for s, _ in sides[1.0]]).mean() - (share * now).sum()
+        kl = ((old - log_prob) * mask).sum() / mask.sum()
+        coefficient = case["beta"] * max(self.previous_kl - case["delta"], 0.0)
+        self.previous_kl = kl.item()
+        loss = -total / len({r["uid"] for r in rows}) + coefficient * kl
+        return loss, {"kl": kl.item(), "coefficient": coefficient}
 
     def step(self, rows: list[dict], case: dict) -> dict:
         from recipe.disco import disco_loss
 
         pad = torch.nn.utils.rnn.pad_sequence
         names = ("objective", "score", "tau", "delta", "beta", "kl_estimator")
-        loss, metrics = disco_loss(
-            self.log_probs(rows, case["temperature"]),
-            pad([r["old"].double() for r in rows], batch_first=True),
-            pad([r["mask"] for r in rows], batch_first=True),
-            torch.tensor([r["reward"] for r in rows]),
-            [r["uid"] for r in rows],
-            **{n: case[n] for n in names if n in case},
-        )
+        log_prob, entropy = self.log_probs(rows, case["temperature"])
+        old = pad([r["old"].double() for r in rows], batch_first=True)
+        mask = pad([r["mask"] for r in rows], batch_first=True)
+        if case["measure"] == "lagged":
+            loss, metrics = self.lagged_loss(rows, log_prob, old, mask, case)
+        else:
+            loss, metrics = disco_loss(
+                log_prob,
+                old,
+                mask,
+                torch.tensor([r["reward"] for r in rows]),
+                [r["uid"] for r in rows],
+                **{n: case[n] for n in names if n in case},
+            )
+        loss = loss - case["entropy_coeff"] * (entropy * mask).sum() / mask.sum()
         self.model.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -144,6 +174,7 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
             group_id=torch.tensor([number[r["uid"]] for r in selected]),
             group_size=torch.tensor([uids.count(r["uid"]) for r in selected]),
             sequence_reward=torch.tensor([r["reward"] for r in selected]),
+            sample_index=torch.tensor(mine),
             mini_batch_id=torch.tensor([plan.mini_batch[rank * share + i] for i in range(share)]),
             fresh_old_log_probs=torch.full((share,), case["fresh"]),
         ),
@@ -152,7 +183,7 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
     tu.assign_non_tensor(
         data,
         temperature=case["temperature"],
-        calculate_entropy=False,
+        calculate_entropy=case["entropy_coeff"] != 0,
         global_batch_size=len(plan.order),
         mini_batch_size=len(plan.order),
         epochs=case["epochs"],
@@ -239,6 +270,7 @@ DEFAULTS = dict(
     fresh=False,
     old_noise=0.1,
     measure="exact",
+    entropy_coeff=0.0,
 )
 
 
@@ -253,7 +285,7 @@ def run_case(worker, folder: str, case: dict) -> dict:
     rows = make_rows()
     noise = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        current = reference.log_probs(rows, case["temperature"])
+        current, _ = reference.log_probs(rows, case["temperature"])
     for r, lp in zip(rows, current, strict=True):
         n = len(r["response"])
         # Above the current policy on average, so that the KL is well over delta; none for a fresh rollout.
@@ -270,11 +302,11 @@ def run_case(worker, folder: str, case: dict) -> dict:
         [len(r["prompt"]) + len(r["response"]) for r in rows],
         groups_per_mini_batch=case["groups_per_mini_batch"],
         ranks=ranks,
-        rows_multiple=1 if case["dynamic"] else case["micro"],
+        micro_batches=() if case["dynamic"] else (case["micro"], case["infer_micro"]),
         padding_length=8,
     )
     settings = {n: case[n] for n in DiscoConfig.__dataclass_fields__ if n in case}
-    worker.configure(DiscoConfig(**settings))
+    worker.configure(DiscoConfig(**settings), entropy_coeff=case["entropy_coeff"])
     for name, value in (
         ("use_dynamic_bsz", case["dynamic"]),
         ("micro_batch_size_per_gpu", case["micro"]),
@@ -328,7 +360,7 @@ def main() -> None:
         except ValueError as e:
             result = {"refused": str(e)}
         if int(os.environ.get("RANK", 0)) == 0:
-            print("RESULT " + json.dumps({"case": case, **result}), flush=True)
+            print("RESULT " + json.dumps({"case": DEFAULTS | case, **result}), flush=True)
     torch.distributed.destroy_process_group()
 
 

@@ -22,8 +22,16 @@ SPLITS = {
     "two mini-batches, two epochs": dict(groups_per_mini_batch=4, epochs=2),
     "mini-batches in random order": dict(groups_per_mini_batch=3, epochs=2, shuffle_mini_batches=True),
     "first one free": dict(groups_per_mini_batch=3, fresh=True, old_noise=0.0, delta=0.0),
+    "entropy bonus": dict(micro=3, entropy_coeff=0.1),
+    "lagged": dict(measure="lagged", groups_per_mini_batch=3, epochs=2),
 }
-CASES = [loss | split for loss in LOSSES for split in SPLITS.values()]
+CASES = [
+    loss | split
+    for loss in LOSSES
+    for name, split in SPLITS.items()
+    # Refused for ratios with a tau, and written out by the harness for log-L alone.
+    if name != "lagged" or loss["score"] == "log_l"
+]
 SHORT = [loss | split for loss in LOSSES for split in (SPLITS["by three"], SPLITS["dynamic"])]
 
 
@@ -58,17 +66,21 @@ def check(results):
         assert r["error"] < 2e-5, r["case"]
         assert r["parameters"] < 1e-5, r["case"]
         # What is logged is what the definition says, at the step's parameters.
-        names = ["loss", "objective", "kl", "coefficient", "groups_mixed", "effective_negatives"]
-        # Ratios that are all 1 tie for us, and differ by rounding for the reference.
-        if not (r["case"].get("fresh") and r["case"]["score"] == "l_ratio"):
-            names.append("auc")
+        names = ["kl", "coefficient"]
+        if r["case"]["measure"] == "exact":
+            names += ["loss", "objective", "groups_mixed", "effective_negatives"]
+            # Ratios that are all 1 tie for us, and differ by rounding for the reference.
+            if not (r["case"]["fresh"] and r["case"]["score"] == "l_ratio"):
+                names.append("auc")
         for name in names:
             for ours, theirs in zip(r["metrics"][name], r["reference"][name], strict=True):
-                # float32 against float64, after up to six updates
-                assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5), (name, r["case"])
+                # float32 against float64, after up to six updates that amplify the difference; values are of order 1.
+                assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4), (name, r["case"])
     print("worst relative error of an update:", max(r["error"] for r in results))
-    # The hinge was at work.
-    assert sum(max(r["metrics"]["coefficient"]) > 0 for r in results) > len(results) / 2
+    # The hinge was at work, for each loss.
+    for loss in LOSSES:
+        of_loss = [r for r in results if loss.items() <= r["case"].items()]
+        assert sum(max(r["metrics"]["coefficient"]) > 0 for r in of_loss) > len(of_loss) / 2, loss
 
 
 @pytest.mark.parametrize(
