@@ -1,6 +1,6 @@
 """Builds what the arithmetic run needs, once: a pre-trained small model, training and held-out questions.
 
-    python -m verl_ext.arithmetic.assets [--out outputs/arithmetic] [--iterations 600] [--seed 1]
+    python -m verl_ext.arithmetic.assets [--out outputs/arithmetic] [--iterations 700] [--seed 1]
 
 ``+experiment=arithmetic_cpu`` calls :func:`ensure_assets` before Ray starts.
 """
@@ -94,9 +94,9 @@ def ensure_assets(config: DictConfig) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="outputs/arithmetic/assets")
-    parser.add_argument("--iterations", type=int, default=600)
+    parser.add_argument("--iterations", type=int, default=700)
     parser.add_argument("--train-size", type=int, default=8192)
-    parser.add_argument("--test-size", type=int, default=208)
+    parser.add_argument("--test-size", type=int, default=416)
     parser.add_argument("--seed", type=int, default=1)
     a = parser.parse_args()
     build_assets(a.out, iterations=a.iterations, train_size=a.train_size, test_size=a.test_size, seed=a.seed)
