@@ -5,6 +5,11 @@ inside the installed verl package. One puts ``verl_ext/config`` (groups ``algori
 path. The other serves verl's directory unchanged but for this: to a primary config it appends the default
 ``algorithm: ppo``, which sets nothing, and the Hydra callback of :mod:`verl_ext.hydra_callbacks`. So stock commands
 compose as before, and nothing of verl is copied.
+
+A primary config of your own, outside verl, that inherits from verl's asks for both by its search path::
+
+    hydra:
+      searchpath: [verl-ext://trainer/config, pkg://verl_ext.config]
 """
 
 from pathlib import Path
@@ -41,11 +46,15 @@ def describe_algorithms() -> dict[str, str]:
     return {f.stem: f.read_text().splitlines()[1].lstrip("# ") for f in sorted(ALGORITHMS.glob("*.yaml"))}
 
 
-def _verl_directory(path: str) -> Path | None:
-    """The directory that a Hydra search path element names, if it lies inside the verl package, else None."""
+def _verl_root() -> Path:
     import verl
 
-    root = Path(verl.__file__).resolve().parent
+    return Path(verl.__file__).resolve().parent
+
+
+def _verl_directory(path: str) -> Path | None:
+    """The directory that a Hydra search path element names, if it lies inside the verl package, else None."""
+    root = _verl_root()
     scheme, _, rest = path.rpartition("://")
     if scheme == "pkg":
         package, *parts = rest.replace("/", ".").strip(".").split(".")
@@ -64,6 +73,11 @@ def _register_plugins(_hydra: Any) -> None:
 
     class VerlConfigSource(FileConfigSource):
         """verl's config directory, with the group ``algorithm`` in the defaults list of each primary config."""
+
+        def __init__(self, provider: str, path: str):
+            super().__init__(provider, path)
+            # Relative paths are within verl: `hydra.searchpath: [verl-ext://trainer/config]`.
+            self.path = str(_verl_root() / self.path)
 
         @staticmethod
         def scheme() -> str:

@@ -4,6 +4,7 @@ They stand in verl's ``TRAINER_REGISTRY`` under verl's own names, because verl a
 places. Without a ``verl_ext`` node in the configuration they do what verl's do, and write ``metrics.jsonl``.
 """
 
+import itertools
 import os
 from collections import Counter
 from typing import Any
@@ -13,6 +14,7 @@ import orjson
 import ray
 import torch
 import transfer_queue as tq
+import verl  # noqa: F401  (first, whole: its plugins register this module's trainers while parts of it are imported)
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
@@ -25,29 +27,38 @@ from verl.utils.seqlen_balancing import log_seqlen_unbalance
 from verl_ext.grouping import deal
 
 METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "config.yaml"
 
 
 class MetricsLog:
     """verl's ``Tracking``, and a JSONL file: one object a logged step, flat metric names plus ``step``.
 
-    A resumed run appends; lines of steps after the checkpoint, which it runs again, are dropped first.
+    A resumed run appends. Lines that do not belong to it (of steps that it runs again, or of an earlier run that is not
+    resumed) are moved out of the way with the file that held them: ``metrics.jsonl.1``, ``.2`` and so on.
     """
 
     def __init__(self, tracking, path: str, resumed_step: int):
         self._tracking = tracking
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        kept = []
-        if resumed_step > 0 and os.path.exists(path):
+        found = []
+        if os.path.exists(path):
             with open(path, "rb") as f:
-                kept = [line for line in f if line.endswith(b"\n") and orjson.loads(line)["step"] <= resumed_step]
+                # Without the newline it is the half of a line that a crash left behind.
+                found = [(orjson.loads(line)["step"], line) for line in f if line.endswith(b"\n")]
+        kept = [(step, line) for step, line in found if 0 < resumed_step and step <= resumed_step]
+        if len(kept) < len(found):
+            number = next(i for i in itertools.count(1) if not os.path.exists(f"{path}.{i}"))
+            os.rename(path, f"{path}.{number}")
         with open(f"{path}.new", "wb") as f:
-            f.writelines(kept)
+            f.writelines(line for _, line in kept)
         os.replace(f"{path}.new", path)
+        self._logged = {step for step, _ in kept}
         self._file = open(path, "ab", buffering=0)
 
     def log(self, data: dict[str, Any], step: int, **kwargs) -> None:
         self._tracking.log(data=data, step=step, **kwargs)
+        if step in self._logged:
+            # verl evaluates a checkpoint once more when it resumes.
+            return
         numbers = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
         line = orjson.dumps({"step": step, **numbers}, option=orjson.OPT_SERIALIZE_NUMPY, default=str)
         self._file.write(line + b"\n")
@@ -65,7 +76,8 @@ class ExtendedTrainer:
 
     - ``validator``: function (config) -> None that refuses wrong settings;
     - ``actor_worker_class``: subclass of verl's ``ActorRolloutRefWorker`` to use instead;
-    - ``whole_groups``: mini-batches of whole questions, tokens balanced over ranks within each.
+    - ``whole_groups``: mini-batches of whole questions, tokens balanced over ranks within each;
+    - ``metrics``: the worker's metrics with this prefix are logged without verl's ``actor/`` before it.
     """
 
     def __init__(self, config):
@@ -73,12 +85,6 @@ class ExtendedTrainer:
             load_class_from_fqn(validator, "validator")(config)
         self._whole_groups = bool(OmegaConf.select(config, "verl_ext.whole_groups", default=False))
         super().__init__(config)
-
-    def fit(self, agent_loop_manager):
-        folder = self.config.trainer.default_local_dir
-        os.makedirs(folder, exist_ok=True)
-        OmegaConf.save(self.config, os.path.join(folder, CONFIG_FILE))
-        super().fit(agent_loop_manager)
 
     @property
     def logger(self):
@@ -182,8 +188,9 @@ class ExtendedTrainer:
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)
-        for name in [k for k in metrics if k.startswith("actor/disco/")]:
-            metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        if group := OmegaConf.select(self.config, "verl_ext.metrics"):
+            for name in [k for k in metrics if k.startswith(f"actor/{group}/")]:
+                metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
 
 

@@ -279,6 +279,31 @@ def test_a_users_config_on_top_of_verls_has_the_group(jobs, tmp_path):
     assert (config.trainer.total_epochs, config.disco.objective) == (3, "disco")
 
 
+def test_a_users_own_directory_asks_for_the_group_by_its_search_path(jobs, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [ppo_trainer, _self_]\n"
+        "hydra: {searchpath: ['verl-ext://trainer/config', 'pkg://verl_ext.config']}\n"
+        "trainer: {total_epochs: 3}\n"
+    )
+    (config,) = jobs("--config-path", str(tmp_path), "--config-name", "mine", "algorithm=disco")
+    assert (config.trainer.total_epochs, config.disco.objective) == (3, "disco")
+
+
+def test_settings_are_saved_and_a_resumed_run_names_what_is_different(jobs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    mine = ["algorithm=disco", f"trainer.default_local_dir={folder}"]
+    jobs(*mine)
+    assert OmegaConf.load(folder / "config.yaml").disco.delta == 1e-4
+    jobs(*mine, "disco.delta=1e-3")
+    assert "is resumed" not in capsys.readouterr().out
+    (folder / hydra_callbacks.CHECKPOINT_FILE).write_text("2")
+    jobs(*mine, "disco.delta=1e-2")
+    assert f"verl-disco: {folder} is resumed with disco.delta=0.01, was 0.001" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds a run of algorithm=disco, which algorithm=grpo would resume"):
+        jobs("algorithm=grpo", mine[1])
+    jobs("algorithm=grpo", mine[1], "trainer.resume_mode=disable")
+
+
 def test_prepare_runs_after_the_validator_and_before_the_job(jobs):
     CALLS.clear()
     settings = [f"+verl_ext.{step}={_here('accept')}" for step in ("validator", "prepare")]
@@ -294,7 +319,7 @@ def test_a_refusal_ends_the_run_with_its_message_alone(jobs, capsys):
 
 
 def test_a_bug_in_a_validator_does_not_let_the_run_go_on(jobs, capsys):
-    with pytest.raises(SystemExit, match="verl_ext.validator=callback_functions.crash failed: KeyError: 'a bug'"):
+    with pytest.raises(SystemExit, match="verl-disco: not started: KeyError: 'a bug'"):
         jobs(f"+verl_ext.validator={_here('crash')}")
     assert "Traceback" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
 from verl_ext import trainer
@@ -63,11 +64,101 @@ def test_a_resumed_run_appends_and_drops_steps_that_it_runs_again(tmp_path):
     assert lines(path) == [{"step": s, "a": a} for s, a in ((0, 0), (1, 1), (2, 2), (3, 30))]
 
 
-def test_a_fresh_run_starts_the_file_anew(tmp_path):
+def test_a_fresh_run_starts_the_file_anew_and_keeps_the_old_ones(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n')
-    MetricsLog(Recorder(), str(path), resumed_step=0).finish()
-    assert path.read_text() == ""
+    for run in (1, 2):
+        path.write_text(f'{{"step": {run}}}\n')
+        MetricsLog(Recorder(), str(path), resumed_step=0).finish()
+        assert path.read_text() == ""
+        assert (tmp_path / f"metrics.jsonl.{run}").read_text() == f'{{"step": {run}}}\n'
+
+
+def test_a_checkpoint_evaluated_again_is_not_logged_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "val": 1}\n')
+    log = MetricsLog(Recorder(), str(path), resumed_step=2)
+    for step in (2, 3):
+        log.log(data={"val": 5}, step=step)
+    log.finish()
+    assert lines(path) == [{"step": 2, "val": 1}, {"step": 3, "val": 5}]
+    assert not (tmp_path / "metrics.jsonl.1").exists()
+
+
+class Batch(SimpleNamespace):
+    """As much of a KVBatchMeta as is asked for."""
+
+    def __len__(self):
+        return len(self.keys)
+
+    def reorder(self, order):
+        self.keys, self.tags = [self.keys[i] for i in order], [self.tags[i] for i in order]
+
+
+def balanced(monkeypatch, keys, lengths, ranks=2, questions=2):
+    """The batch after ``_balance_batch``, the columns written for it, and the metrics; rewards are 0, 1, 2 ..."""
+    written = {}
+
+    def put(keys, fields, partition_id):
+        written.update({name: column.tolist() for name, column in fields.items()}, keys=list(keys))
+        return SimpleNamespace(keys=keys)
+
+    def pad(batch, size, eos):
+        missing = size - len(batch)
+        batch.keys += [f"pad{i}_0_0" for i in range(missing)]
+        batch.tags += [{"seq_len": 129, "is_padding": True}] * missing
+        return batch
+
+    monkeypatch.setattr(trainer.tq, "kv_batch_put", put)
+    monkeypatch.setattr(trainer, "upsample_batch_to_divisible_size", pad)
+    actor = dict(ppo_mini_batch_size=questions, use_dynamic_bsz=True, shuffle=False, data_loader_seed=1)
+    this = SimpleNamespace(
+        _whole_groups=True,
+        config=OmegaConf.create({"actor_rollout_ref": {"actor": actor}, "data": {"train_batch_size": 4}}),
+        _sequence_rewards=lambda batch: [float(i) for i in range(len(batch))],
+        _old_log_probs_are_fresh=lambda: True,
+        _actor_data_parallel_size=lambda: ranks,
+        _fixed_micro_batches=lambda: [],
+        tokenizer=SimpleNamespace(eos_token_id=0),
+        global_steps=1,
+    )
+    batch = Batch(keys=list(keys), tags=[{"seq_len": n} for n in lengths], partition_id="train")
+    metrics = {}
+    return ExtendedTrainerSync._balance_batch(this, batch, metrics), written, metrics
+
+
+def test_whole_questions_of_several_trajectories_with_failures_are_dealt(monkeypatch):
+    # verl's keys are uid_session_trajectory. Question "a_b" has two trajectories in one session, the fourth failed.
+    keys = ["a_b_0_0", "c_0_0", "a_b_0_1", "d_0_0", "c_1_0", "a_b_1_0", "d_1_0"]
+    batch, written, metrics = balanced(monkeypatch, keys, [10, 20, 30, 40, 50, 60, 70])
+    assert written["keys"] == batch.keys
+    rows = {key: {name: written[name][i] for name in written} for i, key in enumerate(batch.keys)}
+    question = {key: key.rsplit("_", 2)[0] for key in keys}
+    for key in keys:
+        row = rows[key]
+        assert row["group_size"] == sum(q == question[key] for q in question.values())
+        assert row["sequence_reward"] == row["sample_index"] == keys.index(key)
+        same = {rows[k]["mini_batch_id"] for k in keys if question[k] == question[key]}
+        assert same == {row["mini_batch_id"]}
+        assert {k for k in keys if rows[k]["group_id"] == row["group_id"]} == {
+            k for k in keys if question[k] == question[key]
+        }
+    # Two mini-batches on two ranks, rank after rank, each with the same number of rows.
+    assert written["mini_batch_id"] == sorted(written["mini_batch_id"][: len(batch) // 2]) * 2
+    padding = [row for key, row in rows.items() if key.startswith("pad")]
+    assert len(padding) == metrics["training/padding_rows"] == len(batch) - len(keys)
+    assert all((row["group_id"], row["group_size"]) == (-1, 0) for row in padding)
+    assert metrics["training/failed_questions"] == 1
+
+
+def test_old_log_probs_that_are_no_numbers_stop_the_run_naming_the_sample(monkeypatch):
+    rows = [torch.tensor([-1.0]), torch.tensor([-1.0, float("nan")])]
+    data = {"old_log_probs": torch.nested.as_nested_tensor(rows, layout=torch.jagged)}
+    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **kwargs: data)
+    monkeypatch.setattr(trainer.PPOTrainerSync, "_compute_old_log_prob", lambda self, batch, metrics: batch)
+    this = object.__new__(ExtendedTrainerSync)
+    this._whole_groups, this.global_steps = True, 7
+    with pytest.raises(ValueError, match="old_log_probs of sample u_1_0 are NaN or infinite at step 7"):
+        this._compute_old_log_prob(Batch(keys=["u_0_0", "u_1_0"], tags=[{}, {}], partition_id="train"), {})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

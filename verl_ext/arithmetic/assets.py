@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from filelock import FileLock
 from omegaconf import DictConfig
 
 from verl_ext.arithmetic.model import build_model, build_tokenizer
@@ -54,9 +55,15 @@ def draw_splits(train_size: int, test_size: int, seed: int) -> tuple[list[Questi
 def build_assets(folder: str | Path, *, iterations: int, train_size: int, test_size: int, seed: int) -> Path:
     """Build model and data in ``folder``, unless it holds them already, made with the same parameters.
 
-    Whole or not at all: everything is made beside it and renamed.
+    Whole or not at all: everything is made beside it and renamed. Whoever comes second waits and finds it done.
     """
     folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        return _build_assets(folder, iterations, train_size, test_size, seed)
+
+
+def _build_assets(folder: Path, iterations: int, train_size: int, test_size: int, seed: int) -> Path:
     parameters = dict(
         version=VERSION, iterations=iterations, train_size=train_size, test_size=test_size, seed=seed, levels=LEVELS
     )
@@ -64,7 +71,7 @@ def build_assets(folder: str | Path, *, iterations: int, train_size: int, test_s
     if (folder / STAMP).exists() and (folder / STAMP).read_text() == stamp:
         return folder
     print(f"building the arithmetic task in {folder}", flush=True)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     train, test = draw_splits(train_size, test_size, seed)

@@ -9,6 +9,8 @@ import math
 import statistics
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 PLOTS = "plots.png"
 
 
@@ -42,9 +44,14 @@ def overall(levels: dict[int, float], questions: int) -> tuple[float, float]:
     return mean, math.sqrt(variance / questions)
 
 
-def describe(run: Path, questions: int) -> str:
+def held_out_questions(run: Path) -> int:
+    """How many questions an evaluation has, from the run's settings."""
+    return OmegaConf.load(run / "config.yaml").arithmetic.test_size
+
+
+def describe(run: Path) -> str:
     """The summary as text."""
-    rows = read_metrics(run)
+    rows, questions = read_metrics(run), held_out_questions(run)
     evaluations = [(r["step"], pass_at_1(r)) for r in rows if pass_at_1(r)]
     steps = [r for r in rows if "timing_s/step" in r]
     if not evaluations or not steps:
@@ -120,12 +127,11 @@ def plot(run: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="trainer.default_local_dir of the run")
-    parser.add_argument("--questions", type=int, default=208, help="held-out questions")
     args = parser.parse_args()
     if not (args.run / "metrics.jsonl").exists():
         raise SystemExit(f"{args.run / 'metrics.jsonl'} does not exist: no run has been there")
     plot(args.run)
-    print(describe(args.run, args.questions))
+    print(describe(args.run))
 
 
 if __name__ == "__main__":

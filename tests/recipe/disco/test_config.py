@@ -110,6 +110,9 @@ def test_lagged_weights_of_ratios_are_refused_but_for_disco_b():
         ("distillation.enabled=true", "distillation.enabled=True .* use false"),
         ("actor_rollout_ref.actor.use_prefix_grouper=true", "use_prefix_grouper=True .* use false"),
         ("algorithm.rollout_correction.rollout_is=token", "rollout_is=token .* use null"),
+        ("algorithm.rollout_correction.rollout_rs=sequence", "rollout_rs=sequence .* rejection sampling .* use null"),
+        ("algorithm.adv_estimator=gae", "adv_estimator=gae .* starts a critic"),
+        ("actor_rollout_ref.actor.strategy=veomni", "strategy=veomni .* use one of fsdp, fsdp2, megatron"),
         ("trainer.v1.trainer_mode=separate_async", "trainer_mode=separate_async .* use sync"),
         ("actor_rollout_ref.actor.ppo_mini_batch_size=256", "256 .* more questions than data.train_batch_size=128"),
     ],
@@ -138,6 +141,13 @@ def test_ulysses_without_flash_attention_is_refused():
     message = refusal(ulysses, "+actor_rollout_ref.model.override_config.attn_implementation=sdpa")
     assert "attn_implementation=sdpa" in message and "flash_attention_2" in message
     validate(composed(ulysses))
+
+
+def test_a_virtual_pipeline_needs_dynamic_micro_batches():
+    name = "actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size"
+    message = refusal("model_engine=megatron", f"{name}=2")
+    assert f"{name}=2" in message and "use_dynamic_bsz=True" in message
+    validate(composed("model_engine=megatron", f"{name}=2", "actor_rollout_ref.actor.use_dynamic_bsz=true"))
 
 
 def test_megatrons_dynamic_context_parallel_is_refused():

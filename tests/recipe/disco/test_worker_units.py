@@ -44,19 +44,22 @@ def test_rows_that_were_reordered_after_the_deal_are_refused():
 class Stub(DiscoTrainingWorker):
     """A worker without an engine's weights: saving and loading reach only what is ours."""
 
-    def __init__(self, constraint, writes=True):
+    def __init__(self, constraint="none", writes=True, **settings):
         self.engine = SimpleNamespace(
             save_checkpoint=lambda *a: None,
             load_checkpoint=lambda *a: None,
             is_mp_src_rank_with_outputs=lambda: writes,
+            get_data_parallel_group=lambda: None,
+            get_data_parallel_rank=lambda: 0,
         )
-        self.configure(DiscoConfig(constraint=constraint, rho=2.0, delta=0.25))
+        self.configure(DiscoConfig(constraint=constraint, rho=2.0, delta=0.25, **settings))
 
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
     monkeypatch.setattr(worker.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(worker.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(worker.dist, "get_world_size", lambda group=None: 1)
+    monkeypatch.setattr(worker.dist, "all_gather", lambda parts, mine, group=None: parts[0].copy_(mine))
     monkeypatch.setattr(worker.dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
 
 
@@ -87,3 +90,48 @@ def test_a_checkpoint_of_another_constraint_is_reported(tmp_path, caplog):
     caplog.clear()
     Stub("squared_hinge").load_checkpoint(str(tmp_path / "absent"))
     assert not caplog.text
+
+
+def mini_batch(rewards, log_prob):
+    """One question with a response of one token for each reward, in the reverse of the batch's order."""
+    from verl.utils import tensordict_utils as tu
+
+    count = len(rewards)
+    columns = {
+        "group_id": torch.zeros(count, dtype=torch.long),
+        "group_size": torch.full((count,), count),
+        "sample_index": torch.arange(count).flip(0),
+        "sequence_reward": torch.tensor(rewards),
+        "response_mask": torch.ones(count, 1, dtype=torch.long),
+        "old_log_probs": log_prob.clone(),
+    }
+    return tu.get_tensordict(columns)
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.9, 1.0])
+def test_a_reward_at_the_threshold_is_positive(threshold):
+    # 0.7 is not a float32: compared in another precision, the reward would be below its own threshold.
+    log_prob = torch.tensor([[-1.0], [-2.0]])
+    data = mini_batch([threshold, 0.0], log_prob)
+    Stub(positive_threshold=threshold)._weigh(data, log_prob, None, 0.0)
+    assert data["disco_weight"].tolist() == [1.0, -1.0]
+
+
+def test_nan_log_probs_stop_the_run_with_the_samples_index():
+    log_prob = torch.tensor([[-1.0], [-2.0], [float("nan")]])
+    data = mini_batch([1.0, 0.0, 0.0], torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"score of sample 0 is NaN or infinite \(1 of 3"):
+        Stub()._weigh(data, log_prob, None, 0.0)
+    with pytest.raises(ValueError, match=r"sequence_reward of sample 2 is NaN or infinite \(1 of 3"):
+        Stub()._weigh(mini_batch([float("nan"), 0.0, 0.0], torch.zeros(3, 1)), torch.zeros(3, 1), None, 0.0)
+
+
+def test_a_node_without_the_file_gets_the_state_from_another(tmp_path, monkeypatch):
+    saved = {"constraint": "augmented_lagrangian", "state": {"multiplier": 1.5}}
+    monkeypatch.setattr(worker.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        worker.dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), [mine, saved])
+    )
+    resumed = Stub("augmented_lagrangian")
+    resumed.load_checkpoint(str(tmp_path))
+    assert resumed.controller.multiplier == 1.5

@@ -28,13 +28,14 @@ def run(tmp_path):
     }
     # A crash may cut the last line short.
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 13, "critic')
+    (tmp_path / "config.yaml").write_text("arithmetic: {test_size: 100}\n")
     for step in (5, 12):
         (tmp_path / f"global_step_{step}").mkdir()
     return tmp_path
 
 
 def test_the_table_has_what_the_metrics_say(run):
-    lines = [" ".join(line.split()) for line in summary.describe(run, questions=100).splitlines()]
+    lines = [" ".join(line.split()) for line in summary.describe(run).splitlines()]
     assert "level 1 80.0% -> 100.0%" in lines
     assert "level 2 20.0% -> 60.0%" in lines
     # sqrt(mean of p (1 - p) / 100): 0.04 before, 0.035 after; the larger is shown.
@@ -49,7 +50,8 @@ def test_the_table_has_what_the_metrics_say(run):
 
 def test_a_run_without_an_evaluation_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "timing_s/step": 2.0}\n')
-    assert "no finished step with an evaluation" in summary.describe(tmp_path, questions=100)
+    (tmp_path / "config.yaml").write_text("arithmetic: {test_size: 100}\n")
+    assert "no finished step with an evaluation" in summary.describe(tmp_path)
 
 
 def test_the_plots_are_a_png(run):
