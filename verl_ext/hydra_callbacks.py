@@ -54,6 +54,7 @@ def before_job(config: DictConfig) -> None:
     """All that happens between the composed settings and verl's ``main``."""
     if OmegaConf.select(config, "trainer.device") == "cpu":
         cpu.request()
+        cpu.check(config)
     settings = config.get("verl_ext")
     if settings:
         refuse_unsupported_trainer(config)

@@ -76,6 +76,7 @@ def main_ppo(toy, tmp_path) -> Callable[..., Run]:
             "data.train_batch_size=6",
             "data.max_response_length=12",
             "actor_rollout_ref.actor.ppo_mini_batch_size=3",
+            "actor_rollout_ref.actor.use_dynamic_bsz=true",
             "actor_rollout_ref.rollout.n=4",
             "critic.ppo_mini_batch_size=3",
             f"trainer.n_gpus_per_node={ranks}",

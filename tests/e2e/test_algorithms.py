@@ -7,15 +7,11 @@ import pytest
 ALGORITHMS = ("ppo", "grpo", "dapo", "disco", "disco_b")
 
 
-@pytest.mark.parametrize(
-    "ranks",
-    [pytest.param(1, id="one rank"), pytest.param(2, id="two ranks", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_two_steps_of_each_algorithm(main_ppo, tmp_path, ranks):
     run = main_ppo(
         "-m",
         f"algorithm={','.join(ALGORITHMS)}",
-        "++dapo.dynamic_sampling=false",
         "trainer.default_local_dir=" + str(tmp_path / "jobs") + "/${oc.select:verl_ext.algorithm,ppo}",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
         ranks=ranks,
@@ -38,4 +34,8 @@ def test_two_steps_of_each_algorithm(main_ppo, tmp_path, ranks):
     # DisCO-b weighs its negatives alike, DisCO does not: the same first rollout, other updates.
     first = [run.metrics(a)[0] for a in ("disco", "disco_b")]
     assert first[0]["critic/score/mean"] == first[1]["critic/score/mean"]
-    assert first[0]["disco/objective_negative"] != first[1]["disco/objective_negative"]
+    assert first[0]["disco/effective_negatives"] < first[1]["disco/effective_negatives"]
+    assert first[0]["actor/grad_norm"] != first[1]["actor/grad_norm"]
+    # DAPO trains on questions with right and wrong responses, whatever it had to draw for them.
+    for step in run.metrics("dapo"):
+        assert step["critic/advantages/min"] < 0 < step["critic/advantages/max"]

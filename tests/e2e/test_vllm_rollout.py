@@ -26,7 +26,8 @@ def test_rollout_and_actor_agree_after_an_update(main_ppo):
     assert abs(second["actor/entropy"] - first["actor/entropy"]) > 1e-2
 
 
-def test_a_refusal_names_the_setting(main_ppo):
+def test_a_refusal_names_the_setting_before_ray_starts(main_ppo):
     run = main_ppo("algorithm=disco", *VLLM, "actor_rollout_ref.rollout.free_cache_engine=true")
     assert run.returncode != 0
     assert "actor_rollout_ref.rollout.free_cache_engine=True (it cannot sleep to free memory; set False)" in run.output
+    assert "Started a local Ray instance" not in run.output

@@ -161,6 +161,13 @@ def test_old_log_probs_that_are_no_numbers_stop_the_run_naming_the_sample(monkey
         this._compute_old_log_prob(Batch(keys=["u_0_0", "u_1_0"], tags=[{}, {}], partition_id="train"), {})
 
 
+@pytest.mark.parametrize("bypass, trigger, fresh", [(False, 0, True), (True, 0, False), (False, 1, False)])
+def test_old_log_probs_are_fresh_unless_they_are_the_rollouts_or_an_update_came_between(bypass, trigger, fresh):
+    config = OmegaConf.create({"algorithm": {"rollout_correction": {"bypass_mode": bypass}}})
+    this = SimpleNamespace(config=config, local_trigger_step=trigger)
+    assert ExtendedTrainerSync._old_log_probs_are_fresh(this) is fresh
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_reward_that_is_no_number_stops_the_run_naming_the_sample(monkeypatch, bad):
     scores = [torch.tensor([0.0, 1.0]), torch.tensor([0.0, bad]), torch.tensor([1.0])]

@@ -38,6 +38,19 @@ def request() -> None:
         set_platform(CPUPlatform())
 
 
+def check(config) -> None:
+    """Refuse settings that a CPU cannot do, as far as they are known before a model is loaded.
+
+    Raises:
+        ValueError: names the setting, what was found and what would be right.
+    """
+    from verl_ext.cpu import vllm
+
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name == "vllm" and vllm.cpu_build() is not None:
+        vllm.check(rollout)
+
+
 def _register_engines(_module) -> None:
     from verl_ext.cpu import engine
 

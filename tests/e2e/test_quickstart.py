@@ -1,0 +1,52 @@
+"""The newcomer's command, in small: everything that it does, and that a second start does it no more."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL = (
+    "arithmetic.iterations=30",
+    "arithmetic.train_size=64",
+    "arithmetic.test_size=16",
+    "data.train_batch_size=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "trainer.total_training_steps=2",
+    "trainer.test_freq=2",
+    "trainer.save_freq=2",
+)
+
+
+@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="no .venv: it would be made, which takes minutes")
+def test_it_trains_and_summarises_and_a_second_start_only_summarises(tmp_path):
+    run = tmp_path / "run"
+
+    def start() -> str:
+        done = subprocess.run(
+            ["bash", str(ROOT / "examples/quickstart.sh"), f"arithmetic.folder={tmp_path / 'assets'}", *SMALL],
+            env=os.environ | {"RUN": str(run)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
+        return done.stdout
+
+    first = start()
+    assert "pre-training 30/30" in first
+    assert "step   1" in first and "step   2" in first
+    assert "before (step 0) and after (step 2)" in first
+    for name in ("reward in training", "KL(old || new)", "entropy", f"checkpoint   {run / 'global_step_2'}"):
+        assert name in first
+    for name in ("global_step_2/actor/disco_controller.json", "metrics.jsonl", "config.yaml", "plots.png", "log.txt"):
+        assert (run / name).stat().st_size > 0
+
+    before = (run / "metrics.jsonl").read_bytes()
+    second = start()
+    assert "finished before" in second and "pre-training" not in second
+    assert "before (step 0) and after (step 2)" in second
+    assert (run / "metrics.jsonl").read_bytes() == before
