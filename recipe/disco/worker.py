@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensordict import NonTensorStack, TensorDict
+from tensordict import TensorDict
 from torch import Tensor
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils import tensordict_utils as tu
@@ -48,17 +48,6 @@ def padded(x: Tensor) -> Tensor:
     return x.to_padded_tensor(0) if x.is_nested else x
 
 
-def drop_objects(data: TensorDict) -> None:
-    """Remove the columns of Python objects (texts, ground truths), which neither engine nor loss reads.
-
-    Taking them apart and together again for each mini- and micro-batch costs more than a small model's forward pass.
-    Images and the like stay.
-    """
-    for name, column in list(data.items()):
-        if isinstance(column, NonTensorStack) and not (name == "multi_modal_inputs" and any(column.tolist())):
-            del data[name]
-
-
 def largest_divisor(n: int, limit: int) -> int:
     """Largest divisor of ``n`` that is at most ``limit``."""
     return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
@@ -80,7 +69,6 @@ class DiscoTrainingWorker(TrainingWorker):
 
     def train_mini_batch(self, data: TensorDict) -> TensorDict:
         """All updates on one rollout. The trainer dealt whole questions to mini-batches; keep them so."""
-        drop_objects(data)
         mini_batch = data["mini_batch_id"]
         count = int(mini_batch.max()) + 1
         rows, ranks = len(data) // count, self.engine.get_data_parallel_size()
@@ -110,7 +98,6 @@ class DiscoTrainingWorker(TrainingWorker):
 
     def infer_batch(self, data: TensorDict) -> TensorDict:
         """verl's, with a micro-batch size that divides the rows whatever their number."""
-        drop_objects(data)
         self._fit_micro_batches(data, self.engine_config.infer_micro_batch_size_per_gpu)
         return super().infer_batch(data)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+from verl.utils import tensordict_utils as tu
 
 from verl_ext import trainer
 from verl_ext.trainer import ExtendedTrainerSync, MetricsLog
@@ -150,13 +151,26 @@ def test_whole_questions_of_several_trajectories_with_failures_are_dealt(monkeyp
     assert metrics["training/failed_questions"] == 1
 
 
+@pytest.mark.parametrize(
+    "processor, extension, seen", [(None, {"verl_ext": {}}, ["ids"]), (1, {"verl_ext": {}}, None), (None, {}, None)]
+)
+def test_workers_fetch_the_tensors_alone_unless_there_are_images(monkeypatch, processor, extension, seen):
+    row = tu.get_tensordict({"ids": torch.zeros(1, 3), "uid": ["a"]})
+    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **kwargs: row)
+    batch = Batch(keys=["a_0_0", "b_0_0"], partition_id="train", fields=None)
+    during = []
+    this = SimpleNamespace(config=OmegaConf.create(extension), processor=processor)
+    trainer.tensors_alone(lambda self, batch, metrics: during.append(batch.fields))(this, batch, {})
+    assert during == [seen] and batch.fields is None
+
+
 def test_old_log_probs_that_are_no_numbers_stop_the_run_naming_the_sample(monkeypatch):
     rows = [torch.tensor([-1.0]), torch.tensor([-1.0, float("nan")])]
     data = {"old_log_probs": torch.nested.as_nested_tensor(rows, layout=torch.jagged)}
     monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **kwargs: data)
     monkeypatch.setattr(trainer.PPOTrainerSync, "_compute_old_log_prob", lambda self, batch, metrics: batch)
     this = object.__new__(ExtendedTrainerSync)
-    this._whole_groups, this.global_steps = True, 7
+    this._whole_groups, this.global_steps, this.config = True, 7, OmegaConf.create()
     with pytest.raises(ValueError, match="old_log_probs of sample u_1_0 are NaN or infinite at step 7"):
         this._compute_old_log_prob(Batch(keys=["u_0_0", "u_1_0"], tags=[{}, {}], partition_id="train"), {})
 

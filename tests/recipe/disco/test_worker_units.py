@@ -8,22 +8,11 @@ import torch
 
 from recipe.disco import worker
 from recipe.disco.config import DiscoConfig
-from recipe.disco.worker import DiscoTrainingWorker, drop_objects, largest_divisor, refuse_torn_questions
+from recipe.disco.worker import DiscoTrainingWorker, largest_divisor, refuse_torn_questions
 
 
 def test_largest_divisor():
     assert [largest_divisor(n, limit) for n, limit in ((12, 5), (12, 64), (7, 3), (8, 8), (1, 4))] == [4, 12, 1, 8, 1]
-
-
-@pytest.mark.parametrize("images, kept", [([{}, {}], set()), ([{}, {"pixels": 1}], {"multi_modal_inputs"})])
-def test_objects_that_no_engine_reads_are_dropped(images, kept):
-    from verl.utils import tensordict_utils as tu
-
-    data = tu.get_tensordict(
-        {"group_id": torch.arange(2), "uid": ["a", "b"], "multi_modal_inputs": images}, {"epochs": 1}
-    )
-    drop_objects(data)
-    assert set(data.keys()) == {"group_id", "epochs"} | kept
 
 
 def test_a_torn_question_is_refused_with_the_numbers():
