@@ -16,8 +16,8 @@ ANSWER_MARK = "#"
 
 
 GUESS_MORE, GUESS_MOST = 0.15, 0.75
-"""Share of careless responses that guess the answer without working it out: what each operation adds to it, and its
-limit. A guess at level k is right once in k^2."""
+"""Share of careless responses that guess the answer without working it out: what each operation after the first adds to
+it, and its limit. A guess at level k is right once in k^2."""
 
 SLIP_FIRST, SLIP_MORE = 0.02, 0.04
 """Probability of a slip in the first operation that is worked out, and what each further one adds to it."""
@@ -53,7 +53,7 @@ class Question:
 
         A slip is by 1 or 2, ever more likely the longer the chain gets, and the working goes on from it.
         """
-        if rng.random() < min(GUESS_MOST, GUESS_MORE * self.level):
+        if rng.random() < min(GUESS_MOST, GUESS_MORE * (self.level - 1)):
             off = 0 if rng.random() < 1 / self.level**2 else rng.choice((-3, -2, -1, 1, 2, 3))
             return ANSWER_MARK + str(abs(self.totals[-1] + off))
         slip, totals = 0, []
