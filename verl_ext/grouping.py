@@ -111,8 +111,8 @@ def deal(
     ]
     rows = -(-max(map(len, mini_batches)) // ranks)
     for size in sorted(micro_batches):
-        multiple = math.lcm(*(s for s in micro_batches if s <= size))
         if rows > size:
+            multiple = math.lcm(*(s for s in micro_batches if s <= size))
             rows = -(-rows // multiple) * multiple
 
     padding = len(groups)

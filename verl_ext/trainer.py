@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class MetricsLog:
         return getattr(self._tracking, name)
 
 
-def tensors_alone(method):
+def tensors_alone(method: Callable) -> Callable:
     """Decorator of a trainer's step that sends ``batch`` to workers: they fetch its tensors, not its Python objects.
 
     Texts, ground truths and the like are read by no engine and no loss, yet cost more time than a small model's forward

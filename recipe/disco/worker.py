@@ -109,9 +109,10 @@ class DiscoTrainingWorker(TrainingWorker):
         lagged = self.disco.measure == "lagged"
         first, self._first_after_rollout = self._first_after_rollout, False
         # At pi_theta = pi_old there is nothing to measure: scores follow from old_log_probs and the KL is 0.
-        free = lagged or (first and bool(data["fresh_old_log_probs"].all()))
+        fresh = bool(data["fresh_old_log_probs"].all())
+        free = lagged or (first and fresh)
         # verl's pass for old_log_probs logs the entropy; where there is none (bypass mode), we do.
-        entropy_unknown = first and not bool(data["fresh_old_log_probs"].all())
+        entropy_unknown = first and not fresh
         if free:
             log_prob, entropy = padded(data["old_log_probs"]).float(), None
         else:

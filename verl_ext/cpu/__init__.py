@@ -6,8 +6,12 @@ Nothing here needs an environment variable: the platform is found by verl's own 
 """
 
 import os
+from typing import TYPE_CHECKING
 
 from wrapt import register_post_import_hook
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def register() -> None:
@@ -38,7 +42,7 @@ def request() -> None:
         set_platform(CPUPlatform())
 
 
-def check(config) -> None:
+def check(config: "DictConfig") -> None:
     """Refuse settings that a CPU cannot do, as far as they are known before a model is loaded.
 
     Raises:
