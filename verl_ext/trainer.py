@@ -202,13 +202,7 @@ class ExtendedTrainer:
 
     @tensors_alone
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch = super()._compute_old_log_prob(batch, metrics)
-        if self._whole_groups:
-            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["old_log_probs"])
-            for key, row in zip(batch.keys, data["old_log_probs"].unbind(), strict=True):
-                if not torch.isfinite(row).all():
-                    raise ValueError(f"old_log_probs of sample {key} are NaN or infinite at step {self.global_steps}")
-        return batch
+        return super()._compute_old_log_prob(batch, metrics)
 
     @tensors_alone
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:

@@ -164,17 +164,6 @@ def test_workers_fetch_the_tensors_alone_unless_there_are_images(monkeypatch, pr
     assert during == [seen] and batch.fields is None
 
 
-def test_old_log_probs_that_are_no_numbers_stop_the_run_naming_the_sample(monkeypatch):
-    rows = [torch.tensor([-1.0]), torch.tensor([-1.0, float("nan")])]
-    data = {"old_log_probs": torch.nested.as_nested_tensor(rows, layout=torch.jagged)}
-    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **kwargs: data)
-    monkeypatch.setattr(trainer.PPOTrainerSync, "_compute_old_log_prob", lambda self, batch, metrics: batch)
-    this = object.__new__(ExtendedTrainerSync)
-    this._whole_groups, this.global_steps, this.config = True, 7, OmegaConf.create()
-    with pytest.raises(ValueError, match="old_log_probs of sample u_1_0 are NaN or infinite at step 7"):
-        this._compute_old_log_prob(Batch(keys=["u_0_0", "u_1_0"], tags=[{}, {}], partition_id="train"), {})
-
-
 @pytest.mark.parametrize("bypass, trigger, fresh", [(False, 0, True), (True, 0, False), (False, 1, False)])
 def test_old_log_probs_are_fresh_unless_they_are_the_rollouts_or_an_update_came_between(bypass, trigger, fresh):
     config = OmegaConf.create({"algorithm": {"rollout_correction": {"bypass_mode": bypass}}})

@@ -8,14 +8,14 @@ import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-LEVELS = (1, 2, 3, 4, 5, 6, 7, 8)
+LEVELS = (1, 2, 3, 4, 5, 6)
 """Levels of difficulty: the number of operations of a question."""
 
 ANSWER_MARK = "#"
 """What stands between the working and the final answer of a response."""
 
 
-GUESS_MORE, GUESS_MOST = 0.15, 0.75
+GUESS_MORE, GUESS_MOST = 0.19, 0.95
 """Share of careless responses that guess the answer without working it out: what each operation after the first adds to
 it, and its limit. A guess at level k is right once in k^2."""
 

@@ -42,8 +42,8 @@ def trained(monkeypatch):
 
 
 def test_splits_are_disjoint_and_hold_all_levels_alike():
-    train, test = draw_splits(train_size=800, test_size=160, seed=1)
-    assert len(train) == 800 and len(test) == 160
+    train, test = draw_splits(train_size=780, test_size=156, seed=1)
+    assert len(train) == 780 and len(test) == 156
     texts = [q.text for q in test]
     assert len(set(texts)) == len(texts)
     assert not set(texts) & {q.text for q in train}

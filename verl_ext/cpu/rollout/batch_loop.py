@@ -126,7 +126,7 @@ class BatchAgentLoopManager:
                 outputs[i].reward_score = reward["reward_score"]
                 outputs[i].extra_fields["reward_extra_info"] = reward["reward_extra_info"]
 
-        keys, fields, tags, failed = [], [], [], set()
+        keys, fields, tags, failed, wrapped = [], [], [], set(), {}
         errors: dict[str, list[Exception]] = {}
         for sample, output in zip(samples, outputs, strict=True):
             uid, session_id = sample.fields["uid"], sample.fields["session_id"]
@@ -138,7 +138,7 @@ class BatchAgentLoopManager:
                 setattr(output.metrics, name, value)
             field, tag = _row(sample.fields, output)
             keys.append(f"{uid}_{session_id}_0")
-            fields.append(field)
+            fields.append({name: _wrap(value, wrapped) for name, value in field.items()})
             tags.append(tag)
         for alike in errors.values():
             logger.error("%d of %d responses failed with this error", len(alike), len(samples), exc_info=alike[0])
@@ -286,6 +286,15 @@ def _row(question: dict[str, Any], output: AgentLoopOutput) -> tuple[dict[str, A
         "max_global_steps": output.extra_fields["max_global_steps"],
     }
     return field, tag
+
+
+def _wrap(value: Any, wrapped: dict[int, NonTensorData]) -> Any:
+    """``value`` as a TensorDict holds it. What several responses share is wrapped once: it takes longer than to store."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if id(value) not in wrapped:
+        wrapped[id(value)] = NonTensorData(value)
+    return wrapped[id(value)]
 
 
 def _reward_batch(samples: list[Sample], outputs: list[AgentLoopOutput]) -> DataProto:
