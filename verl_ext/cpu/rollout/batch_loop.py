@@ -288,13 +288,16 @@ def _row(question: dict[str, Any], output: AgentLoopOutput) -> tuple[dict[str, A
     return field, tag
 
 
-def _wrap(value: Any, wrapped: dict[int, NonTensorData]) -> Any:
-    """``value`` as a TensorDict holds it. What several responses share is wrapped once: it takes longer than to store."""
+def _wrap(value: Any, wrapped: dict[int, tuple[Any, NonTensorData]]) -> Any:
+    """``value`` as a TensorDict holds it; what responses share is wrapped once, for wrapping is slower than storing.
+
+    ``wrapped``: by identity; it keeps each value alive, so that no other takes over its id.
+    """
     if isinstance(value, torch.Tensor):
         return value
     if id(value) not in wrapped:
-        wrapped[id(value)] = NonTensorData(value)
-    return wrapped[id(value)]
+        wrapped[id(value)] = value, NonTensorData(value)
+    return wrapped[id(value)][1]
 
 
 def _reward_batch(samples: list[Sample], outputs: list[AgentLoopOutput]) -> DataProto:
