@@ -22,7 +22,7 @@ from verl_ext.arithmetic.pretrain import pretrain
 from verl_ext.arithmetic.task import LEVELS, Question, draw_many
 
 STAMP = "assets.json"
-VERSION = 4
+VERSION = 5
 """Raise it when the same parameters build something else."""
 
 

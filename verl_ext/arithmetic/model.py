@@ -7,6 +7,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 ROLES = ("system", "user", "assistant")
 
+LINE_FEED = "\u010a"
+"""How a byte-level tokenizer spells it."""
+
 # Qwen's format, without its default system prompt.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -15,14 +18,15 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose only merges spell the role names: any text round-trips, a digit is a token."""
+    """A byte-level BPE whose only merges spell the template's role lines: any text round-trips, a digit is a token."""
     vocab = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     for role in ROLES:
-        for end in range(1, len(role)):
-            if role[: end + 1] not in vocab:
-                vocab[role[: end + 1]] = len(vocab)
-                merges.append((role[:end], role[end]))
+        line = role + LINE_FEED
+        for end in range(1, len(line)):
+            if line[: end + 1] not in vocab:
+                vocab[line[: end + 1]] = len(vocab)
+                merges.append((line[:end], line[end]))
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

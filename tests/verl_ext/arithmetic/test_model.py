@@ -29,16 +29,16 @@ def test_any_text_survives_the_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_chat_has_one_token_a_role_and_a_digit(tokenizer):
+def test_a_chat_has_one_token_a_role_line_and_a_digit(tokenizer):
     chat = [{"role": "system", "content": "1"}, {"role": "user", "content": "12+3="}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert text == "<|im_start|>system\n1<|im_end|>\n<|im_start|>user\n12+3=<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
     names = [tokenizer.decode(i) for i in ids]
     assert names == [
-        *("<|im_start|>", "system", "\n", "1", "<|im_end|>", "\n"),
-        *("<|im_start|>", "user", "\n", "1", "2", "+", "3", "=", "<|im_end|>", "\n"),
-        *("<|im_start|>", "assistant", "\n"),
+        *("<|im_start|>", "system\n", "1", "<|im_end|>", "\n"),
+        *("<|im_start|>", "user\n", "1", "2", "+", "3", "=", "<|im_end|>", "\n"),
+        *("<|im_start|>", "assistant\n"),
     ]
 
 
