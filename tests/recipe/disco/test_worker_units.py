@@ -113,6 +113,9 @@ def test_nan_log_probs_stop_the_run_with_the_samples_index():
     data = mini_batch([1.0, 0.0, 0.0], torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"score of sample 0 is NaN or infinite \(1 of 3"):
         Stub()._weigh(data, log_prob, None, 0.0)
+    data["old_log_probs"] = log_prob
+    with pytest.raises(ValueError, match=r"KL of sample 0 is NaN or infinite \(1 of 3"):
+        Stub()._weigh(data, torch.zeros(3, 1), None, 0.0)
     with pytest.raises(ValueError, match=r"sequence_reward of sample 2 is NaN or infinite \(1 of 3"):
         Stub()._weigh(mini_batch([float("nan"), 0.0, 0.0], torch.zeros(3, 1)), torch.zeros(3, 1), None, 0.0)
 
