@@ -1,8 +1,8 @@
 """Builds what the arithmetic run needs, once: a pre-trained small model, training and held-out questions.
 
-    python -m verl_ext.arithmetic.assets [--out outputs/arithmetic] [--iterations 700] [--seed 1]
+    python -m verl_ext.arithmetic.assets [--folder DIR] [--iterations N] [--seed N] ...
 
-``+experiment=arithmetic_cpu`` calls :func:`ensure_assets` before Ray starts.
+``+experiment=arithmetic_cpu`` calls :func:`ensure_assets` before Ray starts. Its YAML file has the defaults.
 """
 
 import argparse
@@ -10,19 +10,20 @@ import json
 import os
 import random
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
 import torch
 from filelock import FileLock
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.arithmetic.model import build_model, build_tokenizer
 from verl_ext.arithmetic.pretrain import pretrain
 from verl_ext.arithmetic.task import LEVELS, Question, draw_many
 
 STAMP = "assets.json"
-VERSION = 5
+VERSION = 6
 """Raise it when the same parameters build something else."""
 
 
@@ -100,13 +101,10 @@ def ensure_assets(config: DictConfig) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="outputs/arithmetic/assets")
-    parser.add_argument("--iterations", type=int, default=700)
-    parser.add_argument("--train-size", type=int, default=8192)
-    parser.add_argument("--test-size", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=1)
-    a = parser.parse_args()
-    build_assets(a.out, iterations=a.iterations, train_size=a.train_size, test_size=a.test_size, seed=a.seed)
+    experiment = files("verl_ext") / "config/experiment/arithmetic_cpu.yaml"
+    for name, value in OmegaConf.create(experiment.read_text()).arithmetic.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    build_assets(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

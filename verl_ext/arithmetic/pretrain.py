@@ -1,4 +1,4 @@
-"""Supervised pre-training of the toy model, 90 seconds on a CPU: first on correct, at last on careless solutions.
+"""Supervised pre-training of the toy model, two minutes on a CPU: first on correct, at last on careless solutions.
 
 It then knows how to work a chain out, but mostly guesses, and slips when it does not: reinforcement learning has to
 find out which of its habits pays.

@@ -15,11 +15,11 @@ ANSWER_MARK = "#"
 """What stands between the working and the final answer of a response."""
 
 
-GUESS_MORE, GUESS_MOST = 0.19, 0.95
+GUESS_MORE, GUESS_MOST = 0.22, 0.90
 """Share of careless responses that guess the answer without working it out: what each operation after the first adds to
 it, and its limit. A guess at level k is right once in k^2."""
 
-SLIP_FIRST, SLIP_MORE = 0.02, 0.04
+SLIP_FIRST, SLIP_MORE = 0.01, 0.01
 """Probability of a slip in the first operation that is worked out, and what each further one adds to it."""
 
 

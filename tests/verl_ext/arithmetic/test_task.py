@@ -8,7 +8,7 @@ import pytest
 from verl_ext.arithmetic.model import build_tokenizer
 from verl_ext.arithmetic.pretrain import encode
 from verl_ext.arithmetic.reward import compute_score, parse_answer
-from verl_ext.arithmetic.task import LEVELS, Question, draw, draw_many
+from verl_ext.arithmetic.task import GUESS_MOST, LEVELS, Question, draw, draw_many
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,12 @@ def test_careless_solutions_guess_or_slip_ever_more_often_in_longer_chains(quest
     assert share[1] > 0.9 and share[max(LEVELS)] < 0.2
     assert share[1] > share[3] > share[6]
     longest = guessed[max(LEVELS)]
-    assert not any(guessed[1]) and 0.9 < sum(longest) / len(longest) < 1
+    assert not any(guessed[1]) and abs(sum(longest) / len(longest) - GUESS_MOST) < 0.05
 
 
 def test_a_slip_carries_on():
     question = Question("9+9+9+9=", (18, 27, 36))
-    drawn = {question.careless_solution(random.Random(seed)) for seed in range(300)}
+    drawn = {question.careless_solution(random.Random(seed)) for seed in range(5000)}
     assert question.solution in drawn
     # One slip, at the first operation, by one: all later totals are off by one.
     assert "19 28 37#37" in drawn
