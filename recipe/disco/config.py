@@ -1,13 +1,15 @@
 """Typed settings of the method, and what is refused before anything expensive starts."""
 
+import functools
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from verl.utils.import_utils import load_module
 from verl.workers.config import PolicyLossConfig
 
 from recipe.disco.constraint import CONTROLLERS, KL_ESTIMATORS, Controller, build_controller
-from recipe.disco.objectives import OBJECTIVES
+from recipe.disco.objectives import NEGATIVES, OBJECTIVES, SURROGATES, select
 from recipe.disco.registry import require_finite
 from recipe.disco.scores import SCORES
 
@@ -25,9 +27,15 @@ class DiscoConfig:
     """The ``disco`` node: the user's knobs. ``verl_ext/config/algorithm/disco.yaml`` gives values and sources.
 
     Args:
-        objective: registered objective: disco (DRO form) or disco_b.
-        score: log_l or l_ratio.
-        tau: temperature of the DRO form's softmax over negatives, > 0.
+        objective: registered objective: disco (the discriminative family), disco_b, drpo, real.
+        score: registered score: log_l, l_ratio, log_ratio, log_ratio_ref.
+        tau: temperature of the softmax over negatives (of the labels' logits in REAL), > 0.
+        surrogate: of a difference of scores, for disco and disco_b: identity, logistic or squared_hinge.
+        negatives: how disco aggregates over negatives: softmax, mean or topk.
+        top_share: share of the negatives that topk keeps, in (0, 1].
+        scale: factor of a difference of scores in the surrogate, > 0.
+        length_temperature: lambda of DRPO's length weights, > 0.
+        max_length: L of DRPO's length weights, tokens, > 0.
         kl_estimator: k1 or k3.
         constraint: registered controller: squared_hinge, augmented_lagrangian, fixed, none.
         delta: radius of the trust region, nats a token, >= 0.
@@ -36,6 +44,8 @@ class DiscoConfig:
         coefficient: weight of the KL for ``constraint=fixed``, >= 0.
         measure: exact or lagged.
         positive_threshold: a response is positive when its summed reward is >= this.
+        module: a Python file or pkg://name that every process loads first, to register objectives, scores, controllers.
+        options: settings of objectives registered by ``module``, by name.
 
     Raises:
         ValueError: names the setting, the value found and what would be right.
@@ -44,6 +54,12 @@ class DiscoConfig:
     objective: str = "disco"
     score: str = "log_l"
     tau: float = 10.0
+    surrogate: str = "identity"
+    negatives: str = "softmax"
+    top_share: float = 0.25
+    scale: float = 1.0
+    length_temperature: float = 0.1
+    max_length: int = 8192
     kl_estimator: str = "k1"
     constraint: str = "squared_hinge"
     delta: float = 1e-4
@@ -52,33 +68,62 @@ class DiscoConfig:
     coefficient: float = 0.1
     measure: str = "exact"
     positive_threshold: float = 1.0
+    module: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        load_once(self.module)
         for name, choices in (
             ("objective", OBJECTIVES),
             ("score", SCORES),
+            ("surrogate", SURROGATES),
+            ("negatives", NEGATIVES),
             ("kl_estimator", KL_ESTIMATORS),
             ("constraint", CONTROLLERS),
             ("measure", MEASURES),
         ):
             if getattr(self, name) not in list(choices):
                 raise ValueError(f"disco.{name}={getattr(self, name)!r} is unknown; choose from {sorted(choices)}")
-        require_finite("disco.tau", self.tau, above=0)
+        for name in ("tau", "scale", "length_temperature", "max_length", "top_share"):
+            require_finite(f"disco.{name}", getattr(self, name), above=0)
+        if self.top_share > 1:
+            raise ValueError(f"disco.top_share={self.top_share} is not a share; use a number in (0, 1]")
+        select(OBJECTIVES[self.objective], self.settings())
         require_finite("disco.positive_threshold", self.positive_threshold)
         require_finite("disco.delta", self.delta, minimum=0)
         require_finite("disco.beta", self.beta, minimum=0)
         require_finite("disco.rho", self.rho, above=0)
         require_finite("disco.coefficient", self.coefficient, minimum=0)
-        if self.measure == "lagged" and self.score == "l_ratio" and self.objective != "disco_b":
+        fixed_weights = self.surrogate == "identity" and (
+            self.objective == "disco_b" or (self.objective, self.negatives) == ("disco", "mean")
+        )
+        if self.measure == "lagged" and SCORES[self.score].constant_at_old and not fixed_weights:
             raise ValueError(
-                f"disco.measure=lagged with disco.score=l_ratio and disco.objective={self.objective}: every ratio is 1 "
-                "at old_log_probs, so the weights would silently be DisCO-b's; use disco.measure=exact, "
+                f"disco.measure=lagged with disco.score={self.score} and disco.objective={self.objective}: all scores "
+                "are equal at old_log_probs, so the weights would silently be DisCO-b's; use disco.measure=exact, "
                 "disco.score=log_l or algorithm=disco_b"
             )
 
+    def settings(self) -> dict[str, Any]:
+        """All settings by name, those of ``options`` among them."""
+        return asdict(self) | dict(self.options)
+
     def controller(self) -> Controller:
         """A fresh controller for the constraint."""
-        return build_controller(self.constraint, asdict(self))
+        return build_controller(self.constraint, self.settings())
+
+
+@functools.cache
+def load_once(module: str | None) -> None:
+    """Run a user's module, once a process: it registers objectives, scores or controllers.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        load_module(module)
+    except Exception as e:
+        raise ValueError(f"disco.module={module} cannot be loaded: {e!r}; give a file or pkg://a.module") from e
 
 
 @dataclass
@@ -95,7 +140,7 @@ def parse(node: DictConfig | dict[str, Any]) -> DiscoConfig:
         ValueError: for an unknown field or a value out of range.
     """
     # First the score: the default of tau is looked up by it.
-    DiscoConfig(score=node.get("score", "log_l"))
+    DiscoConfig(score=node.get("score", "log_l"), module=node.get("module"))
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     values.pop("_target_", None)
     known = {f.name for f in fields(DiscoConfig)}
@@ -113,7 +158,7 @@ def validate(config: DictConfig) -> None:
     Raises:
         ValueError: names the setting, the value found and what would be right.
     """
-    parse(config.disco)
+    disco = parse(config.disco)
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
 
     def get(path: str, default=None):
@@ -128,8 +173,17 @@ def validate(config: DictConfig) -> None:
         refuse("actor_rollout_ref.actor.policy_loss.loss_mode", actor.policy_loss.loss_mode, "leave it at disco")
     if get("algorithm.use_kl_in_reward", False):
         refuse("algorithm.use_kl_in_reward", True, "labels come before any KL term; it has no effect, use false")
-    if actor.use_kl_loss:
+    if SCORES[disco.score].base == "reference":
+        if not actor.use_kl_loss:
+            refuse(
+                "actor_rollout_ref.actor.use_kl_loss",
+                False,
+                f"disco.score={disco.score} needs a reference model, which verl starts for a KL loss; use true",
+            )
+    elif actor.use_kl_loss:
         refuse("actor_rollout_ref.actor.use_kl_loss", True, "the constraint replaces a KL loss; use false")
+    if disco.objective == "disco_b" and disco.negatives != "mean":
+        refuse("disco.negatives", disco.negatives, "disco_b weighs all negatives alike; use mean, or algorithm=disco")
     if get("critic.enable"):
         refuse("critic.enable", True, "there are no values to learn; use null")
     if get("critic.enable") is None and config.algorithm.adv_estimator == "gae":

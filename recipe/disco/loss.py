@@ -11,26 +11,17 @@ so micro-batches may hold any rows, in any order, on any rank. :func:`micro_batc
 """
 
 from collections.abc import Hashable, Sequence
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from recipe.disco.constraint import SquaredHinge, kl_estimate
+from recipe.disco.constraint import CONTROLLERS, build_controller, kl_estimate
 from recipe.disco.metrics import group_metrics
-from recipe.disco.objectives import evaluate, weigh
+from recipe.disco.objectives import OBJECTIVES, evaluate, weigh
 from recipe.disco.registry import require_finite
-from recipe.disco.scores import SCORES, at_least_float32
-
-
-def compute_score(score: str, log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
-    """The score registered as ``score``, one a response, shape (B,).
-
-    Raises:
-        ValueError: for an unknown score.
-    """
-    if score not in SCORES:
-        raise ValueError(f"score={score!r} is unknown; choose from {sorted(SCORES)}")
-    return SCORES[score](log_prob, old_log_prob, mask)
+from recipe.disco.scores import at_least_float32, compute_score
 
 
 def question_ids(uid: Sequence[Hashable] | Tensor) -> list[int]:
@@ -72,6 +63,9 @@ def disco_loss(
     beta: float = 1e3,
     kl_estimator: str = "k1",
     positive_threshold: float = 1.0,
+    ref_log_prob: Tensor | None = None,
+    constraint: str = "squared_hinge",
+    **settings: Any,
 ) -> tuple[Tensor, dict[str, float]]:
     """The DisCO loss of one mini-batch: its executable definition, by plain autograd.
 
@@ -93,22 +87,32 @@ def disco_loss(
         tau: temperature of the negatives' softmax, in units of the score; > 0. Published: 10 (log-L), 1 (L-ratio).
         delta: radius of the trust region, in nats a token; >= 0. Published: 1e-4.
         beta: weight of the squared hinge; >= 0. Published: 1e3.
+        ref_log_prob: (B, T) log-probabilities under the frozen reference, for scores that compare with it.
+        constraint: a controller without state, whose settings are among those above and ``settings``.
+        settings: of the objective and the constraint, by name: ``surrogate``, ``negatives``, ``top_share``, ``scale``,
+            ``length_temperature``, ``max_length``, ``coefficient``, ...
 
     Returns:
         The true value of L, a 0-dim tensor of at least float32, and the metrics that ``README.md`` lists. A response
         without a token has no score: it is on neither side, is counted, and its question still counts in Q.
 
     Raises:
-        ValueError: for an unknown name, a constant out of range, shapes that do not fit, or NaN in the data.
+        ValueError: for an unknown name, a setting that nothing uses, a constant out of range, shapes that do not fit,
+            or NaN in the data.
 
     Source: arXiv 2505.12366, Section 4 (DRO form and squared hinge penalty).
     """
     require_finite("tau", tau, above=0)
     require_finite("positive_threshold", positive_threshold)
-    controller = SquaredHinge(delta, beta)
+    used = {*signature(OBJECTIVES[objective]).parameters, *signature(CONTROLLERS[constraint]).parameters}
+    if unused := sorted(set(settings) - used):
+        raise ValueError(f"{unused[0]} is no setting of objective={objective!r} or constraint={constraint!r}")
+    settings |= {"tau": tau, "delta": delta, "beta": beta}
+    controller = build_controller(constraint, settings)
     batch = len(log_prob)
     for name, x, shape in (
         ("old_log_prob", old_log_prob, log_prob.shape),
+        ("ref_log_prob", log_prob if ref_log_prob is None else ref_log_prob, log_prob.shape),
         ("response_mask", response_mask, log_prob.shape),
         ("reward", reward, (batch,)),
     ):
@@ -125,14 +129,17 @@ def disco_loss(
     require_numbers("reward", reward)
     require_numbers("log_prob", log_prob, mask)
     require_numbers("old_log_prob", old_log_prob, mask)
+    if ref_log_prob is not None:
+        ref_log_prob = at_least_float32(ref_log_prob).detach()
+        require_numbers("ref_log_prob", ref_log_prob, mask)
 
     length, positive = mask.sum(-1), reward >= positive_threshold
-    s = compute_score(score, log_prob, old_log_prob, mask)
+    s = compute_score(score, log_prob, old_log_prob, mask, ref_log_prob)
     kl = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum() / length.sum().clamp(min=1)
-    j = evaluate(objective, s, positive, question, length, {"tau": tau})
+    j = evaluate(objective, s, positive, question, length, settings)
     loss = -j.value + controller.penalty(kl)
 
-    _, weight = weigh(objective, s, positive, question, length, {"tau": tau})
+    _, weight = weigh(objective, s, positive, question, length, settings)
     metrics = {
         "loss": loss.item(),
         "objective": j.value.item(),
@@ -156,6 +163,7 @@ def micro_batch_loss(
     *,
     score: str = "log_l",
     kl_estimator: str = "k1",
+    ref_log_prob: Tensor | None = None,
 ) -> Tensor:
     """One micro-batch's share of the separable loss; shares of a partition add up to the gradient of L.
 
@@ -164,13 +172,13 @@ def micro_batch_loss(
     Its value is not L (the weights are frozen); its gradient is, exactly.
 
     Args:
-        log_prob, old_log_prob, response_mask: (b, T), the micro-batch's rows, as in :func:`disco_loss`.
+        log_prob, old_log_prob, response_mask, ref_log_prob: (b, T), the micro-batch's rows, as in :func:`disco_loss`.
         weight: (b,) w_i = dJ/ds_i from :func:`recipe.disco.objectives.weigh` on the whole mini-batch.
         coefficient: c, the controller's, from the KL of the whole mini-batch.
         num_tokens: N, response tokens of the whole mini-batch, over all ranks.
         score, kl_estimator: names.
     """
     mask, log_prob = response_mask.bool(), at_least_float32(log_prob)
-    s = compute_score(score, log_prob, old_log_prob, mask)
+    s = compute_score(score, log_prob, old_log_prob, mask, ref_log_prob)
     kl = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum()
     return -(weight.to(s) * s).sum() + coefficient * kl / max(num_tokens, 1)

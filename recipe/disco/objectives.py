@@ -44,26 +44,126 @@ OBJECTIVES: Registry[Callable[..., Sides]] = Registry("objective")
 def register_objective(name: str) -> Callable:
     """Decorator: register ``fn(group, *, <settings>) -> Sides`` under the name that ``disco.objective`` takes.
 
-    Keyword-only parameters are settings, given by name from ``DiscoConfig``.
+    Keyword-only parameters are settings, given by name from ``DiscoConfig`` and its ``options``.
     """
     return OBJECTIVES.register(name)
 
 
-@register_objective("disco_b")
-def disco_b(group: Group) -> Sides:
-    """DisCO-b: mean_pos s - mean_neg s. The weights are constant: 1/n+ and -1/n-."""
-    return Sides(group.positive.mean(), group.negative.mean())
+SURROGATES: Registry[Callable[[Tensor], Tensor]] = Registry("surrogate")
+"""Non-decreasing functions l(d) of a difference of scores d = s+ - s-, elementwise."""
+
+
+@SURROGATES.register("identity")
+def identity(d: Tensor) -> Tensor:
+    """l(d) = d: the paper's choice."""
+    return d
+
+
+@SURROGATES.register("logistic")
+def logistic(d: Tensor) -> Tensor:
+    """l(d) = -log(1 + exp(-d)): preference learning's; at most 0, and pairs in the right order count ever less."""
+    return torch.nn.functional.logsigmoid(d)
+
+
+@SURROGATES.register("squared_hinge")
+def squared_hinge(d: Tensor) -> Tensor:
+    """l(d) = -max(1 - d, 0)^2: AUC maximisation's; 0 once the positive leads by 1."""
+    return -torch.clamp(1 - d, min=0).square()
+
+
+NEGATIVES: Registry[Callable[..., Tensor]] = Registry("negatives")
+"""How the gains l(d_ij) over a question's negatives j, shape (..., N), become one number for a positive, (...)."""
+
+
+@NEGATIVES.register("mean")
+def mean_of_negatives(gain: Tensor) -> Tensor:
+    """mean_j l_j: all negatives count alike."""
+    return gain.mean(-1)
+
+
+@NEGATIVES.register("softmax")
+def soft_minimum_of_negatives(gain: Tensor, *, tau: float) -> Tensor:
+    """-tau log mean_j exp(-l_j / tau): KL-regularised DRO, weights softmax(-l / tau); the mean for tau -> infinity."""
+    return -tau * (torch.logsumexp(-gain / tau, -1) - math.log(gain.shape[-1]))
+
+
+@NEGATIVES.register("topk")
+def mean_of_hardest_negatives(gain: Tensor, *, top_share: float) -> Tensor:
+    """CVaR: the mean of the k smallest l_j, k = ceil(top_share N): the hardest negatives alike, no others."""
+    k = max(1, math.ceil(top_share * gain.shape[-1] - 1e-9))
+    return torch.topk(gain, k, dim=-1, largest=False).values.mean(-1)
+
+
+def select(fn: Callable, settings: Mapping) -> dict:
+    """Those of ``settings`` that ``fn`` names as keyword-only parameters; one with a default may be missing.
+
+    Raises:
+        ValueError: for a missing setting without a default.
+    """
+    wanted = {n: p for n, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for name, parameter in wanted.items():
+        if name not in settings and parameter.default is parameter.empty:
+            raise ValueError(f"{fn.__name__} needs the setting {name!r}; give it as +disco.options.{name}=VALUE")
+    return {n: settings[n] for n in wanted if n in settings}
 
 
 @register_objective("disco")
-def disco(group: Group, *, tau: float) -> Sides:
-    """DisCO (DRO form): mean_pos s - tau log( mean_neg exp(s / tau) ).
+def disco(
+    group: Group,
+    *,
+    tau: float,
+    surrogate: str = "identity",
+    negatives: str = "softmax",
+    top_share: float = 0.25,
+    scale: float = 1.0,
+) -> Sides:
+    """The discriminative family: mean_i A_j l(scale (s+_i - s-_j)), A an aggregate over negatives, l a surrogate.
 
-    For many more negatives than positives: small tau weighs the hardest negatives, each by its share of
-    softmax(s / tau); tau -> infinity gives DisCO-b. A one-way partial AUC surrogate.
+    With the defaults, identity and softmax, it is DisCO (DRO form): mean_pos s - tau log( mean_neg exp(s / tau) ). For
+    many more negatives than positives: small tau weighs the hardest negatives, each by its share of softmax(s / tau);
+    tau -> infinity gives DisCO-b. A one-way partial AUC surrogate.
+
+    With another surrogate J_q is no difference of two sides: it is given as the positive one, and the negative is 0.
     """
-    soft_maximum = tau * (torch.logsumexp(group.negative / tau, 0) - math.log(len(group.negative)))
-    return Sides(group.positive.mean(), soft_maximum)
+    settings = {"tau": tau, "top_share": top_share}
+    aggregate = NEGATIVES[negatives]
+    chosen = select(aggregate, settings)
+    if surrogate == "identity":
+        return Sides(scale * group.positive.mean(), -aggregate(-scale * group.negative, **chosen))
+    gain = SURROGATES[surrogate](scale * (group.positive[:, None] - group.negative))
+    value = aggregate(gain, **chosen).mean()
+    return Sides(value, torch.zeros_like(value))
+
+
+@register_objective("disco_b")
+def disco_b(group: Group, *, surrogate: str = "identity", scale: float = 1.0) -> Sides:
+    """DisCO-b: all negatives count alike. mean_pos s - mean_neg s, with the constant weights 1/n+ and -1/n-."""
+    return disco(group, tau=math.inf, surrogate=surrogate, negatives="mean", scale=scale)
+
+
+@register_objective("drpo")
+def drpo(group: Group, *, tau: float, length_temperature: float, max_length: int) -> Sides:
+    """DRPO: sum_pos w_i s_i - tau log( mean_neg exp(s / tau) ), w = softmax over positives of (1 - |o|/L) / lambda.
+
+    DisCO that favours short right responses. L is ``max_length`` in tokens, lambda is ``length_temperature``;
+    lambda -> infinity gives DisCO. Source: arXiv 2510.04474.
+    """
+    share = torch.softmax((1 - group.positive_length.to(group.positive) / max_length) / length_temperature, 0)
+    return Sides((share * group.positive).sum(), -soft_minimum_of_negatives(-group.negative, tau=tau))
+
+
+@register_objective("real")
+def real(group: Group, *, tau: float) -> Sides:
+    """REAL, "Rewards as Labels": -log(1 + sum_pos exp(-s / tau)) - log(1 + sum_neg exp(s / tau)).
+
+    A classifier of the responses, with 0 as the anchor that positives should score above and negatives below. Weights
+    are bounded by 1 / tau. Source: arXiv 2602.05630, where s is the mean log-ratio (``score="log_ratio"``).
+    """
+
+    def log_one_plus_sum_exp(x: Tensor) -> Tensor:
+        return torch.logsumexp(torch.cat([x.new_zeros(1), x]), 0)
+
+    return Sides(-log_one_plus_sum_exp(-group.positive / tau), log_one_plus_sum_exp(group.negative / tau))
 
 
 @dataclass
@@ -103,11 +203,10 @@ def evaluate(
         settings: where the objective's keyword-only parameters (tau, ...) are found by name.
 
     Raises:
-        ValueError: for an unknown objective.
+        ValueError: for an unknown objective, or a setting that it needs and is not there.
     """
     fn = OBJECTIVES[objective]
-    names = [n for n, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    given = {n: settings[n] for n in names}
+    given = select(fn, settings)
     questions = indices_by_question(question)
     # The anchor keeps the graph alive when no question is mixed.
     anchor = torch.where(length > 0, score, 0.0).sum() * 0.0
@@ -129,7 +228,7 @@ def weigh(
 ) -> tuple[Evaluation, Tensor]:
     """J and the weights w_i = dJ/ds_i, shape (B,), in float64 and without a graph. Arguments as for :func:`evaluate`.
 
-    Positives of a mixed group get w > 0, negatives w < 0, all others 0.
+    Positives of a mixed group get w >= 0, negatives w <= 0, all others 0.
     """
     with torch.enable_grad():
         leaf = score.detach().double().requires_grad_()

@@ -9,9 +9,12 @@ Every function returns shape (B,). A response without any token has no score; it
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from recipe.disco.registry import Registry
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -39,8 +42,48 @@ def likelihood_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Te
     return token_mean((masked(log_prob, mask) - masked(old_log_prob, mask)).exp(), mask)
 
 
-SCORES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "log_l": log_likelihood,
-    "l_ratio": likelihood_ratio,
-}
-"""Scores by the name that ``disco.score`` takes."""
+def mean_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
+    """s(o) = (1/|o|) sum_t log( pi_theta(o_t) / pi_old(o_t) ), in nats a token; REAL's (arXiv 2602.05630)."""
+    return token_mean(masked(log_prob, mask) - masked(old_log_prob, mask), mask)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score and what it compares the policy with.
+
+    Args:
+        fn: ``(log_prob, base_log_prob, mask) -> (B,)``.
+        base: whose log-probabilities ``base_log_prob`` are: "old" (the behaviour policy) or "reference" (the frozen
+            model that the run started from).
+        constant_at_old: every response has the same score where pi_theta = pi_old.
+    """
+
+    fn: Callable[[Tensor, Tensor, Tensor], Tensor]
+    base: str = "old"
+    constant_at_old: bool = False
+
+
+SCORES: Registry[Score] = Registry("score")
+"""Scores by the name that ``disco.score`` takes. ``SCORES.register("mine")(Score(fn))`` adds one."""
+
+SCORES.register("log_l")(Score(log_likelihood))
+SCORES.register("l_ratio")(Score(likelihood_ratio, constant_at_old=True))
+SCORES.register("log_ratio")(Score(mean_log_ratio, constant_at_old=True))
+SCORES.register("log_ratio_ref")(Score(mean_log_ratio, base="reference"))
+
+
+def compute_score(
+    score: str, log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, ref_log_prob: Tensor | None = None
+) -> Tensor:
+    """The score registered as ``score``, one a response, shape (B,).
+
+    Args:
+        ref_log_prob: (B, T) the same under the frozen reference, for scores that compare with it.
+
+    Raises:
+        ValueError: for an unknown score, or a missing ``ref_log_prob``.
+    """
+    chosen = SCORES[score]
+    if chosen.base == "reference" and ref_log_prob is None:
+        raise ValueError(f"score={score!r} compares with a reference model, but there is no ref_log_prob")
+    return chosen.fn(log_prob, ref_log_prob if chosen.base == "reference" else old_log_prob, mask)

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -33,10 +32,10 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from recipe.disco.config import DiscoConfig
 from recipe.disco.constraint import kl_estimate
-from recipe.disco.loss import compute_score, micro_batch_loss, require_numbers
+from recipe.disco.loss import micro_batch_loss, require_numbers
 from recipe.disco.metrics import group_metrics
 from recipe.disco.objectives import weigh
-from recipe.disco.scores import masked
+from recipe.disco.scores import SCORES, compute_score, masked
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +167,12 @@ class DiscoTrainingWorker(TrainingWorker):
         names = ("log_probs", "entropy")
         return tuple(no_padding_2_padding(output[n], data).float() if n in output else None for n in names)
 
+    def _reference(self, data: TensorDict, device: torch.device) -> Tensor | None:
+        """Log-probabilities (B, T) under the frozen reference, for a score that compares with it."""
+        if SCORES[self.disco.score].base != "reference":
+            return None
+        return padded(data["ref_log_prob"]).float().to(device)
+
     def _weigh(self, data: TensorDict, log_prob: Tensor, entropy: Tensor | None, lagged_kl: float) -> dict[str, float]:
         """Exchange the table, write each row's weight and the coefficient into ``data``; return the metrics."""
         mask = padded(data["response_mask"]).bool().to(log_prob.device)
@@ -178,7 +183,7 @@ class DiscoTrainingWorker(TrainingWorker):
             "index": data["sample_index"],
             "reward": data["sequence_reward"],
             "length": mask.sum(-1),
-            "score": compute_score(self.disco.score, log_prob, old, mask),
+            "score": compute_score(self.disco.score, log_prob, old, mask, self._reference(data, log_prob.device)),
             "kl": kl_estimate(log_prob, old, mask, self.disco.kl_estimator).sum(-1),
             "entropy": masked(log_prob if entropy is None else entropy, mask).sum(-1),
         }
@@ -196,7 +201,7 @@ class DiscoTrainingWorker(TrainingWorker):
 
         # In the rewards' own precision, as in disco_loss: a reward of 0.7 reaches a threshold of 0.7.
         positive = reward.float() >= self.disco.positive_threshold
-        settings = asdict(self.disco)
+        settings = self.disco.settings()
         value, weight = weigh(self.disco.objective, score, positive, question, length, settings)
         self._tokens = int(length.sum())
         if self.disco.measure == "lagged":
@@ -241,6 +246,7 @@ class DiscoTrainingWorker(TrainingWorker):
             tokens,
             score=self.disco.score,
             kl_estimator=self.disco.kl_estimator,
+            ref_log_prob=self._reference(data, log_prob.device),
         )
         if self.disco.measure == "lagged":
             kl = kl_estimate(log_prob.detach(), old, mask, self.disco.kl_estimator)

@@ -67,7 +67,7 @@ def test_workers_see_the_settings():
     "setting, right",
     [
         ("objective=dico", r"choose from \['disco', 'disco_b'"),
-        ("score=likelihood", r"choose from \['l_ratio', 'log_l'\]"),
+        ("score=likelihood", r"choose from \['l_ratio', 'log_l', "),
         ("kl_estimator=k2", r"choose from \['k1', 'k3'\]"),
         ("constraint=hinge", r"choose from \['augmented_lagrangian', 'fixed', 'none', 'squared_hinge'\]"),
         ("measure=never", r"choose from \['exact', 'lagged'\]"),

@@ -8,8 +8,9 @@ import torch
 from oracle import oracle_gradient
 
 from recipe.disco import disco_loss
-from recipe.disco.loss import compute_score, micro_batch_loss
+from recipe.disco.loss import micro_batch_loss
 from recipe.disco.objectives import weigh
+from recipe.disco.scores import compute_score
 
 UIDS = [0, 1, 0, 1, 2, 0, 1, 2]
 SETTINGS = {

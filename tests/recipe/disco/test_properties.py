@@ -11,8 +11,9 @@ from oracle import oracle_gradient
 
 from recipe.disco import disco_loss
 from recipe.disco.constraint import build_controller, kl_estimate
-from recipe.disco.loss import compute_score, micro_batch_loss
+from recipe.disco.loss import micro_batch_loss
 from recipe.disco.objectives import weigh
+from recipe.disco.scores import compute_score
 
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 PRECISE = settings(max_examples=80, deadline=None, derandomize=True)

@@ -1,0 +1,61 @@
+"""Refuses settings of verl's own methods that contradict each other: they would train something else in silence."""
+
+from omegaconf import DictConfig, OmegaConf
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+
+GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "gpg", "opo")
+"""verl's advantage estimators that compare the responses to one question."""
+
+
+def validate(config: DictConfig) -> None:
+    """Refuse what would not train as asked, before Ray or a model starts.
+
+    Args:
+        config: the composed configuration of ``main_ppo``.
+
+    Raises:
+        ValueError: names the setting, the value found and what would be right.
+    """
+    algorithm, actor, rollout = config.algorithm, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    estimator, loss_mode = str(algorithm.adv_estimator), actor.policy_loss.loss_mode
+
+    def refuse(setting: str, found, right: str) -> None:
+        raise ValueError(f"{setting}={found} does not work here: {right}")
+
+    if estimator not in [*ADV_ESTIMATOR_REGISTRY, "gae"]:
+        refuse("algorithm.adv_estimator", estimator, f"verl has {sorted(ADV_ESTIMATOR_REGISTRY)}")
+    if loss_mode not in POLICY_LOSS_REGISTRY:
+        refuse("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, f"verl has {sorted(POLICY_LOSS_REGISTRY)}")
+    if estimator in GROUP_ESTIMATORS and rollout.n < 2:
+        refuse(
+            "actor_rollout_ref.rollout.n",
+            rollout.n,
+            f"algorithm.adv_estimator={estimator} compares the responses to a question; use n >= 2",
+        )
+    if estimator != "gae" and OmegaConf.select(config, "critic.enable"):
+        refuse("critic.enable", True, f"algorithm.adv_estimator={estimator} reads no values; use null")
+    if actor.use_kl_loss and algorithm.use_kl_in_reward:
+        refuse(
+            "algorithm.use_kl_in_reward",
+            True,
+            "the KL to the reference would count twice, as actor_rollout_ref.actor.use_kl_loss is on; use one of them",
+        )
+    if actor.use_kl_loss and actor.kl_loss_coef == 0:
+        refuse(
+            "actor_rollout_ref.actor.use_kl_loss", True, "its weight kl_loss_coef is 0: a reference model for nothing"
+        )
+    if loss_mode == "sapo" and actor.loss_agg_mode != "seq-mean-token-mean":
+        refuse(
+            "actor_rollout_ref.actor.loss_agg_mode",
+            actor.loss_agg_mode,
+            "verl's SAPO always takes the mean over a response's tokens, then over responses; use seq-mean-token-mean",
+        )
+    if actor.loss_agg_mode == "seq-mean-token-sum-norm" and not actor.loss_scale_factor:
+        refuse(
+            "actor_rollout_ref.actor.loss_scale_factor",
+            actor.loss_scale_factor,
+            "verl would divide by the width of each padded micro-batch, so the update would depend on how the batch is "
+            "split; use a constant, such as data.max_response_length",
+        )
+    if actor.clip_ratio_high is not None and not actor.clip_ratio_high > 0:
+        refuse("actor_rollout_ref.actor.clip_ratio_high", actor.clip_ratio_high, "nothing would be learned; use > 0")
