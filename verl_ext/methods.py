@@ -41,9 +41,7 @@ def validate(config: DictConfig) -> None:
             "the KL to the reference would count twice, as actor_rollout_ref.actor.use_kl_loss is on; use one of them",
         )
     if actor.use_kl_loss and actor.kl_loss_coef == 0:
-        refuse(
-            "actor_rollout_ref.actor.use_kl_loss", True, "its weight kl_loss_coef is 0: a reference model for nothing"
-        )
+        refuse("actor_rollout_ref.actor.use_kl_loss", True, "its weight is 0: a reference for nothing; use false")
     if loss_mode == "sapo" and actor.loss_agg_mode != "seq-mean-token-mean":
         refuse(
             "actor_rollout_ref.actor.loss_agg_mode",

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import asdict, dataclass, field, fields
+from inspect import signature
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -107,6 +108,13 @@ class DiscoConfig:
     def settings(self) -> dict[str, Any]:
         """All settings by name, those of ``options`` among them."""
         return asdict(self) | dict(self.options)
+
+    def chosen(self) -> dict[str, Any]:
+        """The arguments of :func:`recipe.disco.disco_loss` that this objective and constraint use."""
+        settings = self.settings()
+        names = [*signature(OBJECTIVES[self.objective]).parameters, *signature(CONTROLLERS[self.constraint]).parameters]
+        common = ("objective", "score", "kl_estimator", "constraint", "positive_threshold")
+        return {n: settings[n] for n in (*common, *names) if n in settings}
 
     def controller(self) -> Controller:
         """A fresh controller for the constraint."""

@@ -76,6 +76,12 @@ def make_rows() -> list[dict]:
     return rows
 
 
+def settings_of(case: dict):
+    from recipe.disco.config import DiscoConfig
+
+    return DiscoConfig(**{n: case[n] for n in DiscoConfig.__dataclass_fields__ if n in case})
+
+
 class Reference:
     """The Hugging Face model in float64 with plain SGD on the executable definition."""
 
@@ -120,7 +126,6 @@ class Reference:
         from recipe.disco import disco_loss
 
         pad = torch.nn.utils.rnn.pad_sequence
-        names = ("objective", "score", "tau", "delta", "beta", "kl_estimator")
         log_prob, entropy = self.log_probs(rows, case["temperature"])
         old = pad([r["old"].double() for r in rows], batch_first=True)
         mask = pad([r["mask"] for r in rows], batch_first=True)
@@ -133,7 +138,8 @@ class Reference:
                 mask,
                 torch.tensor([r["reward"] for r in rows]),
                 [r["uid"] for r in rows],
-                **{n: case[n] for n in names if n in case},
+                ref_log_prob=pad([r["ref"].double() for r in rows], batch_first=True),
+                **settings_of(case).chosen(),
             )
         loss = loss - case["entropy_coeff"] * (entropy * mask).sum() / mask.sum()
         self.model.zero_grad()
@@ -150,7 +156,7 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
     from verl.utils import tensordict_utils as tu
 
     padding = dict(uid="pad", prompt=torch.ones(7, dtype=torch.long), response=torch.ones(1, dtype=torch.long))
-    padding |= dict(mask=torch.zeros(1, dtype=torch.long), old=torch.zeros(1), reward=0.0)
+    padding |= dict(mask=torch.zeros(1, dtype=torch.long), old=torch.zeros(1), ref=torch.zeros(1), reward=0.0)
     everything = rows + [padding] * plan.num_padding
     share = len(plan.order) // ranks
     mine = plan.order[rank * share : (rank + 1) * share]
@@ -171,6 +177,7 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
             response_mask=jagged([r["mask"] for r in selected]),
             loss_mask=jagged([r["mask"] for r in selected]),
             old_log_probs=jagged([r["old"].float() for r in selected]),
+            ref_log_prob=jagged([r["ref"].float() for r in selected]),
             group_id=torch.tensor([number[r["uid"]] for r in selected]),
             group_size=torch.tensor([uids.count(r["uid"]) for r in selected]),
             sequence_reward=torch.tensor([r["reward"] for r in selected]),
@@ -277,13 +284,12 @@ DEFAULTS = dict(
 def run_case(worker, folder: str, case: dict) -> dict:
     from verl.utils import tensordict_utils as tu
 
-    from recipe.disco.config import DiscoConfig
     from verl_ext.grouping import deal
 
     case = DEFAULTS | case
     reference = Reference(folder)
     rows = make_rows()
-    noise = torch.Generator().manual_seed(5)
+    noise, reference_noise = (torch.Generator().manual_seed(seed) for seed in (5, 6))
     with torch.no_grad():
         current, _ = reference.log_probs(rows, case["temperature"])
     for r, lp in zip(rows, current, strict=True):
@@ -291,6 +297,7 @@ def run_case(worker, folder: str, case: dict) -> dict:
         # Above the current policy on average, so that the KL is well over delta; none for a fresh rollout.
         r["old"] = lp[:n] + case["old_noise"] * (0.5 + torch.randn(n, generator=noise).double())
         r["old"] = r["old"].float().double()
+        r["ref"] = (r["old"] + 0.3 * torch.randn(n, generator=reference_noise).double()).float().double()
     if case["order_seed"] is not None:
         shuffle = torch.randperm(len(rows), generator=torch.Generator().manual_seed(case["order_seed"]))
         rows = [rows[i] for i in shuffle.tolist()]
@@ -305,8 +312,7 @@ def run_case(worker, folder: str, case: dict) -> dict:
         micro_batches=() if case["dynamic"] else (case["micro"], case["infer_micro"]),
         padding_length=8,
     )
-    settings = {n: case[n] for n in DiscoConfig.__dataclass_fields__ if n in case}
-    worker.configure(DiscoConfig(**settings), entropy_coeff=case["entropy_coeff"])
+    worker.configure(settings_of(case), entropy_coeff=case["entropy_coeff"])
     for name, value in (
         ("use_dynamic_bsz", case["dynamic"]),
         ("micro_batch_size_per_gpu", case["micro"]),

@@ -94,7 +94,7 @@ def test_an_unknown_setting_is_refused():
 
 def test_lagged_weights_of_ratios_are_refused_but_for_disco_b():
     message = refusal("disco.measure=lagged", "disco.score=l_ratio")
-    assert "every ratio is 1 at old_log_probs" in message and "disco.measure=exact" in message
+    assert "all scores are equal at old_log_probs" in message and "disco.measure=exact" in message
     validate(composed("disco.measure=lagged"))
     validate(composed("algorithm=disco_b", "disco.measure=lagged", "disco.score=l_ratio"))
 

@@ -1,0 +1,166 @@
+"""Surrogates, aggregates over negatives and the relatives of DisCO: value and weights, each written out again."""
+
+import math
+
+import pytest
+import torch
+
+from recipe.disco import disco_loss
+from recipe.disco.config import DiscoConfig, load_once
+from recipe.disco.objectives import NEGATIVES, SURROGATES, weigh
+
+SURROGATE = {
+    "identity": lambda d: d,
+    "logistic": lambda d: -math.log(1 + math.exp(-d)),
+    "squared_hinge": lambda d: -(max(1 - d, 0.0) ** 2),
+}
+SLOPE = {
+    "identity": lambda d: 1.0,
+    "logistic": lambda d: 1 / (1 + math.exp(d)),
+    "squared_hinge": lambda d: 2 * max(1 - d, 0.0),
+}
+
+
+def shares(negatives: str, gains: list[float], tau: float, top_share: float) -> list[float]:
+    """What each negative's gain counts for a positive: the derivative of the aggregate."""
+    if negatives == "mean":
+        return [1 / len(gains)] * len(gains)
+    if negatives == "softmax":
+        e = [math.exp(-(g - min(gains)) / tau) for g in gains]
+        return [x / sum(e) for x in e]
+    k = math.ceil(top_share * len(gains))
+    hardest = sorted(range(len(gains)), key=gains.__getitem__)[:k]
+    return [1 / k if j in hardest else 0.0 for j in range(len(gains))]
+
+
+def aggregate(negatives: str, gains: list[float], tau: float, top_share: float) -> float:
+    if negatives == "softmax":
+        return -tau * math.log(sum(math.exp(-g / tau) for g in gains) / len(gains))
+    return sum(w * g for w, g in zip(shares(negatives, gains, tau, top_share), gains, strict=True))
+
+
+@pytest.mark.parametrize("surrogate", list(SURROGATES))
+@pytest.mark.parametrize("negatives", list(NEGATIVES))
+@pytest.mark.parametrize("right, wrong", [(1, 1), (3, 5), (6, 2)])
+def test_value_and_weights_have_the_closed_form(surrogate, negatives, right, wrong):
+    settings = dict(surrogate=surrogate, negatives=negatives, tau=0.7, top_share=0.4, scale=1.5)
+    score = torch.randn(right + wrong, generator=torch.Generator().manual_seed(right), dtype=torch.float64)
+    positive = torch.arange(right + wrong) < right
+    result, weight = weigh(
+        "disco", score, positive, torch.zeros(len(score), dtype=torch.long), torch.ones(len(score)), settings
+    )
+    s = score.tolist()
+    value, expected = 0.0, [0.0] * len(s)
+    for i in range(right):
+        differences = [1.5 * (s[i] - s[j]) for j in range(right, len(s))]
+        gains = [SURROGATE[surrogate](d) for d in differences]
+        value += aggregate(negatives, gains, 0.7, 0.4) / right
+        for j, (d, share) in enumerate(zip(differences, shares(negatives, gains, 0.7, 0.4), strict=True)):
+            slope = 1.5 * share * SLOPE[surrogate](d) / right
+            expected[i] += slope
+            expected[right + j] -= slope
+    assert float(result.value) == pytest.approx(value, rel=1e-12)
+    assert weight.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def test_surrogates_do_not_decrease():
+    d = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    for fn in SURROGATES._items.values():
+        assert (fn(d).diff() >= 0).all()
+
+
+@pytest.mark.parametrize("share, n, kept", [(0.25, 8, 2), (0.25, 7, 2), (0.01, 7, 1), (1.0, 3, 3), (0.3, 10, 3)])
+def test_topk_keeps_a_share_of_the_negatives_and_at_least_one(share, n, kept):
+    score = torch.arange(n + 1.0, dtype=torch.float64)
+    settings = dict(surrogate="identity", negatives="topk", tau=1.0, top_share=share, scale=1.0)
+    positive = torch.arange(n + 1) == 0
+    _, weight = weigh("disco", score, positive, torch.zeros(n + 1, dtype=torch.long), torch.ones(n + 1), settings)
+    # The hardest are those that score highest.
+    assert (weight < 0).tolist() == [False] + [False] * (n - kept) + [True] * kept
+
+
+def test_drpo_prefers_short_positives_and_turns_into_disco():
+    score = torch.tensor([-0.5, -0.5, -0.7], dtype=torch.float64)
+    positive, question = torch.tensor([True, True, False]), torch.zeros(3, dtype=torch.long)
+    length = torch.tensor([100, 300, 200])
+    settings = dict(tau=10.0, length_temperature=0.1, max_length=1000)
+    _, weight = weigh("drpo", score, positive, question, length, settings)
+    assert weight[0] / weight[1] == pytest.approx(math.exp((300 - 100) / 1000 / 0.1))
+    assert float(weight[:2].sum()) == pytest.approx(1) and float(weight[2]) == pytest.approx(-1)
+    _, flat = weigh("drpo", score, positive, question, length, settings | {"length_temperature": 1e9})
+    _, disco = weigh("disco", score, positive, question, length, {"tau": 10.0})
+    torch.testing.assert_close(flat, disco)
+
+
+def test_reals_weights_are_bounded_by_one_over_tau():
+    for far in (-1e3, 0.0, 1e3):
+        score = torch.tensor([-far, 0.1, far, -0.2], dtype=torch.float64)
+        positive = torch.tensor([True, True, False, False])
+        _, weight = weigh("real", score, positive, torch.zeros(4, dtype=torch.long), torch.ones(4), {"tau": 0.5})
+        assert weight.isfinite().all() and weight.abs().max() <= 2
+
+
+def batch(seed: int = 0) -> dict:
+    g = torch.Generator().manual_seed(seed)
+    shape = (8, 5)
+    log_prob = -torch.rand(shape, generator=g, dtype=torch.float64)
+    return dict(
+        log_prob=log_prob,
+        old_log_prob=log_prob + 0.1 * torch.randn(shape, generator=g, dtype=torch.float64),
+        response_mask=torch.ones(shape),
+        reward=torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0]),
+        uid=[0, 0, 0, 0, 1, 1, 1, 1],
+    )
+
+
+def test_a_score_against_a_reference_needs_one():
+    with pytest.raises(ValueError, match="'log_ratio_ref' compares with a reference .*, but there is no ref_log_prob"):
+        disco_loss(**batch(), score="log_ratio_ref")
+
+
+def test_reference_and_behaviour_policy_give_the_same_where_they_are_the_same():
+    data = batch()
+    by_reference, _ = disco_loss(**data, score="log_ratio_ref", ref_log_prob=data["old_log_prob"])
+    assert by_reference == disco_loss(**data, score="log_ratio")[0]
+
+
+def test_nan_of_the_reference_names_the_sample():
+    data = batch()
+    reference = data["old_log_prob"].clone()
+    reference[3, 1] = float("nan")
+    with pytest.raises(ValueError, match="ref_log_prob of sample 3 is NaN"):
+        disco_loss(**data, score="log_ratio_ref", ref_log_prob=reference)
+
+
+@pytest.mark.parametrize("setting", [dict(surogate="logistic"), dict(objective="drpo", surrogate="logistic")])
+def test_a_setting_that_nothing_uses_is_refused(setting):
+    with pytest.raises(ValueError, match=r"sur+ogate is no setting of objective="):
+        disco_loss(**batch(), **setting)
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(ValueError, match=r"drpo needs the setting 'length_temperature'"):
+        disco_loss(**batch(), objective="drpo")
+
+
+def test_a_users_module_registers_an_objective_with_settings_of_its_own(tmp_path):
+    module = tmp_path / "mine.py"
+    module.write_text(
+        "from recipe.disco.objectives import Sides, register_objective\n"
+        "@register_objective('only_positives')\n"
+        "def only_positives(group, *, factor):\n"
+        "    return Sides(factor * group.positive.mean(), 0 * group.negative.mean())\n"
+    )
+    with pytest.raises(ValueError, match=r"needs the setting 'factor'; give it as \+disco.options.factor=VALUE"):
+        DiscoConfig(objective="only_positives", module=str(module))
+    config = DiscoConfig(objective="only_positives", module=str(module), options={"factor": 3.0})
+    _, metrics = disco_loss(**batch(), **config.chosen())
+    s = batch()["log_prob"].mean(-1)
+    assert metrics["objective"] == pytest.approx(3 * float((s[[0, 3]].mean() + s[5]) / 2))
+
+
+def test_a_module_that_does_not_load_is_refused_by_name(tmp_path):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    for path in ("nowhere.py", str(tmp_path / "broken.py")):
+        with pytest.raises(ValueError, match=f"disco.module={path} cannot be loaded"):
+            load_once(path)

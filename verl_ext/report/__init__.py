@@ -1,0 +1,1 @@
+"""Reports on runs, from what they left behind."""

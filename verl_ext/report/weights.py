@@ -1,0 +1,176 @@
+"""Draws the weight that a method puts on a question, against the share p of its responses that are right.
+
+    python -m verl_ext.report.weights [--out weights.png] [ALGORITHM[,OVERRIDE...] ...]
+
+The weight is the sum of dJ_q/ds over the question's right responses, s the mean log-probability of a response's tokens
+and J = mean_q J_q what the method maximises (the loss, its sign turned): how hard an update pulls right responses up.
+Nothing is read from a formula: a batch of one question for each p = 1/n, 2/n, ... is made, and the method's own
+estimator and loss, as ``algorithm=NAME`` composes them, are called and differentiated.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+import verl  # noqa: F401  (first: loads the plugin)
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from torch import Tensor
+from verl.protocol import DataProto
+from verl.trainer.ppo.ray_trainer import compute_advantage
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.utils.losses import ppo_loss
+
+ALGORITHMS = ("grpo", "dr_grpo", "rloo", "disco", "disco,disco.score=l_ratio", "real")
+"""What is drawn by default."""
+
+TOKENS = 8
+"""Length of the constructed responses."""
+
+
+def compose(algorithm: str, *overrides: str) -> DictConfig:
+    """What ``python -m verl.trainer.main_ppo algorithm=ALGORITHM OVERRIDES`` would train with."""
+    common = [f"algorithm={algorithm}", "actor_rollout_ref.rollout.name=hf"]
+    common += [f"actor_rollout_ref.{m}_micro_batch_size_per_gpu=1" for m in ("actor.ppo", "rollout.log_prob")]
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        return hydra.compose("ppo_trainer", overrides=[*common, *overrides])
+
+
+def batch_loss(
+    config: DictConfig,
+    *,
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    response_mask: Tensor,
+    reward: Tensor,
+    uid: Sequence,
+    ref_log_prob: Tensor | None = None,
+    values: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> Tensor:
+    """The loss that a method minimises on one mini-batch, by the functions that the trainer and the worker call.
+
+    Args:
+        config: a composed configuration.
+        log_prob, old_log_prob, ref_log_prob: (B, T) nats, under the policy, the behaviour policy and the reference.
+        response_mask: (B, T), ones from the left.
+        reward: (B,) at each response's last token.
+        uid: (B,) the question of each response.
+        values: (B, T) of a critic, for GAE.
+        entropy: (B, T) nats, for an entropy bonus.
+    """
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    if actor.policy_loss.loss_mode == "disco":
+        from recipe.disco import disco_loss
+        from recipe.disco.config import parse
+
+        return disco_loss(
+            log_prob,
+            old_log_prob,
+            response_mask,
+            reward,
+            uid,
+            ref_log_prob=ref_log_prob,
+            **parse(config.disco).chosen(),
+        )[0]
+
+    length = response_mask.sum(-1).long()
+    rewards = torch.zeros_like(log_prob).scatter(1, length[:, None] - 1, reward[:, None].to(log_prob.dtype))
+    tensors = {"token_level_rewards": rewards, "response_mask": response_mask.long(), "old_log_probs": old_log_prob}
+    if values is not None:
+        tensors["values"] = values
+    data = DataProto.from_dict(tensors, non_tensors={"uid": np.array(uid, dtype=object)})
+    data = compute_advantage(
+        data,
+        config.algorithm.adv_estimator,
+        config.algorithm.gamma,
+        config.algorithm.lam,
+        norm_adv_by_std_in_grpo=config.algorithm.norm_adv_by_std_in_grpo,
+        config=config.algorithm,
+    )
+
+    # The engine's layout: one prompt token a row, and each token's log-probability at the position before it.
+    ones = torch.ones(len(log_prob), 1, dtype=torch.long)
+    fields = {
+        "prompts": ones,
+        "responses": response_mask.long(),
+        "attention_mask": torch.cat([ones, response_mask.long()], 1),
+        "response_mask": response_mask,
+        "old_log_probs": old_log_prob,
+        "advantages": data.batch["advantages"],
+    }
+    if ref_log_prob is not None:
+        fields["ref_log_prob"] = ref_log_prob
+    batch = TensorDict(fields, batch_size=len(log_prob))
+    tu.assign_non_tensor(
+        batch, dp_size=1, batch_num_tokens=int(length.sum()), global_batch_size=len(log_prob), max_response_len=-1
+    )
+
+    def flat(x: Tensor) -> Tensor:
+        return torch.cat([torch.cat([row[:n], row.new_zeros(1)]) for row, n in zip(x, length, strict=True)])
+
+    output = {"log_probs": flat(log_prob)} | ({} if entropy is None else {"entropy": flat(entropy)})
+    return ppo_loss(actor, output, batch)[0]
+
+
+def question_weights(config: DictConfig, n: int) -> list[float]:
+    """dJ_q/ds summed over right responses, for questions with 1, ..., n - 1 of n right, where pi_theta is pi_old."""
+    uid = [right for right in range(1, n) for _ in range(n)]
+    log_prob = torch.full((len(uid), TOKENS), -0.5, dtype=torch.float64).requires_grad_()
+    reward = torch.tensor([float(i < right) for right in range(1, n) for i in range(n)], dtype=torch.float64)
+    loss = batch_loss(
+        config,
+        log_prob=log_prob,
+        old_log_prob=log_prob.detach(),
+        ref_log_prob=log_prob.detach(),
+        response_mask=torch.ones(log_prob.shape, dtype=torch.long),
+        reward=reward,
+        uid=uid,
+    )
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    # s is a mean over tokens, so its derivative is the sum of theirs; J is a mean over the n - 1 questions.
+    right = -(n - 1) * gradient.sum(-1) * reward
+    return right.reshape(n - 1, n).sum(-1).tolist()
+
+
+def draw(algorithms: Sequence[str], sizes: Sequence[int], path: Path) -> None:
+    """Draw the weights of each ``NAME[,OVERRIDE...]`` for each group size, over their largest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4), layout="constrained", sharey=True)
+    for n, axis in zip(sizes, np.atleast_1d(axes), strict=True):
+        for i, algorithm in enumerate(algorithms):
+            # A constant length normaliser is the length here, so that it scales nothing.
+            common = [f"data.max_response_length={TOKENS}", f"actor_rollout_ref.rollout.n={n}"]
+            weights = question_weights(compose(*algorithm.split(","), *common), n)
+            share = [right / n for right in range(1, n)]
+            largest = max(weights)
+            style = ("-", "--", ":", "-.")[i % 4]
+            axis.plot(share, [w / largest for w in weights], marker=".", linestyle=style, label=algorithm)
+        axis.set(title=f"n = {n}", xlabel="share of right responses p", ylim=(0, 1.08), xlim=(0, 1))
+    np.atleast_1d(axes)[0].set_ylabel("weight of the question, over its largest")
+    np.atleast_1d(axes)[-1].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("algorithms", nargs="*", default=ALGORITHMS, metavar="ALGORITHM[,OVERRIDE...]")
+    parser.add_argument("--out", type=Path, default=Path("weights.png"))
+    parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="responses a question")
+    args = parser.parse_args()
+    draw(args.algorithms, args.n, args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
