@@ -27,7 +27,6 @@ else
     exit 1
   }
   echo "training took $((SECONDS - started)) s, pre-training included"
-  date >"$RUN/finished"
 fi
 echo
 .venv/bin/python -m verl_ext.arithmetic.summary "$RUN"

@@ -10,22 +10,36 @@ The rest is said by the top-level node ``verl_ext``, which our YAML files write 
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.utils import get_method
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from verl_ext import cpu
 from verl_ext.hydra_config import DEFAULT_ALGORITHM
+from verl_ext.runs import CHECKPOINT_FILE, CONFIG_FILE, FINISHED_FILE, flatten, without_hydra
 
-CONFIG_FILE = "config.yaml"
-CHECKPOINT_FILE = "latest_checkpointed_iteration.txt"
-"""verl's, in ``trainer.default_local_dir`` as soon as there is a checkpoint."""
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 class JobCallback(Callback):
-    """Validate and prepare before a job; leave a clean process behind after it."""
+    """Sweep by our launcher; validate and prepare before a job; leave a clean process behind after it."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Run the jobs by :mod:`verl_ext.sweep`, unless another launcher or directory was asked for."""
+        with read_write(config):
+            if config.hydra.launcher["_target_"] == BASIC_LAUNCHER:
+                from hydra.core.plugins import Plugins
+
+                from hydra_plugins.verl_ext_sweep import SweepLauncher
+
+                Plugins.instance().register(SweepLauncher)
+                config.hydra.launcher["_target_"] = f"{SweepLauncher.__module__}.{SweepLauncher.__name__}"
+            if not any(o.startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra):
+                config.hydra.sweep.dir = f"outputs/sweeps/{config.trainer.project_name}"
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Run verl's job only if the settings hold.
@@ -35,16 +49,18 @@ class JobCallback(Callback):
                 warning and goes on, so nothing less would stop the run.
         """
         try:
-            # What the job itself will see: Hydra's own node has values that are not known yet.
-            before_job(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+            before_job(without_hydra(config))
         except ValueError as e:
             raise SystemExit(f"verl-disco: settings refused: {e}") from e
         except Exception as e:
             traceback.print_exc()
             raise SystemExit(f"verl-disco: not started: {type(e).__name__}: {e}") from e
 
-    def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Shut Ray down: verl starts it once a process, and a multirun runs all its jobs in one process."""
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Note that the job has finished. Shut Ray down: verl starts it once a process, which may run several jobs."""
+        folder = OmegaConf.select(config, "trainer.default_local_dir")
+        if folder and job_return.status == JobStatus.COMPLETED:
+            Path(folder, FINISHED_FILE).touch()
         ray = sys.modules.get("ray")
         if ray is not None and ray.is_initialized():
             ray.shutdown()
@@ -64,6 +80,7 @@ def before_job(config: DictConfig) -> None:
     if folder:
         check_resumed(config, folder)
         os.makedirs(folder, exist_ok=True)
+        Path(folder, FINISHED_FILE).unlink(missing_ok=True)
         OmegaConf.save(config, os.path.join(folder, CONFIG_FILE), resolve=True)
     if settings and (name := settings.get("prepare")):
         get_method(name)(config)
@@ -89,17 +106,6 @@ def check_resumed(config: DictConfig, folder: str) -> None:
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             print(f"verl-disco: {folder} is resumed with {name}={now.get(name)}, was {before.get(name)}", flush=True)
-
-
-def flatten(config: DictConfig) -> dict[str, Any]:
-    """Settings by their full names."""
-
-    def walk(name: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict) or not value:
-            return {name: value}
-        return {n: v for key, part in value.items() for n, v in walk(f"{name}.{key}" if name else key, part).items()}
-
-    return walk("", OmegaConf.to_container(config, resolve=True))
 
 
 def refuse_unsupported_trainer(config: DictConfig) -> None:

@@ -27,8 +27,7 @@ from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
 
 from verl_ext.grouping import deal
-
-METRICS_FILE = "metrics.jsonl"
+from verl_ext.runs import METRICS_FILE
 
 
 class MetricsLog:

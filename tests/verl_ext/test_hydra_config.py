@@ -11,6 +11,7 @@ import hydra
 import pytest
 import verl
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from verl.experimental.reward_loop.reward_manager.dapo import DAPORewardManager
@@ -19,7 +20,7 @@ from verl.trainer.ppo.reward import resolve_reward_manager_cls
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.config import omega_conf_to_dataclass
 
-from verl_ext import hydra_callbacks, hydra_config
+from verl_ext import hydra_callbacks, hydra_config, runs
 
 VERL = Path(verl.__file__).parent
 ALGORITHMS = sorted(f.stem for f in hydra_config.ALGORITHMS.glob("*.yaml"))
@@ -268,12 +269,6 @@ def _here(name: str) -> str:
     return f"callback_functions.{name}"
 
 
-def test_multirun_over_algorithms(jobs):
-    # `++`, because Hydra first composes a multirun with the default algorithm, which has no node `disco`.
-    configs = jobs("-m", "algorithm=disco,disco_b", "++disco.tau=3")
-    assert [(c.disco.objective, c.disco.tau) for c in configs] == [("disco", 3), ("disco_b", 3)]
-
-
 def test_a_users_config_on_top_of_verls_has_the_group(jobs, tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\ntrainer: {total_epochs: 3}\n")
     (config,) = jobs("--config-dir", str(tmp_path), "--config-name", "mine", "algorithm=disco")
@@ -295,9 +290,10 @@ def test_settings_are_saved_and_a_resumed_run_names_what_is_different(jobs, tmp_
     mine = ["algorithm=disco", f"trainer.default_local_dir={folder}"]
     jobs(*mine)
     assert OmegaConf.load(folder / "config.yaml").disco.delta == 1e-4
+    assert (folder / runs.FINISHED_FILE).exists()
     jobs(*mine, "disco.delta=1e-3")
     assert "is resumed" not in capsys.readouterr().out
-    (folder / hydra_callbacks.CHECKPOINT_FILE).write_text("2")
+    (folder / runs.CHECKPOINT_FILE).write_text("2")
     jobs(*mine, "disco.delta=1e-2")
     assert f"verl-disco: {folder} is resumed with disco.delta=0.01, was 0.001" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds a run of algorithm=disco, which algorithm=grpo would resume"):
@@ -341,5 +337,5 @@ def test_ray_is_shut_down_after_a_job(monkeypatch, initialized):
     shut_down = []
     ray = types.SimpleNamespace(is_initialized=lambda: initialized, shutdown=lambda: shut_down.append(True))
     monkeypatch.setitem(sys.modules, "ray", ray)
-    hydra_callbacks.JobCallback().on_job_end(OmegaConf.create(), job_return=None)
+    hydra_callbacks.JobCallback().on_job_end(OmegaConf.create(), JobReturn())
     assert bool(shut_down) is initialized

@@ -4,25 +4,15 @@ python -m verl_ext.arithmetic.summary outputs/arithmetic/disco
 """
 
 import argparse
-import json
 import math
 import statistics
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from verl_ext.runs import CONFIG_FILE, METRICS_FILE, read_metrics
+
 PLOTS = "plots.png"
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics file, in order of steps; a line that is still being written is left out."""
-    rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return sorted(rows, key=lambda r: r["step"])
 
 
 def pass_at_1(row: dict) -> dict[int, float]:
@@ -46,7 +36,7 @@ def overall(levels: dict[int, float], questions: int) -> tuple[float, float]:
 
 def held_out_questions(run: Path) -> int:
     """How many questions an evaluation has, from the run's settings."""
-    return OmegaConf.load(run / "config.yaml").arithmetic.test_size
+    return OmegaConf.load(run / CONFIG_FILE).arithmetic.test_size
 
 
 def describe(run: Path) -> str:
@@ -128,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="trainer.default_local_dir of the run")
     args = parser.parse_args()
-    if not (args.run / "metrics.jsonl").exists():
+    if not (args.run / METRICS_FILE).exists():
         raise SystemExit(f"{args.run / 'metrics.jsonl'} does not exist: no run has been there")
     plot(args.run)
     print(describe(args.run))
