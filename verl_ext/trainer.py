@@ -127,12 +127,15 @@ class ExtendedTrainer:
                     self.role_worker_mapping[role] = worker
 
     def _balance_batch(self, batch: KVBatchMeta, metrics, logging_prefix="global_seqlen", keep_minibatch=False):
+        if "verl_ext" not in self.config:
+            return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
+        group = [key.rsplit("_", 2)[0] for key in batch.keys]
+        reward = self._sequence_rewards(batch)
+        metrics["training/mixed_questions"] = mixed_share(group, reward)
         if not self._whole_groups:
             return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
         actor = self.config.actor_rollout_ref.actor
-        group = [key.rsplit("_", 2)[0] for key in batch.keys]
         lengths = [tag["seq_len"] for tag in batch.tags]
-        reward = self._sequence_rewards(batch)
         plan = deal(
             group,
             lengths,
@@ -222,6 +225,14 @@ class ExtendedTrainer:
             for name in [k for k in metrics if k.startswith(f"actor/{group}/")]:
                 metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
+
+
+def mixed_share(group: list[str], reward: list[float]) -> float:
+    """Share of the questions whose responses did not all get the same reward."""
+    rewards: dict[str, set[float]] = {}
+    for name, value in zip(group, reward, strict=True):
+        rewards.setdefault(name, set()).add(value)
+    return sum(len(values) > 1 for values in rewards.values()) / max(len(rewards), 1)
 
 
 class ExtendedTrainerSync(ExtendedTrainer, PPOTrainerSync):

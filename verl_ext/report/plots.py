@@ -1,0 +1,95 @@
+"""The plots of a report, one PNG each."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from verl_ext.report.read import Run
+from verl_ext.report.tables import by_method
+
+CURVES = {
+    "reward": ("reward in training", ("critic/score/mean",)),
+    "entropy": ("entropy, nats a token", ("actor/entropy", "disco/entropy")),
+    "kl": ("KL(old || new), nats a token", ("disco/kl", "actor/ppo_kl")),
+    "length": ("response length, tokens", ("response_length/mean",)),
+    "mixed": ("share of questions with right and wrong responses", ("training/mixed_questions", "disco/groups_mixed")),
+}
+"""File -> title, and the metrics of which the first that was logged is drawn."""
+
+SMOOTHING = 5
+"""Steps of the running mean over curves of training; evaluations are drawn as they are."""
+
+
+def curve_of(run: Run, name: str) -> pd.Series:
+    return run.column(*CURVES[name][1]).rolling(SMOOTHING, min_periods=1).mean()
+
+
+def pass_at_1_of(run: Run) -> pd.Series:
+    """Mean over benchmarks."""
+    return run.pass_at[1].mean(axis=1) if 1 in run.pass_at else pd.Series(dtype=float)
+
+
+def draw_all(runs: list[Run], difficulty: pd.DataFrame, out: Path) -> list[tuple[str, str]]:
+    """Write the plots into ``out``; returns file names and titles of those that have anything to show."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    written = []
+    panels: dict[str, tuple[str, Callable[[Run], pd.Series]]] = {
+        "pass_at_1": ("pass@1, mean over benchmarks", pass_at_1_of)
+    }
+    for name, (title, _) in CURVES.items():
+        panels[name] = (title, lambda run, name=name: curve_of(run, name))
+    for name, (title, of) in panels.items():
+        deltas = (
+            {float(r.settings["disco.delta"]) for r in runs if "disco.delta" in r.settings} if name == "kl" else set()
+        )
+        if draw_curves(runs, of, title, deltas, out / f"{name}.png"):
+            written.append((f"{name}.png", title))
+    if len(difficulty):
+        draw_bars(difficulty, out / "difficulty.png")
+        written.append(("difficulty.png", "gain of pass@1 by the share of right responses at the start"))
+    return written
+
+
+def draw_curves(runs: list[Run], of: Callable[[Run], pd.Series], title: str, levels: set[float], path: Path) -> bool:
+    """A line a method: the mean over its runs, thin ones for its runs. False if there is nothing to draw."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, (method, group) in enumerate(by_method(runs).items()):
+        curves = [c for c in map(of, group) if len(c)]
+        if not curves:
+            continue
+        color = f"C{i % 10}"
+        for c in curves if len(curves) > 1 else ():
+            axis.plot(c.index, c, color=color, alpha=0.25, linewidth=0.8)
+        # Only over steps that all runs have: one that is still going would bend the mean.
+        mean = pd.concat(curves, axis=1).dropna().mean(axis=1)
+        axis.plot(mean.index, mean, color=color, label=f"{method}, {len(curves)} run{'s' * (len(curves) > 1)}")
+    drawn = bool(axis.lines)
+    if drawn:
+        for level in sorted(levels):
+            axis.axhline(level, color="black", linestyle=":", linewidth=1, label=f"delta = {level:g}")
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+        figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return drawn
+
+
+def draw_bars(table: pd.DataFrame, path: Path) -> None:
+    """A group of bars a band, a bar a method, in percentage points."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    (100 * table.T).plot.bar(ax=axis, rot=0, width=0.8)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="share of right responses at the start", ylabel="gain of pass@1, points")
+    axis.set_title("gain of pass@1 by the share of right responses at the start")
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
