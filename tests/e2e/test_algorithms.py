@@ -1,41 +1,76 @@
-"""Two steps of verl's real pipeline for each algorithm, on one and on two CPU ranks, as a multirun of one process."""
+"""Two steps of verl's real pipeline for each algorithm, on CPU ranks, as one sweep."""
 
 import math
 
 import pytest
 
-ALGORITHMS = ("ppo", "grpo", "dapo", "disco", "disco_b")
+from verl_ext.hydra_config import describe_algorithms
+
+FEW = ("ppo", "grpo", "dapo", "disco", "trpa")
+"""Each code path: critic, reference model, dynamic sampling, measured mini-batches, scores against a reference."""
+
+ALL = tuple(describe_algorithms())
+FAMILY = ("disco", "disco_b", "drpo", "real", "trpa")
+"""What recipe.disco trains."""
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_two_steps_of_each_algorithm(main_ppo, tmp_path, ranks):
+@pytest.mark.parametrize(
+    "algorithms, ranks",
+    [
+        pytest.param(FEW, 2, id="a few on two ranks"),
+        pytest.param(tuple(a for a in ALL if a not in FEW), 2, id="the others on two ranks", marks=pytest.mark.slow),
+        pytest.param(ALL, 1, id="all on one rank", marks=pytest.mark.slow),
+    ],
+)
+def test_two_steps_of_each_algorithm(main_ppo, tmp_path, algorithms, ranks):
     run = main_ppo(
         "-m",
-        f"algorithm={','.join(ALGORITHMS)}",
+        f"algorithm={','.join(algorithms)}",
+        # In place of the one directory of a single run.
         "trainer.default_local_dir=" + str(tmp_path / "jobs") + "/${oc.select:verl_ext.algorithm,ppo}",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
         ranks=ranks,
         folder=tmp_path / "jobs",
-        timeout=1500,
+        timeout=180 * len(algorithms),
     )
     assert run.returncode == 0, run.output[-5000:]
-    for algorithm in ALGORITHMS:
+    for algorithm in algorithms:
         steps = run.metrics(algorithm)
         assert [s["step"] for s in steps] == [1, 2], algorithm
         assert all(math.isfinite(s["actor/grad_norm"]) and s["actor/grad_norm"] > 0 for s in steps), algorithm
         assert all(s["actor/entropy"] > 0 for s in steps), algorithm
-    for algorithm in ("disco", "disco_b"):
-        for step in run.metrics(algorithm):
-            assert step["disco/questions"] == 3
-            assert step["disco/groups_mixed"] > 0
-            # The first mini-batch of a step is free, the second is measured.
-            assert step["disco/measured"] == 0.5
-            assert step["disco/kl"] != 0
-    # DisCO-b weighs its negatives alike, DisCO does not: the same first rollout, other updates.
-    first = [run.metrics(a)[0] for a in ("disco", "disco_b")]
-    assert first[0]["critic/score/mean"] == first[1]["critic/score/mean"]
-    assert first[0]["disco/effective_negatives"] < first[1]["disco/effective_negatives"]
-    assert first[0]["actor/grad_norm"] != first[1]["actor/grad_norm"]
-    # DAPO trains on questions with right and wrong responses, whatever it had to draw for them.
-    for step in run.metrics("dapo"):
-        assert step["critic/advantages/min"] < 0 < step["critic/advantages/max"]
+        assert all(0 < s["training/mixed_questions"] <= 1 for s in steps), algorithm
+        if algorithm in FAMILY:
+            for step in steps:
+                assert step["disco/questions"] == 3
+                assert step["disco/groups_mixed"] > 0
+                # The first mini-batch of a step is free, the second is measured.
+                assert step["disco/measured"] == 0.5
+                assert step["disco/kl"] != 0
+        if algorithm == "dapo":
+            # It trains on questions with right and wrong responses, whatever it had to draw for them.
+            assert all(s["training/mixed_questions"] == 1 for s in steps)
+        if algorithm == "grpo_er":
+            assert all(s["actor/entropy_loss"] > 0 for s in steps)
+    # The same first rollout, other updates.
+    first = {a: run.metrics(a)[0] for a in algorithms if a in FAMILY}
+    assert len({s["critic/score/mean"] for s in first.values()}) == 1
+    assert len({s["actor/grad_norm"] for s in first.values()}) == len(first)
+
+
+@pytest.mark.slow
+def test_an_objective_of_ones_own(main_ppo):
+    from pathlib import Path
+
+    example = Path(__file__).resolve().parents[2] / "examples/custom_objective.py"
+    run = main_ppo(
+        "algorithm=disco",
+        f"disco.module={example}",
+        "disco.objective=margin_by_length",
+        "+disco.options.margin=0.2",
+        ranks=2,
+    )
+    assert run.returncode == 0, run.output[-5000:]
+    for step in run.metrics():
+        assert step["disco/objective"] < 0 and step["disco/objective_negative"] == 0
+        assert step["actor/grad_norm"] > 0

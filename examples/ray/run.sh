@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# One run on one node or several: within a Slurm allocation a Ray cluster is started over its nodes, elsewhere (or on
+# one node) the run has a Ray of its own. All arguments are Hydra overrides.
+#
+#   bash examples/ray/run.sh algorithm=disco +experiment=arithmetic_cpu
+#   RAY_ADDRESS=head:6379 bash examples/ray/run.sh algorithm=disco ...    # a cluster that is there already
+#
+# The same Python environment, with this project in it, must be on each node.
+set -euo pipefail
+python=${PYTHON:-.venv/bin/python}
+port=${RAY_PORT:-6379}
+nodes=${SLURM_JOB_NUM_NODES:-1}
+
+ray() { "$python" -m ray.scripts.scripts "$@"; }
+
+if [ -n "${RAY_ADDRESS:-}" ]; then
+  exec "$python" -m verl.trainer.main_ppo "++ray_kwargs.ray_init.address='$RAY_ADDRESS'" "$@"
+fi
+if ((nodes == 1)); then
+  exec "$python" -m verl.trainer.main_ppo "$@"
+fi
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=$(srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" hostname --ip-address | awk '{print $1}')
+start="$python -m ray.scripts.scripts start --block --disable-usage-stats"
+# This script runs on the first node: the head, then a worker on each other node, in the background.
+srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" --overlap $start --head --node-ip-address="$head" --port="$port" &
+until ray status --address "$head:$port" >/dev/null 2>&1; do sleep 2; done
+for host in "${hosts[@]:1}"; do
+  srun --nodes=1 --ntasks=1 --nodelist="$host" --overlap $start --address="$head:$port" &
+done
+echo "waiting for $nodes nodes"
+until [ "$(ray status --address "$head:$port" 2>/dev/null | grep -c '^ 1 node_')" -ge "$nodes" ]; do sleep 2; done
+
+status=0
+"$python" -m verl.trainer.main_ppo "++ray_kwargs.ray_init.address='$head:$port'" "$@" || status=$?
+# Ends the cluster with the run.
+kill $(jobs -p) 2>/dev/null || true
+exit $status
