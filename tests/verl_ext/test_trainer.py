@@ -114,7 +114,9 @@ def balanced(monkeypatch, keys, lengths, ranks=2, questions=2):
     actor = dict(ppo_mini_batch_size=questions, use_dynamic_bsz=True, shuffle=False, data_loader_seed=1)
     this = SimpleNamespace(
         _whole_groups=True,
-        config=OmegaConf.create({"actor_rollout_ref": {"actor": actor}, "data": {"train_batch_size": 4}}),
+        config=OmegaConf.create(
+            {"actor_rollout_ref": {"actor": actor}, "data": {"train_batch_size": 4}, "verl_ext": {}}
+        ),
         _sequence_rewards=lambda batch: [float(i) for i in range(len(batch))],
         _old_log_probs_are_fresh=lambda: True,
         _actor_data_parallel_size=lambda: ranks,
@@ -149,6 +151,13 @@ def test_whole_questions_of_several_trajectories_with_failures_are_dealt(monkeyp
     assert len(padding) == metrics["training/padding_rows"] == len(batch) - len(keys)
     assert all((row["group_id"], row["group_size"]) == (-1, 0) for row in padding)
     assert metrics["training/failed_questions"] == 1
+    # Rewards are 0, 1, 2 ..., all different; all three questions that are left have several responses.
+    assert metrics["training/mixed_questions"] == 1
+
+
+def test_the_share_of_mixed_questions():
+    assert trainer.mixed_share(["a", "b", "a", "b", "c"], [1.0, 0.0, 0.0, 0.0, 1.0]) == 1 / 3
+    assert trainer.mixed_share([], []) == 0
 
 
 @pytest.mark.parametrize(

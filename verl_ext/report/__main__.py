@@ -23,7 +23,7 @@ from verl_ext.runs import CONFIG_FILE
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums}"
+    "table{display:block;overflow-x:auto;border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums}"
     "td,th{border:1px solid #ccc;padding:.25em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
     "img{max-width:49%}code{background:#f3f3f3}"
 )
@@ -59,6 +59,14 @@ def markdown(table: pd.DataFrame, form: str = "") -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def describe_values(by_method: dict[str, str]) -> str:
+    """``1e-4: disco, ppo; 2e-4: grpo``"""
+    methods: dict[str, list[str]] = {}
+    for method, value in by_method.items():
+        methods.setdefault(value, []).append(method)
+    return "; ".join(f"{value}: {', '.join(names)}" for value, names in methods.items())
+
+
 def write_report(runs: list[Run], waiting: list[Path], out: Path, last: int) -> str:
     """Draw the plots into ``out``; returns the report as Markdown."""
     difficulty = difficulty_table(runs)
@@ -71,7 +79,7 @@ def write_report(runs: list[Run], waiting: list[Path], out: Path, last: int) -> 
     others = other_differences(runs)
     if others:
         parts.append("**The runs differ in more than the method.** What else is not the same:")
-        parts.append(markdown(pd.DataFrame(others).T))
+        parts.append(markdown(pd.DataFrame({n: {"values": describe_values(v)} for n, v in others.items()}).T))
     elif len({r.method for r in runs}) > 1:
         parts.append("The runs differ in method and seed alone.")
 

@@ -18,7 +18,7 @@ EVALUATION = re.compile(r"^val-core/(?P<benchmark>.+)/(?:acc|reward|score)/(?P<k
 COPIES = ("disco_published_tau.", "actor_rollout_ref.actor.policy_loss.")
 """Nodes that repeat a method's settings, or from which they are looked up."""
 
-NO_SETTING = re.compile(r"(^|[._])(seed|.*_dir|.*_name|experiment_name|logger|prepare|validator)$")
+NO_SETTING = re.compile(r"(^|[._])(seed|.*_dir|.*_name|logger|prepare|validator|save_freq|max_.*_ckpt_to_keep)$")
 """Settings in which any two runs may differ."""
 
 

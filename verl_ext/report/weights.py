@@ -25,7 +25,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import ppo_loss
 
-ALGORITHMS = ("grpo", "dr_grpo", "rloo", "disco", "disco,disco.score=l_ratio", "real")
+ALGORITHMS = ("grpo", "dr_grpo", "disco", "real")
 """What is drawn by default."""
 
 TOKENS = 8

@@ -117,7 +117,9 @@ def test_it_says_when_runs_differ_in_more_than_the_method(make):
     assert other_differences(read_runs(equal)) == {}
     unequal = make("grpo", 1, **{"actor_rollout_ref.actor.optim.lr": 2e-4})
     found = other_differences(read_runs([*equal, unequal]))
-    assert found == {"actor_rollout_ref.actor.optim.lr": {"disco": "0.0001", "grpo": "0.0002", "ppo": "0.0001"}}
+    values = {"disco": "0.0001", "grpo": "0.0002", "ppo": "0.0001"}
+    assert found == {"actor_rollout_ref.actor.optim.lr": values}
+    assert report.describe_values(values) == "0.0001: disco, ppo; 0.0002: grpo"
 
 
 def test_seeds_and_places_are_no_differences():
