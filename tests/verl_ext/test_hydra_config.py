@@ -223,6 +223,14 @@ def test_experiments_come_from_the_same_search_path(compose):
     assert (e.value.options or []) == names
 
 
+def test_one_seed_seeds_everything(compose):
+    config = runs.flatten(compose("algorithm=ppo", "+experiment=arithmetic_cpu", "seed=77"))
+    seeds = {name: value for name, value in config.items() if name.split(".")[-1].endswith("seed")}
+    # The model that all runs start from has its own.
+    assert seeds.pop("arithmetic.seed") == 1
+    assert len(seeds) > 5 and set(seeds.values()) == {77}
+
+
 def test_descriptions_are_the_second_line_of_each_file():
     descriptions = hydra_config.describe_algorithms()
     assert sorted(descriptions) == ALGORITHMS
