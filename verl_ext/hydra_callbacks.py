@@ -38,8 +38,10 @@ class JobCallback(Callback):
 
                 Plugins.instance().register(SweepLauncher)
                 config.hydra.launcher["_target_"] = f"{SweepLauncher.__module__}.{SweepLauncher.__name__}"
-            if not any(o.startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra):
-                config.hydra.sweep.dir = f"outputs/sweeps/{config.trainer.project_name}"
+            # Hydra's own has the time in it, and a sweep that is started again must find its runs.
+            if OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"].startswith("multirun/${now:"):
+                name = config.hydra.runtime.choices.get("experiment") or config.trainer.project_name
+                config.hydra.sweep.dir = f"outputs/sweeps/{name}"
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Run verl's job only if the settings hold.
@@ -102,6 +104,12 @@ def check_resumed(config: DictConfig, folder: str) -> None:
         raise ValueError(
             f"trainer.default_local_dir={folder} holds a run of algorithm={algorithms[0]}, which algorithm="
             f"{algorithms[1]} would resume; choose another folder, or trainer.resume_mode=disable"
+        )
+    model = "actor_rollout_ref.model.path"
+    if before.get(model) != now.get(model):
+        raise ValueError(
+            f"trainer.default_local_dir={folder} holds a run of {model}={before.get(model)}, which a run of "
+            f"{now.get(model)} would resume; choose another folder, or trainer.resume_mode=disable"
         )
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):

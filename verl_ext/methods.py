@@ -4,6 +4,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
 
 GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "gpg", "opo")
+GROUP_ESTIMATORS += ("reinforce_plus_plus_baseline",)
 """verl's advantage estimators that compare the responses to one question."""
 
 
@@ -22,9 +23,11 @@ def validate(config: DictConfig) -> None:
     def refuse(setting: str, found, right: str) -> None:
         raise ValueError(f"{setting}={found} does not work here: {right}")
 
-    if estimator not in [*ADV_ESTIMATOR_REGISTRY, "gae"]:
+    # A module of the user's may register more, in the workers.
+    own = OmegaConf.select(config, "actor_rollout_ref.model.external_lib")
+    if not own and estimator not in [*ADV_ESTIMATOR_REGISTRY, "gae"]:
         refuse("algorithm.adv_estimator", estimator, f"verl has {sorted(ADV_ESTIMATOR_REGISTRY)}")
-    if loss_mode not in POLICY_LOSS_REGISTRY:
+    if not own and loss_mode not in POLICY_LOSS_REGISTRY:
         refuse("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, f"verl has {sorted(POLICY_LOSS_REGISTRY)}")
     if estimator in GROUP_ESTIMATORS and rollout.n < 2:
         refuse(
@@ -55,5 +58,3 @@ def validate(config: DictConfig) -> None:
             "verl would divide by the width of each padded micro-batch, so the update would depend on how the batch is "
             "split; use a constant, such as data.max_response_length",
         )
-    if actor.clip_ratio_high is not None and not actor.clip_ratio_high > 0:
-        refuse("actor_rollout_ref.actor.clip_ratio_high", actor.clip_ratio_high, "nothing would be learned; use > 0")

@@ -16,26 +16,35 @@ CHECKPOINT_FILE = "latest_checkpointed_iteration.txt"
 """verl's, there as soon as there is a checkpoint."""
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics file, in order of steps; a line that is still being written is left out."""
+def read_json_lines(file: Path) -> list[dict]:
+    """The objects of a JSONL file; a line that is still being written is left out."""
     rows = []
-    for line in (run / METRICS_FILE).read_text().splitlines():
+    # Not splitlines: texts may hold characters that it takes for the end of a line.
+    for line in file.read_text().split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return sorted(rows, key=lambda r: r["step"])
+    return rows
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics file, in order of steps."""
+    return sorted(read_json_lines(run / METRICS_FILE), key=lambda r: r["step"])
 
 
 def flatten(config: DictConfig) -> dict[str, Any]:
     """Settings by their full names."""
 
-    def walk(name: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict) or not value:
-            return {name: value}
-        return {n: v for key, part in value.items() for n, v in walk(f"{name}.{key}" if name else key, part).items()}
+    return full_names("", OmegaConf.to_container(config, resolve=True))
 
-    return walk("", OmegaConf.to_container(config, resolve=True))
+
+def full_names(name: str, value: Any) -> dict[str, Any]:
+    """The leaves of nested dictionaries by their path below ``name``."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    below = {f"{name}.{key}" if name else str(key): part for key, part in value.items()}
+    return {n: v for path, part in below.items() for n, v in full_names(path, part).items()}
 
 
 def without_hydra(config: DictConfig) -> DictConfig:

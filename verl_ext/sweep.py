@@ -10,11 +10,12 @@ settings and ``log.txt``, NAME being algorithm, overrides and seed.
 
 import hashlib
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -25,14 +26,27 @@ from verl_ext.hydra_config import DEFAULT_ALGORITHM
 from verl_ext.runs import LOG_FILE, is_finished, without_hydra
 
 LONGEST_NAME = 120
+GRACE = 60
+"""Seconds that a job has to end in when the sweep is interrupted."""
+
 NOT_NAMED = ("experiment", "algorithm", "seed", "trainer", "ray_kwargs", "hydra", "verl_ext")
-"""First parts of overrides that do not go into a job's name as they are."""
+"""First parts of overrides that go into a job's name only where the jobs of a sweep differ in them."""
 
 
-def job_name(job: DictConfig, overrides: Sequence[str]) -> str:
-    """``disco,disco.tau=1,seed=2``: algorithm, overrides, seed; with a hash at the end where it would be too long."""
-    pairs = [o.lstrip("+~").split("=", 1) for o in overrides]
-    parts = ["=".join(pair) for pair in pairs if re.split(r"[./@]", pair[0])[0] not in NOT_NAMED]
+def job_name(job: DictConfig, overrides: Sequence[str], swept: Collection[str] = ()) -> str:
+    """``disco,disco.tau=1,seed=2``: algorithm, overrides, seed; with a hash at the end where it would be too long.
+
+    Args:
+        job: the job's settings.
+        overrides: all of its overrides.
+        swept: those overrides that not all jobs of the sweep have.
+    """
+
+    def is_named(override: str) -> bool:
+        first = re.split(r"[./@=]", override.lstrip("+~"))[0]
+        return first not in NOT_NAMED or (override in swept and first not in ("algorithm", "seed"))
+
+    parts = [o.lstrip("+~") for o in overrides if is_named(o)]
     if "seed" in job:
         parts.append(f"seed={job.seed}")
     algorithm = OmegaConf.select(job, "verl_ext.algorithm", default=DEFAULT_ALGORITHM)
@@ -46,15 +60,21 @@ def job_command(config: DictConfig) -> list[str]:
     """How this program was started, without what makes it a multirun and without the jobs' settings."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name] if spec is not None else [sys.argv[0]]
-    settings = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
-    flags = [a for a in sys.argv[1:] if a not in settings and a not in ("-m", "--multirun")]
-    places = ("hydra.sweep.", "hydra.run.", "hydra.mode")
-    return [sys.executable, *program, *flags, *(o for o in config.hydra.overrides.hydra if not o.startswith(places))]
+    # As typed: interpolations among them are for the jobs.
+    given = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+    flags = [a for a in sys.argv[1:] if a not in (*given["task"], *given["hydra"], "-m", "--multirun")]
+    ours = ("hydra.sweep.", "hydra.run.", "hydra.mode=")
+    kept = [o for o in given["hydra"] if not o.lstrip("+").startswith(ours)]
+    return [sys.executable, *program, *flags, *kept, "hydra.mode=RUN"]
 
 
 def run(command: list[str], log: Path) -> int:
-    """Run ``command``, its output on the terminal and at the end of ``log``; returns the exit status."""
+    """Run ``command``, its output on the terminal and at the end of ``log``; returns the exit status.
+
+    Interrupted or terminated, it leaves no job behind.
+    """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with open(log, "ab") as file:
             while chunk := process.stdout.read1(1 << 16):
@@ -63,9 +83,18 @@ def run(command: list[str], log: Path) -> int:
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
         return process.wait()
+    except BaseException as e:
+        if not isinstance(e, KeyboardInterrupt):
+            # Of an interrupt the terminal has told the job as well.
+            process.terminate()
+        try:
+            # Reads on: a full pipe would keep the job from ending.
+            process.communicate(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
     finally:
-        # Interrupted: the terminal has told the job as well.
-        process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 class SweepLauncher(Launcher):
@@ -81,10 +110,11 @@ class SweepLauncher(Launcher):
             ValueError: two jobs have one directory.
             SystemExit: with status 1 at the end, if a job failed.
         """
-        jobs = [self._job(list(overrides)) for overrides in job_overrides]
+        common = set.intersection(*map(set, job_overrides))
+        jobs = [self._job(list(overrides), set(overrides) - common) for overrides in job_overrides]
         shared = [folder for folder, count in Counter(folder for folder, *_ in jobs).items() if count > 1]
         if shared:
-            raise ValueError(f"several jobs of the sweep would share {shared[0]}; leave trainer.default_local_dir out")
+            raise ValueError(f"several jobs of the sweep would share {shared[0]}: let trainer.default_local_dir differ")
         outcome: dict[Path, str] = {}
         command = job_command(self.config)
         for number, (folder, job, overrides) in enumerate(jobs, 1):
@@ -106,11 +136,11 @@ class SweepLauncher(Launcher):
             raise SystemExit(1)
         return [JobReturn(overrides=o, status=JobStatus.COMPLETED, _return_value=None) for o in job_overrides]
 
-    def _job(self, overrides: list[str]) -> tuple[Path, DictConfig, list[str]]:
+    def _job(self, overrides: list[str], swept: set[str]) -> tuple[Path, DictConfig, list[str]]:
         """A job's directory, its settings, and all its overrides."""
         compose = self.hydra_context.config_loader.load_sweep_config
         given = {o.lstrip("+").split("=")[0] for o in overrides}
-        name = job_name(compose(self.config, overrides), overrides)
+        name = job_name(compose(self.config, overrides), overrides, swept)
         if "trainer.default_local_dir" not in given:
             overrides = [*overrides, f"trainer.default_local_dir='{self.config.hydra.sweep.dir}/{name}'"]
         if "trainer.experiment_name" not in given:

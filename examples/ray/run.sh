@@ -13,8 +13,25 @@ nodes=${SLURM_JOB_NUM_NODES:-1}
 
 ray() { "$python" -m ray.scripts.scripts "$@"; }
 
+# In a cluster that is there, Ray does not want to be told what it has.
+train() {
+  local address=$1
+  shift
+  "$python" -m verl.trainer.main_ppo "++ray_kwargs.ray_init.address='$address'" \
+    ++ray_kwargs.ray_init.num_cpus=null ++ray_kwargs.ray_init.num_gpus=null "$@"
+}
+# Waits, for up to RAY_TIMEOUT seconds, until a command succeeds.
+wait_until() {
+  local deadline=$((SECONDS + ${RAY_TIMEOUT:-600}))
+  until "$@"; do
+    ((SECONDS < deadline)) || { echo "no Ray cluster of $nodes nodes within ${RAY_TIMEOUT:-600} s" >&2; return 1; }
+    sleep 2
+  done
+}
+
 if [ -n "${RAY_ADDRESS:-}" ]; then
-  exec "$python" -m verl.trainer.main_ppo "++ray_kwargs.ray_init.address='$RAY_ADDRESS'" "$@"
+  train "$RAY_ADDRESS" "$@"
+  exit
 fi
 if ((nodes == 1)); then
   exec "$python" -m verl.trainer.main_ppo "$@"
@@ -25,15 +42,17 @@ head=$(srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" hostname --ip-address 
 start="$python -m ray.scripts.scripts start --block --disable-usage-stats"
 # This script runs on the first node: the head, then a worker on each other node, in the background.
 srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" --overlap $start --head --node-ip-address="$head" --port="$port" &
-until ray status --address "$head:$port" >/dev/null 2>&1; do sleep 2; done
+head_is_up() { ray status --address "$head:$port" >/dev/null 2>&1; }
+wait_until head_is_up
 for host in "${hosts[@]:1}"; do
   srun --nodes=1 --ntasks=1 --nodelist="$host" --overlap $start --address="$head:$port" &
 done
 echo "waiting for $nodes nodes"
-until [ "$(ray status --address "$head:$port" 2>/dev/null | grep -c '^ 1 node_')" -ge "$nodes" ]; do sleep 2; done
+all_are_up() { [ "$(ray status --address "$head:$port" 2>/dev/null | grep -c '^ 1 node_')" -ge "$nodes" ]; }
+wait_until all_are_up
 
 status=0
-"$python" -m verl.trainer.main_ppo "++ray_kwargs.ray_init.address='$head:$port'" "$@" || status=$?
+train "$head:$port" "$@" || status=$?
 # Ends the cluster with the run.
 kill $(jobs -p) 2>/dev/null || true
 exit $status

@@ -89,7 +89,9 @@ class DiscoConfig:
             require_finite(f"disco.{name}", getattr(self, name), above=0)
         if self.top_share > 1:
             raise ValueError(f"disco.top_share={self.top_share} is not a share; use a number in (0, 1]")
+        self._refuse_unused()
         select(OBJECTIVES[self.objective], self.settings())
+        self.controller()
         require_finite("disco.positive_threshold", self.positive_threshold)
         require_finite("disco.delta", self.delta, minimum=0)
         require_finite("disco.beta", self.beta, minimum=0)
@@ -104,6 +106,27 @@ class DiscoConfig:
                 "are equal at old_log_probs, so the weights would silently be DisCO-b's; use disco.measure=exact, "
                 "disco.score=log_l or algorithm=disco_b"
             )
+
+    def _refuse_unused(self) -> None:
+        used = signature(OBJECTIVES[self.objective]).parameters
+        for name in ("surrogate", "negatives", "top_share", "scale", "length_temperature", "max_length"):
+            default, value = self.__dataclass_fields__[name].default, getattr(self, name)
+            if name == "negatives" and self.objective == "disco_b" and value == "mean":
+                continue
+            if value != default and name not in used:
+                raise ValueError(
+                    f"disco.{name}={value} has no effect with disco.objective={self.objective}; leave it at {default}, "
+                    "or choose another objective (disco reads surrogate, negatives, top_share and scale)"
+                )
+        used = {*used, *signature(CONTROLLERS[self.constraint]).parameters}
+        for name in self.options:
+            if name in self.__dataclass_fields__:
+                raise ValueError(f"disco.options.{name} would hide disco.{name}; set disco.{name}")
+            if name not in used:
+                raise ValueError(
+                    f"disco.options.{name} is no setting of disco.objective={self.objective} or "
+                    f"disco.constraint={self.constraint}; they read {sorted(used - {'group'})}"
+                )
 
     def settings(self) -> dict[str, Any]:
         """All settings by name, those of ``options`` among them."""
@@ -190,8 +213,6 @@ def validate(config: DictConfig) -> None:
             )
     elif actor.use_kl_loss:
         refuse("actor_rollout_ref.actor.use_kl_loss", True, "the constraint replaces a KL loss; use false")
-    if disco.objective == "disco_b" and disco.negatives != "mean":
-        refuse("disco.negatives", disco.negatives, "disco_b weighs all negatives alike; use mean, or algorithm=disco")
     if get("critic.enable"):
         refuse("critic.enable", True, "there are no values to learn; use null")
     if get("critic.enable") is None and config.algorithm.adv_estimator == "gae":

@@ -4,7 +4,8 @@ A controller maps the KL measured over a whole mini-batch to the penalty's value
 coefficient of grad KL in the training step. The paper's is :class:`SquaredHinge`. Evaluating it on the whole mini-batch
 matters: the mean of squared hinges over micro-batches is not the squared hinge of the mean.
 
-Register another with :func:`register_controller`; its constructor's parameters are fields of ``DiscoConfig``.
+Register another with :func:`register_controller`; its constructor's parameters are fields of ``DiscoConfig`` or among
+its ``options``.
 """
 
 import inspect
@@ -152,8 +153,11 @@ def build_controller(kind: str, settings: Mapping) -> Controller:
     """The controller registered as ``kind``, with those of ``settings`` that its constructor names.
 
     Raises:
-        ValueError: for an unknown kind or a setting out of range, naming it.
+        ValueError: for an unknown kind, or a setting that is missing or out of range, naming it.
     """
     cls = CONTROLLERS[kind]
-    names = [n for n in inspect.signature(cls).parameters]
-    return cls(**{n: settings[n] for n in names})
+    wanted = inspect.signature(cls).parameters
+    for name, parameter in wanted.items():
+        if name not in settings and parameter.default is parameter.empty:
+            raise ValueError(f"constraint={kind} needs the setting {name!r}; give it as +disco.options.{name}=VALUE")
+    return cls(**{n: settings[n] for n in wanted if n in settings})

@@ -1,6 +1,7 @@
 """Sweeps with training replaced: directories, failures, and what a second start does."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -82,6 +83,48 @@ def test_a_refused_job_does_not_end_the_sweep_and_another_directory_may_be_chose
     assert (tmp_path / "elsewhere/disco,actor_rollout_ref.rollout.n=2,seed=3" / runs.FINISHED_FILE).exists()
 
 
+def test_interpolations_and_the_mode_are_for_the_jobs(sweep, tmp_path):
+    # Two learning rates, by name; and a config that makes a sweep of every start, as a child must not.
+    rates = "actor_rollout_ref.actor.optim.lr=${disco.delta},${disco.tau}"
+    status, output = sweep("algorithm=disco", "+seed=1", rates, "hydra.mode=MULTIRUN")
+    assert status == 0 and len(trained(output)) == 2, output[-3000:]
+    found = sorted(OmegaConf.load(f).actor_rollout_ref.actor.optim.lr for f in tmp_path.rglob(runs.CONFIG_FILE))
+    assert found == [1e-4, 10.0]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_ended_leaves_no_job_behind(tmp_path, how):
+    (tmp_path / "job.py").write_text(
+        "import signal, sys, time\n"
+        "def end(*_):\n"
+        # More than a pipe holds.
+        "    print('x' * 300000)\n"
+        "    sys.exit(3)\n"
+        "for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, end)\n"
+        "print('up', flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    program = "import sys; from pathlib import Path; from verl_ext.sweep import run\n"
+    program += "run([sys.executable, 'job.py'], Path('log'))"
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert sweep.stdout.readline() == b"up\n"
+    if how == signal.SIGINT:
+        # As a terminal does it: to all of the foreground.
+        os.killpg(sweep.pid, how)
+    else:
+        sweep.send_signal(how)
+    sweep.communicate(timeout=30)
+    assert sweep.returncode != 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(sweep.pid, 0)
+
+
 def test_jobs_that_would_share_a_directory_are_refused(sweep):
     status, output = sweep("algorithm=disco", "+seed=1,2", "trainer.default_local_dir=one")
     assert status == 1
@@ -93,6 +136,8 @@ def test_names_are_safe_and_of_bounded_length():
     overrides = ["algorithm=disco", "seed=3", "+experiment=arithmetic_cpu", "++disco.tau=1", "trainer.nnodes=2"]
     assert job_name(job, overrides) == "disco,disco.tau=1,seed=3"
     assert job_name(OmegaConf.create({}), ["data.train_files=/a/b c.parquet"]) == "ppo,data.train_files=_a_b_c.parquet"
+    swept = ["trainer.total_epochs=2", "experiment=a"]
+    assert job_name(job, [*overrides, *swept], swept) == "disco,disco.tau=1,trainer.total_epochs=2,experiment=a,seed=3"
     long = [job_name(job, [f"data.train_files={'x' * 200}{end}"]) for end in "12"]
     assert long[0] != long[1] and all(len(name) == LONGEST_NAME for name in long)
 
@@ -105,4 +150,3 @@ def test_a_run_is_finished_only_with_the_same_settings(tmp_path):
     (tmp_path / runs.FINISHED_FILE).touch()
     assert runs.is_finished(tmp_path, config)
     assert not runs.is_finished(tmp_path, OmegaConf.create({"a": 2, "b": "${a}"}))
-    assert os.listdir(tmp_path)

@@ -9,6 +9,7 @@ as one file ``report.html``, and the plots.
 import argparse
 import base64
 import html
+import os
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from verl_ext.report.plots import SMOOTHING, draw_all
-from verl_ext.report.read import Run, other_differences, read_runs
+from verl_ext.report.read import Run, other_differences, read_runs, repeated_seeds
 from verl_ext.report.tables import difficulty_table, pass_table, published_table, time_table
 from verl_ext.runs import CONFIG_FILE
 
@@ -44,19 +45,31 @@ def find_runs(folders: list[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def plain(text) -> str:
+    """Names and values as text: no markup, no line ends."""
+    return re.sub(r"([\\`*\[\]<>|!~])", r"\\\1", " ".join(str(text).split()))
+
+
 def markdown(table: pd.DataFrame, form: str = "") -> str:
     """A data frame as a Markdown table; numbers by ``form``."""
 
     def cell(x) -> str:
         if isinstance(x, float) and pd.isna(x):
             return ""
-        return (format(x, form) if isinstance(x, float) and form else str(x)).replace("|", "\\|")
+        return format(x, form) if isinstance(x, float) and form else plain(x)
 
     table = table.reset_index()
     lines = [" | ".join("" if str(c) == "index" else cell(c) for c in table.columns)]
     lines.append(" | ".join(["---"] * table.shape[1]))
     lines += [" | ".join(cell(x) for x in row) for row in table.itertuples(index=False)]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def short_names(folders: list[Path]) -> dict[Path, str]:
+    """Runs by their path below what all have in common."""
+    resolved = {f: f.resolve() for f in folders}
+    common = Path(os.path.commonpath([r.parent for r in resolved.values()]))
+    return {f: str(r.relative_to(common)) for f, r in resolved.items()}
 
 
 def describe_values(by_method: dict[str, str]) -> str:
@@ -72,10 +85,13 @@ def write_report(runs: list[Run], waiting: list[Path], out: Path, last: int) -> 
     difficulty = difficulty_table(runs)
     plots = dict(draw_all(runs, difficulty, out))
     parts = ["# Comparison of runs"]
-    going = [f"{r.folder.name}: {r.state}" for r in runs if r.state != "finished"]
+    names = short_names([r.folder for r in runs] + waiting)
+    going = [f"{plain(names[r.folder])}: {r.state}" for r in runs if r.state != "finished"]
     parts.append(f"{len(runs)} runs." + (f" Not finished: {'; '.join(going)}." if going else " All finished."))
     if waiting:
-        parts.append(f"Without metrics yet: {', '.join(f.name for f in waiting)}.")
+        parts.append(f"Without metrics yet: {', '.join(plain(names[f]) for f in waiting)}.")
+    if repeated := repeated_seeds(runs):
+        parts.append(f"**The same seed twice, counted once in intervals:** {plain('; '.join(repeated))}.")
     others = other_differences(runs)
     if others:
         parts.append("**The runs differ in more than the method.** What else is not the same:")
@@ -115,7 +131,7 @@ def write_report(runs: list[Run], waiting: list[Path], out: Path, last: int) -> 
         parts += ["## Time, seconds a step", "Medians, without the first 5 steps of each run.", markdown(times, ".2f")]
 
     parts.append("## Runs")
-    about = {r.folder.name: {"method": r.method, "seed": r.seed, "state": r.state} for r in runs}
+    about = {names[r.folder]: {"method": r.method, "seed": r.seed, "state": r.state} for r in runs}
     parts.append(markdown(pd.DataFrame(about).T))
     parts.append(f"verl {version('verl')}, verl-disco {version('verl-disco')}, torch {version('torch')}.")
     return "\n\n".join(parts) + "\n"

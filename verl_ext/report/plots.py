@@ -17,11 +17,17 @@ CURVES = {
 }
 """File -> title, and the metrics of which the first that was logged is drawn."""
 
+WITH_DELTA = ("squared_hinge", "augmented_lagrangian")
+"""Constraints that know a delta."""
+
 SMOOTHING = 5
 """Steps of the running mean over curves of training; evaluations are drawn as they are."""
 
 
 def curve_of(run: Run, name: str) -> pd.Series:
+    if name == "kl" and run.algorithm == "kl_cov":
+        # verl logs the mean of |log ratio| under the name of the KL.
+        return pd.Series(dtype=float)
     return run.column(*CURVES[name][1]).rolling(SMOOTHING, min_periods=1).mean()
 
 
@@ -42,9 +48,8 @@ def draw_all(runs: list[Run], difficulty: pd.DataFrame, out: Path) -> list[tuple
     for name, (title, _) in CURVES.items():
         panels[name] = (title, lambda run, name=name: curve_of(run, name))
     for name, (title, of) in panels.items():
-        deltas = (
-            {float(r.settings["disco.delta"]) for r in runs if "disco.delta" in r.settings} if name == "kl" else set()
-        )
+        bounded = [r.settings for r in runs if name == "kl" and r.settings.get("disco.constraint") in WITH_DELTA]
+        deltas = {float(s["disco.delta"]) for s in bounded}
         if draw_curves(runs, of, title, deltas, out / f"{name}.png"):
             written.append((f"{name}.png", title))
     if len(difficulty):

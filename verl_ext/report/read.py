@@ -1,8 +1,8 @@
 """Reads runs for a report: settings, metrics, evaluations, and which of them are the same method."""
 
 import functools
-import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,13 +10,13 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from verl_ext.hydra_config import ALGORITHMS, DEFAULT_ALGORITHM
-from verl_ext.runs import CONFIG_FILE, FINISHED_FILE, METRICS_FILE, flatten, read_metrics
+from verl_ext.runs import CONFIG_FILE, FINISHED_FILE, METRICS_FILE, flatten, full_names, read_json_lines, read_metrics
 
 EVALUATION = re.compile(r"^val-core/(?P<benchmark>.+)/(?:acc|reward|score)/(?P<kind>mean|best)@(?P<n>\d+)(?:/mean)?$")
 """verl's names: ``mean@16`` is pass@1 over 16 samples, ``best@4/mean`` is pass@4."""
 
-COPIES = ("disco_published_tau.", "actor_rollout_ref.actor.policy_loss.")
-"""Nodes that repeat a method's settings, or from which they are looked up."""
+COPIES = ("disco_published_tau.", "actor_rollout_ref.actor.policy_loss.disco.", "verl_ext.", "critic.loss_")
+"""Nodes that repeat a method's settings, or from which they are looked up, or that follow from it."""
 
 NO_SETTING = re.compile(r"(^|[._])(seed|.*_dir|.*_name|logger|prepare|validator|save_freq|max_.*_ckpt_to_keep)$")
 """Settings in which any two runs may differ."""
@@ -70,8 +70,8 @@ class Run:
             file = Path(folder) / f"{step}.jsonl"
         if not file.exists():
             return pd.DataFrame(columns=["question", "right"])
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        return pd.DataFrame({"question": r["input"], "right": float(r.get("acc", r["score"]))} for r in rows)
+        rows = [(r["input"], float(r.get("acc", r["score"]))) for r in read_json_lines(file)]
+        return pd.DataFrame(rows, columns=["question", "right"])
 
 
 def read_run(folder: Path) -> Run | None:
@@ -100,34 +100,39 @@ def evaluations(metrics: pd.DataFrame) -> dict[int, pd.DataFrame]:
 
 
 @functools.cache
-def method_settings() -> frozenset[str]:
-    """Full names of what the algorithms' YAML files set: where they belong to the method, not to the experiment."""
-    names = {name for file in ALGORITHMS.glob("*.yaml") for name in flatten_raw(file)}
-    return frozenset(n for n in names if not n.startswith("defaults"))
+def own_settings(algorithm: str) -> dict:
+    """What the algorithm's YAML file sets, by full name, with those of the algorithms that it builds on."""
+    file = ALGORITHMS / f"{algorithm}.yaml"
+    if not file.exists():
+        return {}
+    node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    bases = [b for b in node.pop("defaults", ()) if isinstance(b, str) and b != "_self_"]
+
+    return {n: v for base in bases for n, v in own_settings(base).items()} | full_names("", node)
 
 
-def flatten_raw(file: Path) -> list[str]:
-    """Full names of a YAML file's settings, interpolations untouched."""
-
-    def walk(prefix: str, node) -> list[str]:
-        if not isinstance(node, dict):
-            return [prefix]
-        return [n for key, value in node.items() for n in walk(f"{prefix}.{key}" if prefix else str(key), value)]
-
-    return walk("", OmegaConf.to_container(OmegaConf.load(file), resolve=False))
+def is_the_methods_own(name: str, run: Run) -> bool:
+    """Whether a setting has the value that the run's algorithm gives it."""
+    own = own_settings(run.algorithm)
+    if name not in own:
+        return False
+    # An interpolation follows from other settings, which are compared themselves.
+    return "${" in str(own[name]) or run.settings.get(name) == own[name]
 
 
-def belongs_to_method(name: str) -> bool:
-    """Whether a setting is part of what a method is."""
-    nodes = ("disco.", *COPIES, "verl_ext.", "reward.reward_kwargs.")
-    # The critic's follow the actor's.
-    return name.startswith(nodes) or name.replace("critic.loss_", "actor_rollout_ref.actor.loss_") in method_settings()
+def values_of(name: str, settings: list[dict]) -> list:
+    """The different values of a setting; 10 and 10.0 are one."""
+    found = []
+    for s in settings:
+        if s.get(name) not in found:
+            found.append(s.get(name))
+    return found
 
 
 def differences(settings: list[dict]) -> list[str]:
     """Names of settings that are not the same in all, but for those in which any two runs may differ."""
-    names = sorted({n for s in settings for n in s})
-    return [n for n in names if not NO_SETTING.search(n) and len({repr(s.get(n)) for s in settings}) > 1]
+    names = sorted({n for s in settings for n in s if not NO_SETTING.search(n) and not n.startswith(COPIES)})
+    return [n for n in names if len(values_of(n, settings)) > 1]
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -135,20 +140,33 @@ def read_runs(folders: list[Path]) -> list[Run]:
     runs = [run for folder in folders if (run := read_run(folder)) is not None]
     for run in runs:
         alike = [r.settings for r in runs if r.algorithm == run.algorithm]
-        # What only some of them know is of another version, not of another method.
-        told = [n for n in differences(alike) if not n.startswith(COPIES) and all(n in s for s in alike)]
-        values = ", ".join(f"{n.rsplit('.', 1)[-1]}={run.settings[n]}" for n in told)
+        # Of what only some of them know, options were given; the rest is of another version.
+        told = [n for n in differences(alike) if n.startswith("disco.options") or all(n in s for s in alike)]
+        values = ", ".join(f"{n.rsplit('.', 1)[-1]}={run.settings.get(n, '(not set)')}" for n in told)
         run.method = f"{run.algorithm} ({values})" if values else run.algorithm
     return sorted(runs, key=lambda r: (r.method, str(r.seed)))
 
 
 def other_differences(runs: list[Run]) -> dict[str, dict[str, str]]:
-    """{setting: {method: value}} for what differs between runs beside the method; nothing for an equal comparison."""
-    names = [n for n in differences([r.settings for r in runs]) if not belongs_to_method(n)]
-    found: dict[str, dict[str, str]] = {}
-    for name in names:
+    """{setting: {method: value}} for what differs between runs beside the method; nothing for an equal comparison.
+
+    A difference belongs to the methods where each run has the value that its own algorithm sets, and those whose
+    algorithms do not set it have one value.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in differences([r.settings for r in runs]):
+        rest = [r for r in runs if not is_the_methods_own(name, r)]
+        changed = [r for r in rest if name in own_settings(r.algorithm)]
+        if not changed and len(values_of(name, [r.settings for r in rest])) <= 1:
+            continue
         for run in runs:
             values = found.setdefault(name, {}).setdefault(run.method, [])
             if (value := str(run.settings.get(name, "(not set)"))) not in values:
                 values.append(value)
     return {name: {m: " or ".join(v) for m, v in by_method.items()} for name, by_method in found.items()}
+
+
+def repeated_seeds(runs: list[Run]) -> list[str]:
+    """``disco, seed 1``: what stands in more than one run, which says nothing of the spread over seeds."""
+    counts = Counter(f"{r.method}, seed {r.seed}" for r in runs)
+    return sorted(name for name, count in counts.items() if count > 1)

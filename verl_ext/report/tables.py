@@ -34,23 +34,25 @@ def percent(values: list[float]) -> str:
     return f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
 
 
-def summarise(evaluations: pd.DataFrame, last: int) -> dict[str, pd.Series]:
-    """A run's pass@k by benchmark, in the three ways that are usual; the mean over benchmarks beside them."""
+def summarise(evaluations: pd.DataFrame, last: int, end: int) -> dict[str, pd.Series]:
+    """A run's pass@k by benchmark up to step ``end``, in the ways that are usual; the mean over benchmarks beside."""
     table = evaluations.assign(mean=evaluations.mean(axis=1)) if evaluations.shape[1] > 1 else evaluations
-    return {
-        "start": table.iloc[0],
-        "final": table.iloc[-1],
-        "best": table.max(),
-        f"mean of last {last}": table[-last:].mean(),
-    }
+    table = table.loc[:end]
+    found = {"start (step 0)": table.loc[0]} if 0 in table.index else {}
+    found |= {f"final (step {end})": table.loc[end], "best": table.max()}
+    return found | {f"mean of last {last}": table[-last:].mean()}
 
 
 def pass_table(runs: list[Run], k: int, last: int) -> pd.DataFrame:
-    """Method and summary x benchmark, percent with the interval over seeds."""
+    """Method and summary x benchmark, percent, with the interval over seeds; a method's runs up to the same step."""
     rows = {}
     for method, group in by_method(runs).items():
-        summaries = [summarise(r.pass_at[k], last) for r in group if k in r.pass_at and len(r.pass_at[k])]
-        for name in summaries[0] if summaries else ():
+        tables = {r.seed: r.pass_at[k] for r in group if k in r.pass_at and len(r.pass_at[k])}
+        common = set.intersection(*(set(t.index) for t in tables.values())) if tables else set()
+        if not common:
+            continue
+        summaries = [summarise(table, last, max(common)) for table in tables.values()]
+        for name in [n for n in summaries[0] if all(n in s for s in summaries)]:
             frame = pd.DataFrame([s[name] for s in summaries])
             rows[method, name] = {"seeds": len(summaries)} | {b: percent(list(frame[b].dropna())) for b in frame}
     table = pd.DataFrame(rows).T

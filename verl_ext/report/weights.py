@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("weights.png"))
     parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="responses a question")
     args = parser.parse_args()
+    if "ppo" in args.algorithms:
+        parser.error("ppo's weights come from a critic, of which there is none here; name other algorithms")
     draw(args.algorithms, args.n, args.out)
     print(args.out)
 

@@ -159,6 +159,41 @@ def test_a_users_module_registers_an_objective_with_settings_of_its_own(tmp_path
     assert metrics["objective"] == pytest.approx(3 * float((s[[0, 3]].mean() + s[5]) / 2))
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(objective="drpo", surrogate="logistic"), "disco.surrogate=logistic has no effect with .*=drpo"),
+        (dict(objective="real", scale=2.0), "disco.scale=2.0 has no effect with disco.objective=real"),
+        (dict(max_length=100), "disco.max_length=100 has no effect with disco.objective=disco"),
+        (dict(objective="disco_b", negatives="topk"), "disco.negatives=topk has no effect"),
+        (
+            dict(options={"margn": 1}),
+            r"disco.options.margn is no setting of .*read \['beta', 'delta', 'negatives'",
+        ),
+        (dict(options={"tau": -5}), "disco.options.tau would hide disco.tau"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DiscoConfig(**settings)
+
+
+def test_a_registered_controller_may_have_settings_of_its_own():
+    from recipe.disco.constraint import CONTROLLERS, Fixed
+
+    class Mine(Fixed):
+        def __init__(self, gain: float, power: float = 2.0):
+            super().__init__(gain**power)
+
+    CONTROLLERS.register("mine")(Mine)
+    try:
+        with pytest.raises(ValueError, match=r"constraint=mine needs the setting 'gain'; .*\+disco.options.gain=VALUE"):
+            DiscoConfig(constraint="mine")
+        assert DiscoConfig(constraint="mine", options={"gain": 3.0}).controller().coefficient(0.0) == 9.0
+    finally:
+        del CONTROLLERS._items["mine"]
+
+
 def test_a_module_that_does_not_load_is_refused_by_name(tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
     for path in ("nowhere.py", str(tmp_path / "broken.py")):

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from verl_ext import runs
 from verl_ext.report import __main__ as report
 from verl_ext.report.plots import draw_all
-from verl_ext.report.read import differences, other_differences, read_run, read_runs
+from verl_ext.report.read import differences, other_differences, read_run, read_runs, repeated_seeds
 from verl_ext.report.tables import (
     band_of,
     difficulty_table,
@@ -80,7 +80,10 @@ def make(tmp_path):
                 for question, share in shares.items()
                 for i in range(4)
             ]
-            (folder / "validation" / f"{step}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (folder / "validation" / f"{step}.jsonl").write_text(text)
+                "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
+            )
         return folder
 
     return run
@@ -90,12 +93,29 @@ def test_pass_at_1_over_seeds_with_its_interval(make):
     found = read_runs([make("disco", s, final=f) for s, f in ((1, 0.8), (2, 0.9), (3, 0.85))] + [make("ppo", 1, 0.6)])
     table = pass_table(found, k=1, last=2)
     # Student's t with 2 degrees of freedom: 4.303 * 0.05 / sqrt(3)
-    assert table.loc[("disco", "final"), "toy"] == "85.0 ± 12.4"
-    assert table.loc[("disco", "start"), "toy"] == "50.0 ± 0.0"
+    assert table.loc[("disco", "final (step 20)"), "toy"] == "85.0 ± 12.4"
+    assert table.loc[("disco", "start (step 0)"), "toy"] == "50.0 ± 0.0"
     assert table.loc[("disco", "best"), "toy"] == "90.0 ± 0.0"
     assert table.loc[("disco", "mean of last 2"), "toy"] == "77.5 ± 6.2"
-    assert table.loc[("ppo", "final"), "toy"] == "60.0" and table.loc[("ppo", "final"), "seeds"] == 1
-    assert pass_table(found, k=4, last=2).loc[("ppo", "final"), "toy"] == "95.0"
+    final = ("ppo", "final (step 20)")
+    assert table.loc[final, "toy"] == "60.0" and table.loc[final, "seeds"] == 1
+    assert pass_table(found, k=4, last=2).loc[final, "toy"] == "95.0"
+
+
+def test_runs_of_a_method_are_compared_at_the_last_step_that_all_have(make):
+    whole, part = make("disco", 1), make("disco", 2)
+    metrics = part / runs.METRICS_FILE
+    # Without an evaluation at the start, and not yet at the end.
+    metrics.write_text("\n".join(metrics.read_text().split("\n")[1:16]) + "\n")
+    table = pass_table(read_runs([whole, part]), k=1, last=2)
+    assert table.loc[("disco", "final (step 15)"), "toy"] == "70.0 ± 0.0"
+    assert not any("start" in name for _, name in table.index)
+
+
+def test_the_same_seed_twice_counts_once_and_is_said(make):
+    found = read_runs([make("disco", 1), make("disco", 1, name="again")])
+    assert pass_table(found, k=1, last=2).loc[("disco", "best"), "seeds"] == 1
+    assert repeated_seeds(found) == ["disco, seed 1"]
 
 
 def test_the_interval_is_students():
@@ -120,6 +140,27 @@ def test_it_says_when_runs_differ_in_more_than_the_method(make):
     values = {"disco": "0.0001", "grpo": "0.0002", "ppo": "0.0001"}
     assert found == {"actor_rollout_ref.actor.optim.lr": values}
     assert report.describe_values(values) == "0.0001: disco, ppo; 0.0002: grpo"
+
+
+def test_a_methods_setting_that_was_changed_is_a_difference(make):
+    # As the algorithms set it, and as somebody changed it.
+    name = "actor_rollout_ref.actor.loss_agg_mode"
+    as_set = [make("grpo", 1, **{name: "seq-mean-token-mean"}), make("dapo", 1, **{name: "token-mean"})]
+    assert other_differences(read_runs([*as_set, make("ppo", 1, **{name: "token-mean"})])) == {}
+    changed = make("dapo", 2, **{name: "seq-mean-token-sum"})
+    assert name in other_differences(read_runs([as_set[0], changed]))
+    # A knob of verl's own loss makes two methods, not two seeds.
+    ratio = "actor_rollout_ref.actor.policy_loss.clip_cov_ratio"
+    found = read_runs([make("clip_cov", s, **{ratio: value}) for s, value in ((1, 2e-4), (2, 1e-2))])
+    assert [r.method for r in found] == ["clip_cov (clip_cov_ratio=0.0002)", "clip_cov (clip_cov_ratio=0.01)"]
+
+
+def test_texts_may_hold_any_character_and_the_last_line_may_be_half(make):
+    folder = make("disco", 1, right={0: {"a\u2028b\x85": 0.5}})
+    with open(folder / "validation/0.jsonl", "a") as f:
+        f.write('{"input": "c", "sc')
+    found = read_runs([folder])[0].answers(0)
+    assert set(found["question"]) == {"a\u2028b\x85"} and found["right"].mean() == 0.5
 
 
 def test_seeds_and_places_are_no_differences():
@@ -174,9 +215,9 @@ def test_the_command_writes_a_self_contained_page(make, tmp_path, monkeypatch, c
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--out", str(out)])
     report.main()
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
-    assert "3 runs. Not finished: a <b>&c: step 20 of 20." in text
+    assert "3 runs. Not finished: a \\<b\\>&c: step 20 of 20." in text
     assert "The runs differ in method and seed alone." in text
-    assert "| disco | final | 2 | 80.0 ± 0.0 |" in text
+    assert "| disco | final (step 20) | 2 | 80.0 ± 0.0 |" in text
     plots = {"pass_at_1", "reward", "entropy", "kl", "length", "mixed", "difficulty"}
     assert {f.stem for f in out.glob("*.png")} == plots
     # Self-contained: every image is inside, and nothing is loaded from elsewhere.
@@ -184,6 +225,16 @@ def test_the_command_writes_a_self_contained_page(make, tmp_path, monkeypatch, c
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "a &lt;b&gt;&amp;c" in page and "<b>" not in page
     assert "written:" in capsys.readouterr().out
+
+
+def test_names_are_text_and_runs_are_told_apart_by_their_paths(tmp_path):
+    page = report.to_html(report.plain("![p](http://elsewhere/p.png) <i> a|b\n# no heading `x` *y*"), tmp_path)
+    body = page.split("</style>")[1]
+    assert "<img" not in body and "<h1" not in body and "<em" not in body and "<code" not in body
+    assert "![p](http://elsewhere/p.png) &lt;i&gt; a|b # no heading" in body
+    folders = [tmp_path / "s1/disco,seed=1", tmp_path / "s2/disco,seed=1"]
+    assert list(report.short_names(folders).values()) == ["s1/disco,seed=1", "s2/disco,seed=1"]
+    assert report.short_names(folders[:1]) == {folders[0]: "disco,seed=1"}
 
 
 def test_there_is_a_plot_of_each_metric_that_was_logged(make, tmp_path):
