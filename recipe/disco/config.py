@@ -91,12 +91,12 @@ class DiscoConfig:
             raise ValueError(f"disco.top_share={self.top_share} is not a share; use a number in (0, 1]")
         self._refuse_unused()
         select(OBJECTIVES[self.objective], self.settings())
-        self.controller()
         require_finite("disco.positive_threshold", self.positive_threshold)
         require_finite("disco.delta", self.delta, minimum=0)
         require_finite("disco.beta", self.beta, minimum=0)
         require_finite("disco.rho", self.rho, above=0)
         require_finite("disco.coefficient", self.coefficient, minimum=0)
+        self.controller()
         fixed_weights = self.surrogate == "identity" and (
             self.objective == "disco_b" or (self.objective, self.negatives) == ("disco", "mean")
         )

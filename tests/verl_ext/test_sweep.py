@@ -88,7 +88,10 @@ def test_interpolations_and_the_mode_are_for_the_jobs(sweep, tmp_path):
     rates = "actor_rollout_ref.actor.optim.lr=${disco.delta},${disco.tau}"
     status, output = sweep("algorithm=disco", "+seed=1", rates, "hydra.mode=MULTIRUN")
     assert status == 0 and len(trained(output)) == 2, output[-3000:]
-    found = sorted(OmegaConf.load(f).actor_rollout_ref.actor.optim.lr for f in tmp_path.rglob(runs.CONFIG_FILE))
+    found = sorted(
+        OmegaConf.load(f).actor_rollout_ref.actor.optim.lr
+        for f in (tmp_path / "outputs/sweeps").glob(f"*/*/{runs.CONFIG_FILE}")
+    )
     assert found == [1e-4, 10.0]
 
 

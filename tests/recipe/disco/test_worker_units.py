@@ -71,8 +71,9 @@ def test_ranks_without_outputs_do_not_write(tmp_path):
 
 
 def test_a_checkpoint_of_another_constraint_is_reported(tmp_path, caplog, monkeypatch):
-    # Hydra, run in this process by another test, disables the loggers that it finds.
+    # Hydra, run in this process by another test, disables the loggers that it finds and raises the root's level.
     monkeypatch.setattr(worker.logger, "disabled", False)
+    caplog.set_level("WARNING", logger=worker.logger.name)
     Stub("squared_hinge").save_checkpoint(str(tmp_path))
     resumed = Stub("augmented_lagrangian")
     resumed.load_checkpoint(str(tmp_path))

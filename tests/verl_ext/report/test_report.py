@@ -82,8 +82,6 @@ def make(tmp_path):
             ]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             (folder / "validation" / f"{step}.jsonl").write_text(text)
-                "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
-            )
         return folder
 
     return run
