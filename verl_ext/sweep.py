@@ -2,7 +2,7 @@
 
 Hydra's own launcher runs them all in one process, where one job's crash ends the others. This one goes on when a job
 fails, says so at the end with exit status 1, and started again skips what is finished and resumes what is not. Each job
-has its own directory ``hydra.sweep.dir/NAME`` (by default ``outputs/sweeps/PROJECT/NAME``) with metrics, checkpoints,
+has its own directory ``hydra.sweep.dir/NAME`` (by default ``outputs/sweeps/EXPERIMENT/NAME``) with metrics, checkpoints,
 settings and ``log.txt``, NAME being algorithm, overrides and seed.
 
 :mod:`verl_ext.hydra_callbacks` puts it in the place of Hydra's basic launcher; another launcher is left alone.
