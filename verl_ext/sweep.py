@@ -1,9 +1,9 @@
 """Sweeps: ``-m algorithm=ppo,disco seed=1,2`` runs its jobs one after another, each in a process of its own.
 
 Hydra's own launcher runs them all in one process, where one job's crash ends the others. This one goes on when a job
-fails, says so at the end with exit status 1, and started again skips what is finished and resumes what is not. Each job
-has its own directory ``hydra.sweep.dir/NAME`` (by default ``outputs/sweeps/EXPERIMENT/NAME``) with metrics, checkpoints,
-settings and ``log.txt``, NAME being algorithm, overrides and seed.
+fails, says so at the end with exit status 1, and started again skips what is finished and resumes what is not. Each
+job has its own directory ``hydra.sweep.dir/NAME`` (by default ``outputs/sweeps/EXPERIMENT/NAME``) with metrics,
+checkpoints, settings and ``log.txt``, NAME being algorithm, overrides and seed.
 
 :mod:`verl_ext.hydra_callbacks` puts it in the place of Hydra's basic launcher; another launcher is left alone.
 """
