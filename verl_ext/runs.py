@@ -35,7 +35,6 @@ def read_metrics(run: Path) -> list[dict]:
 
 def flatten(config: DictConfig) -> dict[str, Any]:
     """Settings by their full names."""
-
     return full_names("", OmegaConf.to_container(config, resolve=True))
 
 

@@ -71,7 +71,7 @@ def describe(run: Path) -> str:
     checkpoints = sorted(run.glob("global_step_*"), key=lambda f: int(f.name.rsplit("_", 1)[1]))
     lines += [
         f"checkpoint   {checkpoints[-1] if checkpoints else 'none'}",
-        f"metrics      {run / 'metrics.jsonl'}",
+        f"metrics      {run / METRICS_FILE}",
         f"plots        {run / PLOTS}",
     ]
     return "\n".join(lines)
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="trainer.default_local_dir of the run")
     args = parser.parse_args()
     if not (args.run / METRICS_FILE).exists():
-        raise SystemExit(f"{args.run / 'metrics.jsonl'} does not exist: no run has been there")
+        raise SystemExit(f"{args.run / METRICS_FILE} does not exist: no run has been there")
     plot(args.run)
     print(describe(args.run))
 
