@@ -8,7 +8,7 @@ import functools
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -72,25 +72,42 @@ class MetricsLog:
         return getattr(self._tracking, name)
 
 
-def tensors_alone(method: Callable) -> Callable:
-    """Decorator of a trainer's step that sends ``batch`` to workers: they fetch its tensors, not its Python objects.
+GROUP_FIELDS = ("group_id", "group_size", "sample_index", "sequence_reward", "fresh_old_log_probs", "mini_batch_id")
+"""Written by :class:`ExtendedTrainer` for workers that train on whole questions."""
+
+UNREAD = {"rm_scores", "log_probs", "entropy"}
+"""Tensors of a batch that no model and no loss reads: verl copies them to other names, or uses them in the trainer."""
+
+
+def tensors_alone(method: Callable, without: Iterable[str] = ()) -> Callable:
+    """A trainer's step that sends ``batch`` to workers, made to send the tensors that they read and nothing else.
 
     Texts, ground truths and the like are read by no engine and no loss, yet cost more time than a small model's forward
     pass: to fetch, and to take apart and together for each mini- and micro-batch. With a processor (images) all goes.
+
+    Args:
+        method: (trainer, batch, metrics) -> batch.
+        without: names of tensors that this step does not read either, besides ``UNREAD``.
     """
+    unread = UNREAD.union(without)
 
     @functools.wraps(method)
     def step(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if "verl_ext" not in self.config or self.processor is not None:
             return method(self, batch, metrics)
         row = tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id)
-        before, batch.fields = batch.fields, [name for name, x in row.items() if isinstance(x, torch.Tensor)]
+        before = batch.fields
+        batch.fields = [name for name, x in row.items() if isinstance(x, torch.Tensor) and name not in unread]
         try:
             return method(self, batch, metrics)
         finally:
             batch.fields = before
 
     return step
+
+
+for_forward_passes = functools.partial(tensors_alone, without=(*GROUP_FIELDS, "rollout_log_probs"))
+"""For steps that evaluate a model on the responses and train nothing."""
 
 
 class ExtendedTrainer:
@@ -202,15 +219,15 @@ class ExtendedTrainer:
             group._dispatch_info["actor"] = group._query_dispatch_info("actor")
         return max(group._dispatch_info["actor"]) + 1
 
-    @tensors_alone
+    @for_forward_passes
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return super()._compute_old_log_prob(batch, metrics)
 
-    @tensors_alone
+    @for_forward_passes
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return super()._compute_ref_log_prob(batch, metrics)
 
-    @tensors_alone
+    @for_forward_passes
     def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return super()._compute_values(batch, metrics)
 

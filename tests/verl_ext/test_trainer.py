@@ -161,15 +161,24 @@ def test_the_share_of_mixed_questions():
 
 
 @pytest.mark.parametrize(
-    "processor, extension, seen", [(None, {"verl_ext": {}}, ["ids"]), (1, {"verl_ext": {}}, None), (None, {}, None)]
+    "decorator, processor, extension, seen",
+    [
+        (trainer.tensors_alone, None, {"verl_ext": {}}, ["group_id", "ids"]),
+        (trainer.for_forward_passes, None, {"verl_ext": {}}, ["ids"]),
+        (trainer.tensors_alone, 1, {"verl_ext": {}}, None),
+        (trainer.tensors_alone, None, {}, None),
+    ],
 )
-def test_workers_fetch_the_tensors_alone_unless_there_are_images(monkeypatch, processor, extension, seen):
-    row = tu.get_tensordict({"ids": torch.zeros(1, 3), "uid": ["a"]})
+def test_workers_fetch_the_tensors_they_read_unless_there_are_images(
+    monkeypatch, decorator, processor, extension, seen
+):
+    names = ("group_id", "ids", "rm_scores", "entropy")
+    row = tu.get_tensordict({name: torch.zeros(1, 3) for name in names} | {"uid": ["a"]})
     monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **kwargs: row)
     batch = Batch(keys=["a_0_0", "b_0_0"], partition_id="train", fields=None)
     during = []
     this = SimpleNamespace(config=OmegaConf.create(extension), processor=processor)
-    trainer.tensors_alone(lambda self, batch, metrics: during.append(batch.fields))(this, batch, {})
+    decorator(lambda self, batch, metrics: during.append(batch.fields and sorted(batch.fields)))(this, batch, {})
     assert during == [seen] and batch.fields is None
 
 

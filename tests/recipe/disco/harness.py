@@ -232,6 +232,7 @@ def build_worker(folder: str, engine: dict):
             engine_config=FSDPEngineConfig(
                 strategy=engine.get("strategy", "fsdp2"),
                 ulysses_sequence_parallel_size=ulysses,
+                fsdp_size=engine.get("fsdp_size", -1),
                 use_torch_compile=False,
                 use_orig_params=True,
                 max_token_len_per_gpu=64,

@@ -105,8 +105,9 @@ def check(results):
         (1, {"remove_padding": True}, SHORT),
         (2, {"remove_padding": True, "ulysses": 2}, SHORT),
         (2, {"gradient_checkpointing": True}, SHORT),
+        (2, {"fsdp_size": 1}, SHORT),
     ],
-    ids=["one rank", "two ranks", "the family", "padding removed", "Ulysses 2", "gradient checkpointing"],
+    ids=["one rank", "two ranks", "the family", "padding removed", "Ulysses 2", "gradient checkpointing", "replicated"],
 )
 def test_update_equals_the_definition(model, tmp_path, ranks, engine, cases):
     check(run(model, tmp_path, ranks, engine, cases))
