@@ -1,0 +1,257 @@
+"""The mathematical reward: what it finds, what it takes for equal, and what a hostile answer can do."""
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from verl_ext.rewards import math
+from verl_ext.rewards.grader import Grader, texts_equal
+from verl_ext.rewards.math import boxed_answer, compute_score, ground_truths
+
+BENCHMARKS = Path(__file__).resolve().parents[4] / "shared/data/benchmarks"
+SETS = {"aime": 30, "aime25": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675}
+
+
+@pytest.fixture(scope="module")
+def grader():
+    one = Grader()
+    yield one
+    one.close()
+
+
+@pytest.mark.parametrize(
+    "text, require_think, expected",
+    [
+        (r"I think </think> so \boxed{42}.", True, ("42", "")),
+        (r"\boxed{1} </think> \boxed{2} </think> no, \boxed{3}, or \boxed{ 4 }", True, ("4", "")),
+        (r"</think> \boxed{\frac{1}{2}}", True, (r"\frac{1}{2}", "")),
+        (r"</think> \boxed {\{1, 2\}} and \fbox{3}", True, (r"\{1, 2\}", "")),
+        (r"</think> \boxed{a \} b}", True, (r"a \} b", "")),
+        (r"\boxed{42}", True, ("", "no </think>")),
+        (r"\boxed{42}", False, ("42", "")),
+        (r"\boxed{41} </think> nothing", False, ("", "no box")),
+        (r"</think> 42", True, ("", "no box")),
+        (r"</think> \boxed{1} \boxed{\frac{1}{2}", True, ("", "box not closed")),
+        (r"</think> \boxed{ }", True, ("", "empty box")),
+        (r"</think> \boxed{" + "9" * 2001 + "}", True, ("", "too long")),
+        ("", True, ("", "no </think>")),
+        ("", False, ("", "no box")),
+    ],
+)
+def test_the_last_box_after_the_thinking_is_the_answer(text, require_think, expected):
+    assert boxed_answer(text, require_think) == expected
+    assert expected[1] in math.FAILURES
+
+
+def test_finding_the_box_takes_linear_time():
+    started = time.process_time()
+    for text in ("</think>" + r"\boxed{" * 30_000, "</think>" * 30_000, r"</think>\boxed{" + "{" * 200_000):
+        assert boxed_answer(text)[0] == ""
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("42", ["42"]),
+        (42, ["42"]),
+        (142.0, ["142"]),
+        (0.5, ["0.5"]),
+        (np.int64(7), ["7"]),
+        (np.float64(3.0), ["3"]),
+        (["1", 2, 3.5], ["1", "2", "3.5"]),
+        (np.array(["9.6\n"], dtype=object), ["9.6"]),
+        (("a", ""), ["a"]),
+    ],
+)
+def test_ground_truths_of_all_types(value, expected):
+    assert ground_truths(value) == expected
+    assert compute_score("", rf"</think> \boxed{{{expected[-1]}}}", value)["score"] == 1.0
+
+
+@pytest.mark.parametrize("value", [None, "", [], [" "], True, float("nan"), {"a": 1}, [None]])
+def test_a_missing_ground_truth_is_refused(value):
+    with pytest.raises(ValueError, match="ground truth"):
+        compute_score("", r"</think> \boxed{1}", value)
+
+
+@pytest.mark.parametrize(
+    "answer, truth",
+    [
+        (r"\frac{1}{2}", "0.5"),
+        ("1/2", r"\frac12"),
+        ("x = 5", "5"),
+        ("10,080", "10080"),
+        (r"10,\!080", "10080"),
+        (r"\{2, 1\}", "1, 2"),
+        (r"3\frac12", "3.5"),
+        (r"\text{(A)}", "A"),
+        (r"90^\circ", "90"),
+        (r"5\text{ cm}", "5"),
+        (r"\$5", "5"),
+        (r"2\sqrt{2}", r"\sqrt 8"),
+        (r"(x-1)(x+1)", "x^2-1"),
+        (r"4.5 \times 10^{33}", "4.5e33"),
+        (r"3.89\cdot 10^{-10}", "3.89e-10"),
+        ("0.333333", r"\frac{1}{3}"),
+        ("Evelyn", r"\text{Evelyn}"),
+    ],
+)
+def test_equal_answers(grader, answer, truth):
+    assert grader.grade(answer, ["17 apples", truth], 20) == (True, "")
+
+
+@pytest.mark.parametrize(
+    "answer, truth",
+    [
+        ("0", "6.63e-34"),
+        (r"1 \times 10^{-34}", r"6.63 \times 10^{-34}"),
+        ("4.51e33", "4.5e33"),
+        ("0.333", r"\frac{1}{3}"),
+        ("31/2", "3 1/2"),
+        (r"\text{west}", r"\text{east}"),
+        ("(2, 1)", "(1, 2)"),
+        ("12", "1"),
+        ("x+1", "x-1"),
+    ],
+)
+def test_unequal_answers(grader, answer, truth):
+    assert not texts_equal(answer, truth)
+    assert grader.grade(answer, [truth], 20) == (False, "wrong")
+
+
+def test_what_the_logs_get():
+    right = compute_score("any", r"</think> \boxed{\frac{1}{2}}", ["0.25", "0.5"], reward_router_address="unused")
+    assert right == {"score": 1.0, "acc": 1.0, "pred": r"\frac{1}{2}", "failure": "", "truncated": 0.0}
+    wrong = compute_score("any", r"</think> \boxed{3}", 4)
+    assert wrong == {"score": 0.0, "acc": 0.0, "pred": "3", "failure": "wrong", "truncated": 0.0}
+    cut = compute_score("any", "hmm, let me", "4")
+    assert cut == {"score": 0.0, "acc": 0.0, "pred": "", "failure": "no </think>", "truncated": 1.0}
+    # The rollout knows better, where it says.
+    assert compute_score("any", "hm", "4", {"stop_reason": "completed"})["truncated"] == 0.0
+    assert compute_score("any", r"</think>\boxed{4}", "4", {"stop_reason": "length"})["truncated"] == 1.0
+
+
+@pytest.mark.parametrize("name, value", [("timeout", 0), ("memory_mb", -1), ("processes", 0)])
+def test_wrong_settings_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"reward_kwargs.{name} must be positive, got {value}"):
+        compute_score("", "", "4", **{name: value})
+
+
+HOSTILE = {
+    "a tower of powers": "9^{9^{9^{9^{9}}}}",
+    "a power that needs gigabytes": "2^{2^{34}}",
+    "a huge factorial": "(10^{10})!",
+    "deep fractions": r"\frac{1}{" * 60 + "2" + "}" * 60,
+    "deep parentheses": "(" * 900 + "1" + ")" * 900,
+    "an integral": r"\int_0^{10^{9}} e^{x^2} \sin(x^x) dx",
+    "1900 digits": "9" * 1900,
+    "NUL": "4\x002",
+    "half a surrogate": "4\ud8002",
+    "lines and quotes": '1"\n{"equal": true}\n',
+    "Python": "__import__('os').system('touch PWNED')",
+    "Python as text": r"\text{__import__('os').system('touch PWNED')}",
+    "100 kB": "1+" * 50_000 + "1",
+    "unbalanced": "{" * 500,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_answer_costs_itself(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = dict(timeout=1.0, memory_mb=512, processes=1)
+    started = time.monotonic()
+    result = compute_score("", rf"</think> \boxed{{{HOSTILE[name]}}}", "42", **settings)
+    # A second, and the start of a process.
+    assert time.monotonic() - started < 30
+    assert result["score"] == 0.0 and result["failure"] in math.FAILURES[1:]
+    assert compute_score("", r"</think> \boxed{\frac{84}{2}}", "42", **settings | {"timeout": 20})["score"] == 1.0
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_memory_is_bounded():
+    with math.grader(memory_mb=64, processes=1) as g:
+        assert g.grade(r"\frac{84}{2}", ["42"], 20) == (True, "")
+        child = g._child
+        limit = Path(f"/proc/{child.pid}/limits").read_text()
+        space = int(next(line for line in limit.splitlines() if "address space" in line).split()[3])
+        used = int(Path(f"/proc/{child.pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        assert used <= space < used + 65 * 2**20
+
+
+def test_a_late_answer_is_a_timeout_and_a_dead_grader_a_death(grader):
+    assert grader.grade(r"\int_0^{10^{9}} e^{x^2} \sin(x^x) dx", ["42"], 0.3) == (False, "timeout")
+    assert grader.grade(r"\frac{84}{2}", ["42"], 20) == (True, "")
+    pid = grader._child.pid
+    threading.Timer(0.5, os.kill, (pid, 9)).start()
+    assert grader.grade(r"\int_0^{10^{9}} e^{x^2} \sin(x^x) dx", ["42"], 20) == (False, "grader died")
+    assert grader.grade(r"\frac{84}{2}", ["42"], 20) == (True, "")
+    assert grader._child.pid != pid
+
+
+def test_many_threads_share_the_graders():
+    def grade(i):
+        answer = rf"\frac{{{2 * i}}}{{{2}}}"
+        result = compute_score("", rf"</think> \boxed{{{answer}}}", str(i + i % 2), timeout=60.0, processes=2)
+        return result["score"] == float(i % 2 == 0) and result["pred"] == answer
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(grade, range(40)))
+
+
+def test_a_grader_that_cannot_start_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(RuntimeError, match=r"did not start \(exit status 1\).*-m verl_ext.rewards.grader"):
+        Grader().grade("1", ["2"], 1.0)
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    pd = pytest.importorskip("pandas")
+    if not BENCHMARKS.is_dir():
+        pytest.skip("the benchmark sets are not beside the repository")
+    rows = {name: pd.read_parquet(BENCHMARKS / f"{name}.parquet")["reward_model"] for name in SETS}
+    return {name: [ground_truths(row["ground_truth"]) for row in column] for name, column in rows.items()}
+
+
+def graded(answers: list[tuple[str, list[str]]]) -> list[tuple[bool, str]]:
+    """By math-verify, whatever the text."""
+    graders = [Grader(), Grader()]
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            halves = threads.map(
+                lambda g, part: [g.grade(*x, 20) for x in part], graders, (answers[::2], answers[1::2])
+            )
+            first, second = halves
+    finally:
+        for g in graders:
+            g.close()
+    results = [None] * len(answers)
+    results[::2], results[1::2] = first, second
+    return results
+
+
+def test_every_ground_truth_of_the_benchmarks_equals_itself(benchmarks):
+    assert {name: len(truths) for name, truths in benchmarks.items()} == SETS
+    pairs = [(truth, [truth]) for sets in benchmarks.values() for truths in sets for truth in truths]
+    assert [pair for pair, result in zip(pairs, graded(pairs), strict=True) if result != (True, "")] == []
+
+
+def test_wrong_answers_to_the_benchmarks_are_wrong(benchmarks):
+    """Twice a number and one, else the ground truth of another question of the set."""
+    pairs = []
+    for sets in benchmarks.values():
+        for i, truths in enumerate(sets):
+            try:
+                answer = str(2 * float(truths[0]) + 1)
+            except ValueError:
+                others = (other[0] for other in sets[i + 1 :] + sets[:i])
+                answer = next(x for x in others if not any(texts_equal(x, t) for t in truths))
+            pairs.append((answer, truths))
+    wrong = [(*pair, result) for pair, result in zip(pairs, graded(pairs), strict=True) if result != (False, "wrong")]
+    assert wrong == []

@@ -1,0 +1,183 @@
+"""Reward of 1 for a right final answer to a mathematical question, in a box after the thinking.
+
+For verl's custom reward function::
+
+    reward.custom_reward_function.path=pkg://verl_ext.rewards.math
+    reward.custom_reward_function.name=compute_score
+    +reward.custom_reward_function.reward_kwargs.require_think=false
+
+Source of the rule: DisCO (arXiv 2505.12366), whose reward looks for a boxed answer after ``</think>``.
+"""
+
+import numbers
+import os
+import queue
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from verl_ext.rewards.grader import Grader, texts_equal
+
+THINK_END = "</think>"
+BOX = re.compile(r"\\f?boxed\s*\{")
+
+LONGEST_ANSWER = 2000
+"""Characters. The longest ground truth of the six benchmarks has 230."""
+
+FAILURES = (
+    "",
+    "no </think>",
+    "no box",
+    "box not closed",
+    "empty box",
+    "too long",
+    "wrong",
+    "unreadable",
+    "memory",
+    "timeout",
+    "grader died",
+)
+"""What ``failure`` can be."""
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: dict | None = None,
+    *,
+    require_think: bool = True,
+    timeout: float = 5.0,
+    memory_mb: int = 1024,
+    processes: int = 2,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """1.0 when the last ``\\boxed{}`` after the last ``</think>`` equals one of the ground truths, else 0.0.
+
+    Equal is equal as text (but for spaces and the like) or, by math-verify, as mathematics. May be called from any
+    thread and process; each process of verl's reward loop grades in children of its own.
+
+    Args:
+        data_source: not read.
+        solution_str: the response, decoded. Untrusted: never evaluated; its box alone is parsed, within the bounds.
+        ground_truth: str, int, float, or a list (or array) of them, of which one has to be met.
+        extra_info: ``stop_reason`` is read where the rollout gives it.
+        require_think: whether a response without ``</think>`` gets 0.0; otherwise all of it is searched for the box.
+        timeout: seconds for one answer.
+        memory_mb: MiB that grading one answer may take.
+        processes: children that grade at the same time, for each process of verl's reward loop.
+        kwargs: what else verl passes; not read.
+
+    Returns:
+        ``score`` and ``acc``, the reward; ``pred``, the text in the box (verl takes majorities over it); ``failure``,
+        one of ``FAILURES``; ``truncated``, 1.0 for a response that ended without thinking or box being closed.
+
+    Raises:
+        ValueError: there is no ground truth, or ``timeout``, ``memory_mb`` or ``processes`` is not positive.
+        RuntimeError: no grading process can be started at all (math-verify is not installed, say).
+    """
+    for name, value in (("timeout", timeout), ("memory_mb", memory_mb), ("processes", processes)):
+        if not value > 0:
+            raise ValueError(f"reward_kwargs.{name} must be positive, got {value!r}")
+    truths = ground_truths(ground_truth)
+    answer, failure = boxed_answer(solution_str, require_think)
+    truncated = is_truncated(failure, extra_info)
+    right = False
+    if not failure:
+        right = any(texts_equal(answer, truth) for truth in truths)
+        if not right:
+            with grader(memory_mb, processes) as g:
+                right, failure = g.grade(answer, truths, timeout)
+    score = float(right)
+    return {
+        "score": score,
+        "acc": score,
+        "pred": answer[:LONGEST_ANSWER],
+        "failure": failure,
+        "truncated": float(truncated),
+    }
+
+
+def boxed_answer(text: str, require_think: bool = True) -> tuple[str, str]:
+    """The text in the last box after the last ``</think>``, and a reason when there is none.
+
+    Linear in the text's length, whatever its braces.
+
+    Returns:
+        (answer, "") or ("", reason), reason in "no </think>", "no box", "box not closed", "empty box", "too long".
+    """
+    _, found, rest = text.rpartition(THINK_END)
+    if require_think and not found:
+        return "", "no </think>"
+    start = None
+    for box in BOX.finditer(rest):
+        start = box.end()
+    if start is None:
+        return "", "no box"
+    depth, i = 1, start
+    for match in re.finditer(r"\\.|[{}]", rest[start:], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            i = start + match.start()
+            break
+    else:
+        return "", "box not closed"
+    answer = rest[start:i].strip()
+    if not answer:
+        return "", "empty box"
+    return (answer, "") if len(answer) <= LONGEST_ANSWER else ("", "too long")
+
+
+def is_truncated(failure: str, extra_info: dict | None) -> bool:
+    """Whether a response hit its limit: as the rollout says, else when thinking or box was not closed."""
+    reason = (extra_info or {}).get("stop_reason")
+    if reason is not None:
+        return reason == "length"
+    return failure in ("no </think>", "box not closed")
+
+
+def ground_truths(value: Any) -> list[str]:
+    """Ground truths as found in the wild, as texts: whole floats without their ``.0``.
+
+    Raises:
+        ValueError: there is none, or one is neither text nor number.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    values = value if isinstance(value, (list, tuple)) else [value]
+    truths = []
+    for x in values:
+        if isinstance(x, bool) or not isinstance(x, (str, numbers.Real)) or x != x:
+            raise ValueError(f"a ground truth must be text or a number, got {x!r}")
+        text = str(int(x)) if not isinstance(x, str) and float(x).is_integer() else str(x).strip()
+        if text:
+            truths.append(text)
+    if not truths:
+        raise ValueError(f"no ground truth: {value!r}")
+    return truths
+
+
+# Graders of this process ---------------------------------------------------------------------------------------------
+
+_pools: dict[tuple[int, int, int], queue.LifoQueue] = {}
+_lock = threading.Lock()
+
+
+@contextmanager
+def grader(memory_mb: int, processes: int) -> Iterator[Grader]:
+    """One of this process's graders; waits for one while all are at work."""
+    # A fork must not share its parent's pipes.
+    key = (os.getpid(), memory_mb, processes)
+    with _lock:
+        if key not in _pools:
+            pool = _pools[key] = queue.LifoQueue()
+            for _ in range(processes):
+                pool.put(Grader(memory_mb))
+    pool = _pools[key]
+    one = pool.get()
+    try:
+        yield one
+    finally:
+        pool.put(one)
