@@ -1,7 +1,11 @@
-"""What to know before a long run: ``python -m verl_ext.doctor``.
+"""What to know before a long run.
 
-Prints versions, the plugin's state, the algorithms, devices and rollout engines, then ``OK``, or what is wrong and how
-to mend it (exit status 1). A check is a function that yields :class:`Finding`; add it to :data:`CHECKS`.
+    python -m verl_ext.doctor                                              # this machine
+    python -m verl_ext.doctor experiment algorithm=disco +experiment=NAME  # one run, without starting it
+
+The first prints versions, the plugin's state, the algorithms, devices and rollout engines; the second checks a run's
+settings, sizes, data and memory (:mod:`verl_ext.dry_run`). Both end with ``OK``, or with what is wrong and how to mend
+it (exit status 1). A check is a function that yields :class:`Finding`; add it to :data:`CHECKS`.
 """
 
 import importlib.metadata as metadata
@@ -39,12 +43,16 @@ ENGINE_MODULES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; wrong if it has a ``problem``, and then ``fix`` says what to do."""
+    """One line of the report; wrong if it has a ``problem``, and then ``fix`` says what to do.
+
+    A ``warning`` is a problem that need not be one.
+    """
 
     name: str
     value: str
     problem: str = ""
     fix: str = ""
+    warning: bool = False
 
 
 def version_of(*distributions: str) -> str | None:
@@ -172,23 +180,39 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
 ]
 
 
-def main() -> int:
-    """Print the report; 0 if nothing is wrong, else 1."""
-    problems = []
+def all_checks() -> Iterator[Finding]:
+    """The findings of all checks; a check that fails is one itself."""
     for check in CHECKS:
         try:
-            for finding in check():
-                print(f"{finding.name:24}{finding.value}", flush=True)
-                if finding.problem:
-                    problems.append(finding)
+            yield from check()
         except Exception as e:
             name = check.__name__.removeprefix("check_")
-            problems.append(Finding(name, "", f"checking {name} failed: {type(e).__name__}: {e}", "mend what it names"))
+            yield Finding(name, "", f"checking {name} failed: {type(e).__name__}: {e}", "mend what it names")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; 0 if nothing is wrong, else 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] != "experiment":
+        print(f"unknown argument {arguments[0]}; see: python -c 'import verl_ext.doctor as d; print(d.__doc__)'")
+        return 1
+    findings = all_checks()
+    if arguments:
+        from verl_ext.dry_run import dry_run
+
+        findings = dry_run(arguments[1:])
+    problems = []
+    for finding in findings:
+        if finding.value:
+            print(f"{finding.name:24}{finding.value}", flush=True)
+        if finding.problem:
+            problems.append(finding)
     print()
-    for p in problems:
-        print(f"WRONG: {p.problem}\n  fix: {p.fix}")
-    print(f"{len(problems)} problem(s)" if problems else "OK")
-    return 1 if problems else 0
+    for p in sorted(problems, key=lambda p: p.warning):
+        print(f"{'warning' if p.warning else 'WRONG'}: {p.problem}" + (f"\n  fix: {p.fix}" if p.fix else ""))
+    wrong = sum(not p.warning for p in problems)
+    print(f"{wrong} problem(s)" if wrong else "OK")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ def register() -> None:
     # Ray ships the composed config with its interpolations, so every process needs the resolvers.
     OmegaConf.register_new_resolver("verl_ext.share", share, replace=True)
     OmegaConf.register_new_resolver("verl_ext.positive", lambda x: x > 0, replace=True)
+    OmegaConf.register_new_resolver(
+        "verl_ext.last_part", lambda path: path.rstrip("/").rpartition("/")[2], replace=True
+    )
     register_post_import_hook(_register_plugins, "hydra")
 
 
@@ -92,6 +95,11 @@ def _register_plugins(_hydra: Any) -> None:
                 callback = {"_target_": "verl_ext.hydra_callbacks.JobCallback"}
                 OmegaConf.update(cfg, "hydra.callbacks.verl_ext", callback, force_add=True)
             return result
+
+        def is_group(self, config_path: str) -> bool:
+            # verl's directory "model" holds one fragment and no choice. As a group it would swallow `model=PATH`, which
+            # our +experiment=evaluate takes for a setting.
+            return config_path != "model" and super().is_group(config_path)
 
         def list(self, config_path: str, results_filter: ObjectType | None):
             # verl keeps the fragment of the node algorithm.rollout_correction in a directory of the same name: it is

@@ -6,8 +6,8 @@ import pytest
 
 from verl_ext.hydra_config import describe_algorithms
 
-FEW = ("ppo", "grpo", "dapo", "disco", "trpa")
-"""Each code path: critic, reference model, dynamic sampling, measured mini-batches, scores against a reference."""
+FEW = ("ppo", "dapo", "disco", "trpa")
+"""Each code path: critic, dynamic sampling, measured mini-batches, and a reference model with scores against it."""
 
 ALL = tuple(describe_algorithms())
 FAMILY = ("disco", "disco_b", "drpo", "real", "trpa")

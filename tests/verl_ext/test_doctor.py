@@ -44,7 +44,7 @@ def test_wrong_findings_are_listed_with_their_fix(monkeypatch, capsys):
         raise RuntimeError("boom")
 
     monkeypatch.setattr(doctor, "CHECKS", [wrong, crash])
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "2 problem(s)"
     assert lines.index("  fix: mend it") == lines.index("WRONG: it is broken") + 1

@@ -69,9 +69,9 @@ def test_a_sweep_goes_on_after_a_failure_and_a_second_start_does_what_is_left(sw
     assert trained(output) == [f"grpo 2 {names[0]}"]
     assert "finished before" in output and "done" in output
 
-    # With other settings it is another run, and the jobs train again.
-    status, output = sweep(*arguments, "trainer.total_epochs=2")
-    assert status == 0 and len(trained(output)) == 2
+    # With other settings it is another run, and the job trains again.
+    status, output = sweep("algorithm=disco", *arguments[1:], "trainer.total_epochs=2")
+    assert status == 0 and trained(output) == [f"disco 2 {names[1]}"]
 
 
 def test_a_refused_job_does_not_end_the_sweep_and_another_directory_may_be_chosen(sweep, tmp_path):
@@ -107,7 +107,9 @@ def test_a_sweep_that_is_ended_leaves_no_job_behind(tmp_path, how):
         "print('up', flush=True)\n"
         "time.sleep(100)\n"
     )
-    program = "import sys; from pathlib import Path; from verl_ext.sweep import run\n"
+    program = "import signal, sys; from pathlib import Path; from verl_ext.sweep import run\n"
+    # Where the tests run in the background of a shell, interrupts are ignored.
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     program += "run([sys.executable, 'job.py'], Path('log'))"
     sweep = subprocess.Popen(
         [sys.executable, "-c", program],

@@ -82,7 +82,8 @@ def plain(name: str) -> str:
 
 def published_table(runs: list[Run]) -> pd.DataFrame:
     """Published pass@1 for the runs' model, on the benchmarks that they evaluate; empty where nothing matches."""
-    models = {Path(str(r.settings.get("actor_rollout_ref.model.path"))).name for r in runs}
+    # An evaluation says what the model was trained from.
+    models = {Path(str(r.settings.get("base_model") or model_of(r))).name for r in runs}
     benchmarks = [b for r in runs for b in r.pass_at.get(1, ())]
     rows = {}
     for model in models & set(published()):

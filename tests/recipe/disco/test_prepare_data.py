@@ -12,8 +12,6 @@ from recipe.disco import prepare_data
 from recipe.disco.prepare_data import BENCHMARKS, SUFFIX
 from verl_ext.rewards.math import compute_score
 
-SHARED = Path(__file__).resolve().parents[4] / "shared/data"
-
 
 @pytest.fixture
 def prepare(tmp_path, capsys):
@@ -170,10 +168,9 @@ def test_what_cannot_be_read_is_one_clear_sentence(prepare, tmp_path, monkeypatc
     assert not prepare.out.exists()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark sets are not beside the repository")
-def test_the_six_benchmarks_and_two_training_sets(prepare):
-    train = [SHARED / "train" / f"{name}.json" for name in ("aime", "math")]
-    status, out, _ = prepare("--local", SHARED / "benchmarks", "--train", *train)
+def test_the_six_benchmarks_and_two_training_sets(prepare, shared):
+    train = [shared / f"data/train/{name}.json" for name in ("aime", "math")]
+    status, out, _ = prepare("--local", shared / "data/benchmarks", "--train", *train)
     assert status == 0 and "4 rejected: no answer (first: math, row 886)" in out
     counts = {p.stem: len(rows_of(p)) for p in prepare.out.glob("*.parquet")}
     benchmarks = dict(aime24=30, aime25=30, math500=500, amc23=83, minerva=272, olympiadbench=675)

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from verl_ext.rewards import math
 from verl_ext.rewards.grader import Grader, texts_equal
 from verl_ext.rewards.math import boxed_answer, compute_score, ground_truths
 
-BENCHMARKS = Path(__file__).resolve().parents[4] / "shared/data/benchmarks"
 SETS = {"aime": 30, "aime25": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675}
 
 
@@ -211,11 +211,9 @@ def test_a_grader_that_cannot_start_says_so(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def benchmarks():
-    pd = pytest.importorskip("pandas")
-    if not BENCHMARKS.is_dir():
-        pytest.skip("the benchmark sets are not beside the repository")
-    rows = {name: pd.read_parquet(BENCHMARKS / f"{name}.parquet")["reward_model"] for name in SETS}
+def benchmarks(shared):
+    files = {name: shared / f"data/benchmarks/{name}.parquet" for name in SETS}
+    rows = {name: pd.read_parquet(file)["reward_model"] for name, file in files.items()}
     return {name: [ground_truths(row["ground_truth"]) for row in column] for name, column in rows.items()}
 
 

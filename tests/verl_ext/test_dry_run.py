@@ -1,0 +1,232 @@
+"""``python -m verl_ext.doctor experiment``: passes what we ship, for any algorithm, and names what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from verl_ext import doctor, dry_run, hydra_config
+from verl_ext.memory import GIB, Shape, estimate, lora_parameters
+
+EXPERIMENTS = sorted(p.stem for p in (Path(hydra_config.__file__).parent / "config/experiment").glob("*.yaml"))
+SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "evaluate")]
+SETS = ("train", "aime24", "aime25", "math500", "amc23", "minerva", "olympiadbench")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("math")
+    for name in SETS:
+        rows = [
+            {
+                "data_source": name,
+                "prompt": [{"role": "user", "content": f"{i}+1?"}],
+                "reward_model": {"style": "rule", "ground_truth": [str(i + 1)]},
+            }
+            for i in range(256 if name == "train" else 3)
+        ]
+        pd.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    from verl_ext.arithmetic.model import build_model, build_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    build_model(tokenizer, seed=1).save_pretrained(folder)
+    return folder
+
+
+def run(*overrides) -> tuple[list[str], list[str], dict[str, str]]:
+    """Problems, warnings, and what else was found, by name."""
+    findings = list(dry_run.dry_run([str(o) for o in overrides]))
+    problems = [f.problem for f in findings if f.problem and not f.warning]
+    warnings = [f.problem for f in findings if f.problem and f.warning]
+    return problems, warnings, {f.name: f.value for f in findings}
+
+
+@pytest.mark.parametrize("experiment", SHIPPED)
+def test_every_shipped_experiment_passes(data, experiment):
+    problems, warnings, found = run("algorithm=disco", f"+experiment={experiment}", f"math.folder={data}")
+    assert problems == []
+    assert "is not on this machine: each node downloads" in warnings[0]
+    assert found["batch"].endswith("4 updates") and "passed for" in found["checks"]
+    assert int(found["dataclasses"].split()[0]) >= 7
+
+
+@pytest.mark.parametrize("number, algorithm", enumerate(sorted(hydra_config.describe_algorithms())))
+def test_every_algorithm_passes_with_the_same_run_settings(data, algorithm, number):
+    experiment = ("deepseek_qwen_1_5b", "deepseek_qwen_7b_megatron")[number % 2]
+    problems, _, found = run(f"algorithm={algorithm}", f"+experiment={experiment}", f"math.folder={data}")
+    assert problems == []
+    assert found["batch"] == "128 questions x 8 responses a step, 32 questions an update, 4 updates"
+    assert found["first evaluation"].startswith(f"{6 * 3 * 16} responses of up to 8192 tokens")
+
+
+def test_the_task_agrees_with_the_papers_settings(compose):
+    for algorithm in ("ppo", "disco"):
+        config = compose(f"algorithm={algorithm}", "+experiment=deepseek_qwen_7b")
+        alone = compose("algorithm=disco")
+        for name in ("n", "temperature", "val_kwargs"):
+            assert config.actor_rollout_ref.rollout[name] == alone.actor_rollout_ref.rollout[name], name
+        assert config.actor_rollout_ref.actor.ppo_mini_batch_size == alone.actor_rollout_ref.actor.ppo_mini_batch_size
+        assert config.data.train_batch_size == alone.data.train_batch_size
+
+
+def test_evaluation_takes_a_model_and_nothing_else(data, model):
+    problems, _, found = run("+experiment=evaluate", f"model={model}", f"math.folder={data}")
+    assert problems == []
+    assert found["algorithm"] == model.name and found["tokenizer"].startswith("longest of 3 prompts: ")
+    # The model's own dataclass, too: it is here.
+    assert int(found["dataclasses"].split()[0]) == 8
+    problems, _, _ = run("+experiment=evaluate", f"math.folder={data}")
+    assert problems == ["they do not compose: model is not set; give model=..."] or "model" in problems[0]
+
+
+def test_the_quickstart_passes_too(tmp_path):
+    from verl_ext.arithmetic.assets import ensure_assets
+
+    folder = tmp_path / "assets"
+    overrides = ["algorithm=ppo", "+experiment=arithmetic_cpu", f"arithmetic.folder={folder}"]
+    problems, _, _ = run(*overrides)
+    assert any("there is no" in p for p in problems)
+    ensure_assets(dry_run.compose([*overrides, "arithmetic.iterations=1", "arithmetic.train_size=64"]))
+    problems, warnings, found = run(*overrides)
+    assert problems == [] and warnings == []
+    assert "training" not in found and found["gpus"] == "1 node(s) x 2: 2 data-parallel"
+
+
+@pytest.mark.parametrize(
+    "overrides, problem",
+    [
+        (
+            ["trainer.n_gpus_per_node=6", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4"],
+            "does not divide 6",
+        ),
+        (["actor_rollout_ref.actor.ppo_mini_batch_size=48"], "train_batch_size=128 is no multiple of"),
+        (["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192"], "holds no sequence of 9216 tokens"),
+        (["actor_rollout_ref.rollout.tensor_model_parallel_size=3"], "a rollout server of 3 GPU(s) does not divide 8"),
+        (["actor_rollout_ref.rollout.tensor_model_parallel_size=8"], "=8 does not divide the model's 12"),
+        (["actor_rollout_ref.rollout.max_model_len=4096"], "max_model_len=4096 is less than prompt and response"),
+        (["actor_rollout_ref.rollout.n=1"], "a question needs a positive and a negative"),
+        (["disco.tau=-1"], "disco.tau"),
+        (["actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"], "loss_mode=vanilla does not work with DisCO"),
+        (["+actor_rollout_ref.rollout.nonsense=1"], "unexpected keyword argument 'nonsense'"),
+        (["verl_ext.gpu_memory=8"], "generation needs about"),
+        (["actor_rollout_ref.rollout.gpu_memory_utilization=0.05"], "fewer than one sequence of 9216"),
+        (["data.train_batch_size=512"], "256 training rows are fewer than data.train_batch_size=512"),
+        (["trainer.total_epochs=2"], "trainer.total_epochs=2 ends after 4"),
+        (["data.train_files=none.parquet"], "data.train_files: there is no none.parquet"),
+        (["nonsense=1"], "they do not compose: Could not override 'nonsense'"),
+        (["trainer.nnodes=???"], "trainer.nnodes is not set"),
+    ],
+)
+def test_what_is_wrong_is_named(data, overrides, problem):
+    problems, _, _ = run("algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides)
+    assert any(problem in p for p in problems), problems
+
+
+@pytest.mark.parametrize(
+    "size, problem",
+    [
+        ("tensor_model_parallel_size=4", "tensor_model_parallel_size=4 does not divide the model's 2"),
+        ("pipeline_model_parallel_size=8", "pipeline_model_parallel_size=8 does not divide"),
+    ],
+)
+def test_what_megatron_cannot_split_is_named(data, size, problem):
+    setting = f"actor_rollout_ref.actor.megatron.{size}"
+    experiment = "+experiment=deepseek_qwen_1_5b_megatron"
+    problems, _, _ = run("algorithm=disco", experiment, f"math.folder={data}", setting)
+    assert any(problem in p for p in problems), problems
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda f: f.drop(columns="reward_model"), "it has no column reward_model"),
+        (lambda f: f.assign(reward_model=[{"style": "rule"}] * len(f)), "row 0 has no reward_model.ground_truth"),
+        (lambda f: f.assign(prompt="text"), "row 0: prompt is not a list of messages"),
+    ],
+)
+def test_wrong_data_is_named(data, tmp_path, change, problem):
+    file = tmp_path / "train.parquet"
+    change(pd.read_parquet(data / "train.parquet")).to_parquet(file)
+    experiment = "+experiment=deepseek_qwen_1_5b"
+    problems, _, _ = run("algorithm=disco", experiment, f"math.folder={data}", f"data.train_files={file}")
+    assert problems == [problem]
+
+
+def test_the_command(data, tmp_path):
+    command = [sys.executable, "-m", "verl_ext.doctor", "experiment", "algorithm=disco"]
+    command += ["+experiment=qwen3_4b", f"math.folder={data}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "OK" and "warning: " in done.stdout
+    assert doctor.main(["nonsense"]) == 1
+
+
+@pytest.mark.parametrize(
+    "name, billions",
+    [
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.78),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.62),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", 8.03),
+        ("Qwen/Qwen3-4B", 4.02),
+        ("Qwen/Qwen3-30B-A3B", 30.53),
+    ],
+)
+def test_shapes_have_the_published_numbers_of_parameters(name, billions):
+    shape, source = dry_run.find_shape(name)
+    assert source == "its model card" and shape.parameters / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def test_a_models_parameters_are_counted_from_its_config(model):
+    from transformers import AutoModelForCausalLM
+
+    shape, source = dry_run.find_shape(str(model))
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters() if p.dim() > 1)
+    assert source == "config.json" and shape.parameters == count
+
+
+def test_adapters_are_counted_as_peft_makes_them(model):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert lora_parameters(dry_run.find_shape(str(model))[0], 8) == trained
+
+
+def test_memory_follows_the_settings(compose):
+    shape = Shape.of(
+        dict(hidden_size=1024, num_hidden_layers=10, num_attention_heads=8, intermediate_size=4096, vocab_size=1000)
+    )
+    assert (shape.num_key_value_heads, shape.head_dim) == (8, 128)
+
+    def memory(*overrides):
+        return estimate(compose("algorithm=disco", "+experiment=deepseek_qwen_1_5b", *overrides), shape, 80 * GIB)
+
+    plain = memory()
+    # Adam in float32: two moments of four bytes, over eight GPUs.
+    assert plain.optimizer == shape.parameters and plain.gradients == shape.parameters / 2
+    # Logits in half precision and their gradient.
+    assert plain.logits == 18432 * 1000 * 4 and memory("actor_rollout_ref.model.use_fused_kernels=true").logits == 0
+    assert memory("trainer.nnodes=2").optimizer == plain.optimizer / 2
+    assert memory("actor_rollout_ref.actor.fsdp_config.fsdp_size=4").optimizer == 2 * plain.optimizer
+    offloaded = memory(
+        "actor_rollout_ref.actor.fsdp_config.param_offload=true",
+        "actor_rollout_ref.actor.fsdp_config.optimizer_offload=true",
+    )
+    assert offloaded.resident == 0 and offloaded.offloaded == plain.weights + plain.optimizer
+    assert memory("actor_rollout_ref.model.enable_gradient_checkpointing=false").activations > 3 * plain.activations
+    assert plain.engine == 0.6 * 80 * GIB
+    assert memory("actor_rollout_ref.rollout.tensor_model_parallel_size=2").cache_tokens > 2 * plain.cache_tokens
+    lora = memory("actor_rollout_ref.model.lora_rank=8")
+    assert lora.optimizer == lora_parameters(shape, 8)

@@ -1,0 +1,440 @@
+"""A dry run without GPUs: ``python -m verl_ext.doctor experiment algorithm=disco +experiment=NAME ...overrides``.
+
+Composes the settings as ``verl.trainer.main_ppo`` would, makes verl's dataclasses of them, runs verl's checks and ours
+for the number of GPUs asked for, opens the data, and estimates memory. A check is a function ``(config)`` that yields
+findings; add it to :data:`CHECKS`.
+"""
+
+import contextlib
+import io
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from verl_ext.doctor import Finding, version_of
+from verl_ext.memory import GIB, Shape, estimate, gpu_memory
+
+PREPARE = "python -m recipe.disco.prepare_data --out DIR, then math.folder=DIR"
+
+
+def dry_run(overrides: list[str]) -> Iterator[Finding]:
+    """Findings about one run, in the order in which a reader wants them; errors end what cannot go on."""
+    try:
+        config = compose(overrides)
+    except Exception as e:
+        yield Finding("settings", "", f"they do not compose: {first_lines(e)}", "mend the override that it names")
+        return
+    for check in CHECKS:
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                found = list(check(config))
+        except Exception as e:
+            name = check.__name__.removeprefix("check_")
+            fix = "mend what it names"
+            found = [Finding(name, "", f"checking the {name} failed: {type(e).__name__}: {first_lines(e)}", fix)]
+        yield from found
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The settings of ``main_ppo`` with these overrides, all interpolations resolved."""
+    import hydra
+    import verl  # noqa: F401  (loads the plugin, which makes the config groups)
+
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        config = hydra.compose("ppo_trainer", overrides=overrides)
+    OmegaConf.resolve(config)
+    missing = sorted(OmegaConf.missing_keys(config))
+    # A rollout engine of a reward model that is not used, and the like.
+    missing = [name for name in missing if not name.startswith(("reward.", "distillation.", "critic.model"))]
+    if missing:
+        raise ValueError(f"{missing[0]} is not set; give {missing[0]}=...")
+    return config
+
+
+def first_lines(e: Exception) -> str:
+    return " ".join(str(e).split("\n")[:3]).strip()
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def check_settings(config: DictConfig) -> Iterator[Finding]:
+    """verl's dataclasses, verl's checks, ours."""
+    from hydra.utils import get_method
+    from verl.trainer.main_ppo import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    from verl_ext import cpu
+    from verl_ext.hydra_callbacks import refuse_unsupported_trainer
+
+    yield Finding("algorithm", str(OmegaConf.select(config, "verl_ext.algorithm", default="verl's settings")))
+    made, critic, local = 0, need_critic(config), is_local(model_path(config))
+    for name, node in targets(config, with_critic=critic, with_model=local):
+        try:
+            make(node)
+            made += 1
+        except Exception as e:
+            problem = f"{name} is refused by {node._target_}: {type(e).__name__}: {first_lines(e)}"
+            yield Finding(name, "", problem, "mend the setting that it names")
+    yield Finding("dataclasses", f"{made} made")
+    if critic and not local:
+        # Its dataclass opens the model.
+        problem = "the critic's settings are not checked, as the model is not on this machine"
+        yield Finding("critic", "", problem, "give the model's folder", warning=True)
+
+    checks = []
+    if config.trainer.device == "cpu":
+        checks.append(cpu.check)
+    if "verl_ext" in config:
+        checks.append(refuse_unsupported_trainer)
+    if validator := OmegaConf.select(config, "verl_ext.validator"):
+        checks.append(get_method(validator))
+    checks.append(lambda c: validate_config(c, need_reference_policy(c), critic and local))
+    for check in checks:
+        try:
+            check(config)
+        except (ValueError, AssertionError, KeyError, TypeError) as e:
+            yield Finding("checks", "", f"refused: {first_lines(e)}", "set what the message names")
+            return
+    yield Finding("checks", f"verl's and ours passed for {world(config)} GPU(s)")
+
+
+def targets(
+    config: DictConfig, with_critic: bool, with_model: bool, prefix: str = ""
+) -> Iterator[tuple[str, DictConfig]]:
+    """The outermost nodes that verl makes dataclasses of, by name."""
+    for key, node in config.items():
+        name = f"{prefix}{key}"
+        # The model's dataclass opens the model.
+        if not isinstance(node, DictConfig) or (name == "critic" and not with_critic):
+            continue
+        if name in ("actor_rollout_ref.model", "critic") and not with_model:
+            continue
+        if (name == "reward" and not node.reward_model.enable) or (name == "global_profiler" and not node.tool):
+            continue
+        if "_target_" in node:
+            yield name, node
+        else:
+            yield from targets(node, with_critic, with_model, f"{name}.")
+
+
+def make(node: DictConfig) -> Any:
+    """The node's dataclass. The reference's settings get the names that verl's worker gives them first."""
+    from verl.utils.config import omega_conf_to_dataclass
+
+    names = [name for name in node if str(name).startswith("log_prob_")]
+    if names and "Actor" in node._target_:
+        node = OmegaConf.create(OmegaConf.to_container(node))
+        for name in names:
+            value = node.pop(name)
+            node[
+                name.removeprefix("log_prob_") if name.endswith("use_dynamic_bsz") else name.replace("log_prob", "ppo")
+            ] = value
+    return omega_conf_to_dataclass(node)
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+def world(config: DictConfig) -> int:
+    return config.trainer.n_gpus_per_node * config.trainer.nnodes
+
+
+def model_parallel(config: DictConfig) -> dict[str, int]:
+    """Setting -> over how many GPUs it splits one sequence's computation."""
+    actor = config.actor_rollout_ref.actor
+    if actor.strategy == "megatron":
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        return {f"actor_rollout_ref.actor.megatron.{n}": actor.megatron[n] for n in names}
+    ulysses = max(actor.ulysses_sequence_parallel_size, actor.fsdp_config.ulysses_sequence_parallel_size)
+    return {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": ulysses}
+
+
+def check_sizes(config: DictConfig) -> Iterator[Finding]:
+    """Whether batch, mini-batch, groups and GPUs divide as they must."""
+    actor, rollout, data = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.data
+    gpus, splits = world(config), model_parallel(config)
+    split = math.prod(splits.values())
+    n, batch, mini = rollout.n, data.train_batch_size, actor.ppo_mini_batch_size
+    if gpus % split:
+        names = " x ".join(f"{name}={size}" for name, size in splits.items())
+        yield Finding("gpus", str(gpus), f"{names} does not divide {gpus} GPUs", "choose sizes that do")
+        return
+    ranks = gpus // split
+    updates = -(-batch // mini) * actor.ppo_epochs
+    yield Finding("gpus", f"{config.trainer.nnodes} node(s) x {config.trainer.n_gpus_per_node}: {ranks} data-parallel")
+    value = f"{batch} questions x {n} responses a step, {mini} questions an update, {updates} updates"
+    if batch % mini:
+        problem = f"data.train_batch_size={batch} is no multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
+        yield Finding("batch", value, problem, f"use {mini * max(batch // mini, 1)}, say")
+    elif mini * n % ranks:
+        problem = f"{mini} questions x n={n} are {mini * n} responses for {ranks} ranks: padding makes up for the rest"
+        yield Finding("batch", value, problem, "choose a multiple where it matters", warning=True)
+    else:
+        yield Finding("batch", value)
+
+    longest = data.max_prompt_length + data.max_response_length
+    if actor.use_dynamic_bsz:
+        sequence_split = split // splits.get("actor_rollout_ref.actor.megatron.pipeline_model_parallel_size", 1)
+        sequence_split //= splits.get("actor_rollout_ref.actor.megatron.tensor_model_parallel_size", 1)
+        room = actor.ppo_max_token_len_per_gpu * sequence_split
+        value = f"{room} tokens, longest sequence {longest}"
+        if room < longest:
+            fix = f"use at least {-(-longest // sequence_split)}"
+            problem = f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={actor.ppo_max_token_len_per_gpu} holds no "
+            yield Finding("micro-batch", value, problem + f"sequence of {longest} tokens", fix)
+        else:
+            yield Finding("micro-batch", value)
+    if rollout.max_model_len and rollout.max_model_len < longest:
+        problem = f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len} is less than prompt and response"
+        yield Finding("rollout", str(rollout.max_model_len), problem, f"use {longest} or null")
+    server = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
+    if gpus % server:
+        problem = f"a rollout server of {server} GPU(s) does not divide {gpus}"
+        fix = "choose actor_rollout_ref.rollout.tensor_model_parallel_size so that it does"
+        yield Finding("rollout", f"{server} GPU(s) a server", problem, fix)
+    else:
+        yield Finding("rollout", f"{rollout.name}, {gpus // server} server(s) of {server} GPU(s)")
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def check_data(config: DictConfig) -> Iterator[Finding]:
+    """Opens the files that training and evaluation read."""
+    import pandas as pd
+
+    rows = {}
+    for split in ("train", "val"):
+        files = config.data[f"{split}_files"]
+        rows[split] = 0
+        for file in files if isinstance(files, ListConfig) else [files]:
+            path = Path(os.path.expanduser(file))
+            if "://" in file:
+                yield Finding(f"{split} data", file, f"{file} is remote and was not opened", "", warning=True)
+                continue
+            if not path.exists():
+                yield Finding(f"{split} data", file, f"data.{split}_files: there is no {file}", PREPARE)
+                continue
+            frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_json(path)
+            rows[split] += len(frame)
+            problem = wrong_rows(frame, config.data.prompt_key)
+            sources = ", ".join(sorted(map(str, frame["data_source"].unique()))) if "data_source" in frame else "?"
+            yield Finding(f"{split} data", f"{file}: {len(frame)} rows, {sources}", problem, PREPARE if problem else "")
+    batch, steps = config.data.train_batch_size, config.trainer.total_training_steps
+    if config.trainer.val_only or not rows["train"]:
+        return
+    if rows["train"] < batch:
+        problem = f"{rows['train']} training rows are fewer than data.train_batch_size={batch}"
+        yield Finding("steps", "", problem, f"use data.train_batch_size={rows['train']} or less")
+        return
+    a_pass = rows["train"] // batch
+    total = steps or a_pass * config.trainer.total_epochs
+    value = f"{total}, {total / a_pass:.1f} passes over the training data"
+    if a_pass * config.trainer.total_epochs < total:
+        problem = (
+            f"trainer.total_epochs={config.trainer.total_epochs} ends after {a_pass * config.trainer.total_epochs}"
+        )
+        yield Finding("steps", value, problem, f"use trainer.total_epochs={-(-total // a_pass)}")
+    else:
+        yield Finding("steps", value)
+
+
+def wrong_rows(frame, prompt_key: str) -> str:
+    """What is wrong with a data file, in a sentence, or nothing."""
+    for column in (prompt_key, "reward_model", "data_source"):
+        if column not in frame:
+            return f"it has no column {column}"
+    truths = [row.get("ground_truth") if isinstance(row, dict) else None for row in frame["reward_model"]]
+    missing = [i for i, truth in enumerate(truths) if truth is None or not len(str(truth))]
+    if missing:
+        return f"row {missing[0]} has no reward_model.ground_truth"
+    texts = [i for i, prompt in enumerate(frame[prompt_key]) if isinstance(prompt, str) or not len(prompt)]
+    return f"row {texts[0]}: {prompt_key} is not a list of messages" if texts else ""
+
+
+# Model ----------------------------------------------------------------------------------------------------------------
+
+
+def model_path(config: DictConfig) -> str:
+    return os.path.expanduser(config.actor_rollout_ref.model.path)
+
+
+def is_local(path: str) -> bool:
+    return os.path.isdir(path)
+
+
+def check_model(config: DictConfig) -> Iterator[Finding]:
+    """The tokenizer, where it is at hand, on some of the data; and the memory."""
+    path = model_path(config)
+    described = find_shape(path)
+    if described is None:
+        problem = f"{path} is not on this machine, so memory was not estimated"
+        yield Finding("model", path, problem, "download it, and give the folder", warning=True)
+    else:
+        shape, source = described
+        value = f"{path}: {shape.parameters / 1e9:.2f} B parameters ({source})"
+        if source == "config.json":
+            yield Finding("model", value)
+        else:
+            problem = f"{path} is not on this machine: each node downloads {2 * shape.parameters / GIB:.0f} GiB first"
+            fix = "download it once to a disk that all nodes see, and give the folder"
+            yield Finding("model", value, problem, fix, warning=True)
+        yield from split_problems(config, shape)
+        if config.trainer.device != "cpu":
+            yield from memory_findings(config, shape)
+    if is_local(path):
+        yield from check_tokenizer(config, path)
+
+
+def find_shape(path: str) -> tuple[Shape, str] | None:
+    """A model's shape and where it is from: its files, transformers' cache, or the table ``models.yaml``."""
+    from transformers import AutoConfig
+
+    table = OmegaConf.to_container(OmegaConf.load(Path(__file__).parent / "models.yaml"))
+    try:
+        return Shape.of(AutoConfig.from_pretrained(path, local_files_only=True).to_dict()), "config.json"
+    except (OSError, ValueError, KeyError):
+        return (Shape.of(table[path]), "its model card") if path in table else None
+
+
+def split_problems(config: DictConfig, shape: Shape) -> Iterator[Finding]:
+    """Heads, layers and experts that the chosen sizes do not divide."""
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    heads, layers = shape.num_attention_heads, shape.num_hidden_layers
+    wanted = [("actor_rollout_ref.rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size, heads)]
+    if actor.strategy == "megatron":
+        prefix = "actor_rollout_ref.actor.megatron"
+        split = actor.megatron
+        wanted += [
+            (f"{prefix}.tensor_model_parallel_size", split.tensor_model_parallel_size, shape.num_key_value_heads),
+            (f"{prefix}.pipeline_model_parallel_size", split.pipeline_model_parallel_size, layers),
+        ]
+        if shape.num_experts:
+            wanted.append((f"{prefix}.expert_model_parallel_size", split.expert_model_parallel_size, shape.num_experts))
+    else:
+        wanted += [(name, size, heads) for name, size in model_parallel(config).items()]
+    for name, size, total in wanted:
+        if size and total % size:
+            divisors = ", ".join(str(d) for d in range(1, total + 1) if total % d == 0 and d <= 16)
+            yield Finding("model", "", f"{name}={size} does not divide the model's {total}", f"use one of {divisors}")
+
+
+def memory_findings(config: DictConfig, shape: Shape) -> Iterator[Finding]:
+    gpu, source = gpu_memory(config)
+    m = estimate(config, shape, gpu)
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    lines = {
+        "training": (
+            m.training,
+            f"weights {m.weights / GIB:.1f}, gradients {m.gradients / GIB:.1f}, optimizer {m.optimizer / GIB:.1f}, "
+            f"activations {m.activations / GIB:.1f}, logits {m.logits / GIB:.1f}",
+            "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu, offload, or take more GPUs",
+        ),
+        "generation": (
+            m.generation,
+            f"{config.actor_rollout_ref.rollout.name} {m.engine / GIB:.1f}, training states {m.resident / GIB:.1f}",
+            "lower actor_rollout_ref.rollout.gpu_memory_utilization, or offload weights and optimizer",
+        ),
+    }
+    for phase, (needed, parts, fix) in lines.items():
+        value = f"about {needed / GIB:.0f} of {gpu / GIB:.0f} GiB a GPU ({source}): {parts}"
+        problem = ""
+        if needed > 0.9 * gpu:
+            problem = f"{phase} needs about {needed / GIB:.0f} of {gpu / GIB:.0f} GiB"
+        yield Finding(phase, value, problem, fix if problem else "", warning=needed <= gpu)
+    if m.cache_tokens < longest:
+        problem = f"the KV cache holds {max(m.cache_tokens, 0):.0f} tokens, fewer than one sequence of {longest}"
+        fix = "raise actor_rollout_ref.rollout.gpu_memory_utilization or tensor_model_parallel_size"
+        yield Finding("KV cache", "", problem, fix)
+    else:
+        yield Finding("KV cache", f"{m.cache_tokens / longest:.0f} full sequences of {longest} tokens a server")
+    if m.offloaded:
+        host = m.offloaded * config.trainer.n_gpus_per_node
+        yield Finding("host", f"{host / GIB:.0f} GiB a node for offloaded weights and optimizer")
+
+
+def check_tokenizer(config: DictConfig, path: str) -> Iterator[Finding]:
+    """Its chat template, and the longest of some prompts."""
+    import pandas as pd
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, local_files_only=True, trust_remote_code=config.actor_rollout_ref.model.trust_remote_code
+    )
+    if tokenizer.chat_template is None and not config.actor_rollout_ref.model.custom_chat_template:
+        yield Finding("tokenizer", path, "it has no chat template", "set actor_rollout_ref.model.custom_chat_template")
+        return
+    files = config.data.train_files
+    file = Path(os.path.expanduser(files[0] if isinstance(files, ListConfig) else files))
+    if not file.exists() or file.suffix != ".parquet":
+        return
+    prompts = pd.read_parquet(file)[config.data.prompt_key].head(1000)
+    lengths = Counter()
+    for prompt in prompts:
+        ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
+        lengths[len(ids)] += 1
+    limit = config.data.max_prompt_length
+    over = sum(count for length, count in lengths.items() if length > limit)
+    value = f"longest of {len(prompts)} prompts: {max(lengths)} tokens, room for {limit}"
+    problem = fix = ""
+    if over and not config.data.filter_overlong_prompts and config.data.truncation == "error":
+        problem, fix = f"{over} prompts are longer than data.max_prompt_length={limit}", "raise it, or filter them"
+    yield Finding("tokenizer", value, problem, f"{fix}: data.filter_overlong_prompts=true" if fix else "")
+
+
+# Start ----------------------------------------------------------------------------------------------------------------
+
+
+def check_start(config: DictConfig) -> Iterator[Finding]:
+    """What keeps the first step waiting, or fails before it."""
+    import torch
+
+    rollout = config.actor_rollout_ref.rollout
+    if config.trainer.val_before_train and not config.trainer.val_only:
+        count = val_responses(config)
+        step = config.data.train_batch_size * rollout.n
+        value = f"{count} responses of up to {config.data.max_response_length} tokens before the first step"
+        problem = ""
+        if count > 10 * step:
+            problem = f"evaluating first takes the generation of about {count / step:.0f} steps"
+        fix = "trainer.val_before_train=false, or fewer data.val_files" if problem else ""
+        yield Finding("first evaluation", value, problem, fix, warning=True)
+    if config.trainer.device == "cpu":
+        return
+    needed = {"vllm": "vllm", "sglang": "sglang"}.get(rollout.name)
+    packages = [needed] if needed else []
+    if config.actor_rollout_ref.actor.strategy == "megatron":
+        packages += ["megatron-core", "mbridge" if config.actor_rollout_ref.actor.megatron.vanilla_mbridge else ""]
+    elif config.actor_rollout_ref.model.use_remove_padding:
+        packages.append("flash-attn")
+    for package in filter(None, packages):
+        if version_of(package) is None:
+            problem = f"{package} is not installed here"
+            yield Finding(
+                package,
+                "not installed",
+                problem,
+                "pip install -r requirements-gpu.txt, on the nodes that train",
+                warning=not torch.cuda.is_available(),
+            )
+
+
+def val_responses(config: DictConfig) -> int:
+    """Responses of one evaluation; 0 where the files are not here."""
+    import pandas as pd
+
+    files = config.data.val_files
+    paths = [Path(os.path.expanduser(f)) for f in (files if isinstance(files, ListConfig) else [files])]
+    rows = sum(len(pd.read_parquet(p)) for p in paths if p.exists() and p.suffix == ".parquet")
+    return rows * config.actor_rollout_ref.rollout.val_kwargs.n
+
+
+CHECKS = [check_settings, check_sizes, check_model, check_data, check_start]
