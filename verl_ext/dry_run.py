@@ -75,8 +75,16 @@ def check_settings(config: DictConfig) -> Iterator[Finding]:
     from verl_ext.hydra_callbacks import refuse_unsupported_trainer
 
     yield Finding("algorithm", str(OmegaConf.select(config, "verl_ext.algorithm", default="verl's settings")))
-    made, critic, local = 0, need_critic(config), is_local(model_path(config))
-    for name, node in targets(config, with_critic=critic, with_model=local):
+    made, critic, reference, local = 0, need_critic(config), need_reference_policy(config), is_local(model_path(config))
+    # The model's own dataclass opens the model, and so does the critic's.
+    needed = {
+        "actor_rollout_ref.model": local,
+        "actor_rollout_ref.ref": reference,
+        "critic": critic and local,
+        "reward": config.reward.reward_model.enable,
+        "global_profiler": bool(config.global_profiler.tool),
+    }
+    for name, node in targets(config, {name for name, wanted in needed.items() if not wanted}):
         try:
             make(node)
             made += 1
@@ -85,7 +93,6 @@ def check_settings(config: DictConfig) -> Iterator[Finding]:
             yield Finding(name, "", problem, "mend the setting that it names")
     yield Finding("dataclasses", f"{made} made")
     if critic and not local:
-        # Its dataclass opens the model.
         problem = "the critic's settings are not checked, as the model is not on this machine"
         yield Finding("critic", "", problem, "give the model's folder", warning=True)
 
@@ -96,7 +103,7 @@ def check_settings(config: DictConfig) -> Iterator[Finding]:
         checks.append(refuse_unsupported_trainer)
     if validator := OmegaConf.select(config, "verl_ext.validator"):
         checks.append(get_method(validator))
-    checks.append(lambda c: validate_config(c, need_reference_policy(c), critic and local))
+    checks.append(lambda c: validate_config(c, reference, critic and local))
     for check in checks:
         try:
             check(config)
@@ -106,23 +113,16 @@ def check_settings(config: DictConfig) -> Iterator[Finding]:
     yield Finding("checks", f"verl's and ours passed for {world(config)} GPU(s)")
 
 
-def targets(
-    config: DictConfig, with_critic: bool, with_model: bool, prefix: str = ""
-) -> Iterator[tuple[str, DictConfig]]:
-    """The outermost nodes that verl makes dataclasses of, by name."""
+def targets(config: DictConfig, without: set[str], prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """The outermost nodes that verl makes dataclasses of, by name, but for those named in ``without``."""
     for key, node in config.items():
         name = f"{prefix}{key}"
-        # The model's dataclass opens the model.
-        if not isinstance(node, DictConfig) or (name == "critic" and not with_critic):
-            continue
-        if name in ("actor_rollout_ref.model", "critic") and not with_model:
-            continue
-        if (name == "reward" and not node.reward_model.enable) or (name == "global_profiler" and not node.tool):
+        if not isinstance(node, DictConfig) or name in without:
             continue
         if "_target_" in node:
             yield name, node
         else:
-            yield from targets(node, with_critic, with_model, f"{name}.")
+            yield from targets(node, without, f"{name}.")
 
 
 def make(node: DictConfig) -> Any:

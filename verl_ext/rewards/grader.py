@@ -24,9 +24,27 @@ ANSWERS_PER_CHILD = 1000
 """Then another takes its place, for caches grow."""
 
 
-def texts_equal(answer: str, truth: str) -> bool:
-    """Whether two answers are the same text, but for spaces, dollar signs, ``\\text{}`` and a full stop."""
-    return plain(answer) == plain(truth)
+INTEGER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)")
+
+
+def plainly_equal(answer: str, truth: str) -> bool | None:
+    """Whether two answers are equal, where that is plain to see; None where it takes mathematics.
+
+    They are when they are the same text, but for spaces, dollar signs, ``\\text{}`` and a full stop, or one integer.
+    """
+    answer, truth = plain(answer), plain(truth)
+    if answer == truth:
+        return True
+    if INTEGER.fullmatch(answer) and INTEGER.fullmatch(truth):
+        # As text: Python refuses integers of thousands of digits.
+        return whole_number(answer) == whole_number(truth)
+    return None
+
+
+def whole_number(text: str) -> str:
+    """An integer without commas and leading zeros."""
+    digits = text.lstrip("-").replace(",", "").lstrip("0")
+    return "-" * (text[0] == "-" and bool(digits)) + digits
 
 
 def plain(text: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from verl_ext.rewards.grader import Grader, texts_equal
+from verl_ext.rewards.grader import Grader, plainly_equal
 
 THINK_END = "</think>"
 BOX = re.compile(r"\\f?boxed\s*\{")
@@ -56,8 +56,8 @@ def compute_score(
 ) -> dict[str, Any]:
     """1.0 when the last ``\\boxed{}`` after the last ``</think>`` equals one of the ground truths, else 0.0.
 
-    Equal is equal as text (but for spaces and the like) or, by math-verify, as mathematics. May be called from any
-    thread and process; each process of verl's reward loop grades in children of its own.
+    Equal is equal as text (but for spaces and the like), as integers or, by math-verify, as mathematics. May be called
+    from any thread and process; each process of verl's reward loop grades in children of its own.
 
     Args:
         data_source: not read.
@@ -86,10 +86,12 @@ def compute_score(
     truncated = is_truncated(failure, extra_info)
     right = False
     if not failure:
-        right = any(texts_equal(answer, truth) for truth in truths)
-        if not right:
+        seen = [plainly_equal(answer, truth) for truth in truths]
+        right, failure = any(seen), "" if any(seen) else "wrong"
+        unclear = [truth for truth, equal in zip(truths, seen, strict=True) if equal is None]
+        if unclear and not right:
             with grader(memory_mb, processes) as g:
-                right, failure = g.grade(answer, truths, timeout)
+                right, failure = g.grade(answer, unclear, timeout)
     score = float(right)
     return {
         "score": score,

@@ -83,12 +83,26 @@ def settings_of(case: dict):
 
 
 class Reference:
-    """The Hugging Face model in float64 with plain SGD on the executable definition."""
+    """The Hugging Face model in float64 with plain SGD on the executable definition.
 
-    def __init__(self, folder: str):
+    Args:
+        folder: of the model.
+        lora_rank: of adapters; then only these are trained, from ``initial``.
+        initial: all parameters by name, where there are adapters.
+    """
+
+    def __init__(self, folder: str, lora_rank: int = 0, initial: dict[str, torch.Tensor] | None = None):
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        if lora_rank:
+            from peft import LoraConfig, get_peft_model
+
+            adapters = LoraConfig(r=lora_rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            self.model = get_peft_model(self.model, adapters)
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    p.copy_(initial[name])
         self.previous_kl = 0.0
         self.initial = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
@@ -146,7 +160,8 @@ class Reference:
         loss.backward()
         with torch.no_grad():
             for p in self.model.parameters():
-                p -= LEARNING_RATE * p.grad
+                if p.grad is not None:
+                    p -= LEARNING_RATE * p.grad
         return metrics
 
 
@@ -201,10 +216,65 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
 
 
 def build_worker(folder: str, engine: dict):
+    from recipe.disco.worker import DiscoTrainingWorker
+
+    worker = DiscoTrainingWorker(
+        megatron_config(folder, engine) if "megatron" in engine else fsdp_config(folder, engine)
+    )
+    if "megatron" in engine:
+        from megatron_on_cpu import seed
+
+        seed()
+    worker.reset()
+    return worker
+
+
+def megatron_config(folder: str, engine: dict):
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig, TrainingWorkerConfig
+
+    split, remove_padding = engine["megatron"], engine.get("remove_padding", False)
+    config = McoreEngineConfig(
+        **split,
+        sequence_parallel=split.get("tensor_model_parallel_size", 1) > 1,
+        vanilla_mbridge=True,
+        use_distributed_optimizer=False,
+        use_remove_padding=remove_padding,
+        max_token_len_per_gpu=64,
+        infer_max_token_len_per_gpu=96,
+        micro_batch_size_per_gpu=4,
+        infer_micro_batch_size_per_gpu=4,
+        override_transformer_config=dict(
+            use_cpu_initialization=True,
+            masked_softmax_fusion=False,
+            bias_activation_fusion=False,
+            gradient_accumulation_fusion=False,
+            attention_backend="unfused",
+            attention_softmax_in_fp32=True,
+        ),
+    )
+    # verl's own field allows half precision alone.
+    object.__setattr__(config, "dtype", "float32")
+    return TrainingWorkerConfig(
+        model_type="language_model",
+        model_config=HFModelConfig(path=folder, use_remove_padding=remove_padding, enable_gradient_checkpointing=False),
+        engine_config=config,
+        optimizer_config=McoreOptimizerConfig(
+            optimizer="sgd",
+            lr=LEARNING_RATE,
+            lr_decay_style="constant",
+            lr_warmup_steps=0,
+            total_training_steps=100,
+            clip_grad=1e9,
+            weight_decay=0.0,
+        ),
+        checkpoint_config=CheckpointConfig(),
+    )
+
+
+def fsdp_config(folder: str, engine: dict):
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
-
-    from recipe.disco.worker import DiscoTrainingWorker
 
     remove_padding, ulysses = engine.get("remove_padding", False), engine.get("ulysses", 1)
     attention = "eager"
@@ -220,45 +290,55 @@ def build_worker(folder: str, engine: dict):
         # The platform refuses Ulysses for an attention that verl does not parallelise; this one lies below its patch.
         check = cpu_engine.settings_for_cpu
         cpu_engine.settings_for_cpu = lambda config, _: check(config, "flash_attention_2")
-    worker = DiscoTrainingWorker(
-        TrainingWorkerConfig(
-            model_type="language_model",
-            model_config=HFModelConfig(
-                path=folder,
-                use_remove_padding=remove_padding,
-                enable_gradient_checkpointing=engine.get("gradient_checkpointing", False),
-                override_config={"attn_implementation": attention},
-            ),
-            engine_config=FSDPEngineConfig(
-                strategy=engine.get("strategy", "fsdp2"),
-                ulysses_sequence_parallel_size=ulysses,
-                fsdp_size=engine.get("fsdp_size", -1),
-                use_torch_compile=False,
-                use_orig_params=True,
-                max_token_len_per_gpu=64,
-                infer_max_token_len_per_gpu=96,
-                micro_batch_size_per_gpu=4,
-                infer_micro_batch_size_per_gpu=4,
-                mixed_precision=dict(param_dtype="fp32", reduce_dtype="fp32", buffer_dtype="fp32"),
-            ),
-            optimizer_config=FSDPOptimizerConfig(
-                optimizer="SGD",
-                lr=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                lr_warmup_steps=0,
-                total_training_steps=100,
-                clip_grad=1e9,
-                weight_decay=0.0,
-            ),
-            checkpoint_config=CheckpointConfig(),
-        )
+    return TrainingWorkerConfig(
+        model_type="language_model",
+        model_config=HFModelConfig(
+            path=folder,
+            use_remove_padding=remove_padding,
+            enable_gradient_checkpointing=engine.get("gradient_checkpointing", False),
+            lora_rank=engine.get("lora_rank", 0),
+            override_config={"attn_implementation": attention},
+        ),
+        engine_config=FSDPEngineConfig(
+            strategy=engine.get("strategy", "fsdp2"),
+            ulysses_sequence_parallel_size=ulysses,
+            fsdp_size=engine.get("fsdp_size", -1),
+            use_torch_compile=False,
+            use_orig_params=True,
+            max_token_len_per_gpu=64,
+            infer_max_token_len_per_gpu=96,
+            micro_batch_size_per_gpu=4,
+            infer_micro_batch_size_per_gpu=4,
+            mixed_precision=dict(param_dtype="fp32", reduce_dtype="fp32", buffer_dtype="fp32"),
+        ),
+        optimizer_config=FSDPOptimizerConfig(
+            optimizer="SGD",
+            lr=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            lr_warmup_steps=0,
+            total_training_steps=100,
+            clip_grad=1e9,
+            weight_decay=0.0,
+        ),
+        checkpoint_config=CheckpointConfig(),
     )
-    worker.reset()
-    return worker
 
 
 def full(p: torch.Tensor) -> torch.Tensor:
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().double()
+
+
+def parameters(engine) -> list[torch.Tensor]:
+    """This rank's, as the optimizer has them."""
+    chunks = engine.module if isinstance(engine.module, list) else [engine.module]
+    return [p for chunk in chunks for p in chunk.parameters()]
+
+
+def whole_parameters(engine) -> dict[str, torch.Tensor]:
+    """All of the model's, whole, in float64, under the Hugging Face model's names."""
+    if isinstance(engine.module, list):
+        return {name: p.detach().double().clone() for name, p in engine.bridge.export_weights(engine.module)}
+    return {n.replace("_orig_mod.", ""): full(p) for n, p in engine.module.named_parameters()}
 
 
 DEFAULTS = dict(
@@ -282,13 +362,13 @@ DEFAULTS = dict(
 )
 
 
-def run_case(worker, folder: str, case: dict) -> dict:
+def run_case(worker, spec: dict, case: dict) -> dict:
     from verl.utils import tensordict_utils as tu
 
     from verl_ext.grouping import deal
 
     case = DEFAULTS | case
-    reference = Reference(folder)
+    reference = Reference(spec["model"], spec["engine"].get("lora_rank", 0), worker.whole_initial)
     rows = make_rows()
     noise, reference_noise = (torch.Generator().manual_seed(seed) for seed in (5, 6))
     with torch.no_grad():
@@ -321,7 +401,7 @@ def run_case(worker, folder: str, case: dict) -> dict:
     ):
         object.__setattr__(worker.engine_config, name, value)
     with torch.no_grad():
-        for p, start in zip(engine.module.parameters(), worker.initial, strict=True):
+        for p, start in zip(parameters(engine), worker.initial, strict=True):
             p.copy_(start)
 
     output = worker.train_mini_batch(to_batch(rows, plan, ranks, rank, case))
@@ -334,7 +414,7 @@ def run_case(worker, folder: str, case: dict) -> dict:
         reference.step([rows[i] for part in plan.partitions[m] for i in part if i < len(rows)], case) for m in order
     ]
     difference = update = size = 0.0
-    ours = {n.replace("_orig_mod.", ""): full(p) for n, p in engine.module.named_parameters()}
+    ours = whole_parameters(engine)
     assert set(ours) == set(reference.initial)
     for name, p in reference.model.named_parameters():
         difference += float((ours[name] - p.detach()).square().sum())
@@ -351,22 +431,27 @@ def run_case(worker, folder: str, case: dict) -> dict:
 
 
 def main() -> None:
-    import os
-
     with open(sys.argv[1]) as f:
         spec = json.load(f)
+    if "megatron" in spec["engine"]:
+        import megatron_on_cpu
+
+        megatron_on_cpu.before_verl()
     import verl  # noqa: F401  (activates the plugin)
 
+    if "megatron" in spec["engine"]:
+        megatron_on_cpu.install()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     worker = build_worker(spec["model"], spec["engine"])
-    worker.initial = [p.detach().clone() for p in worker.engine.module.parameters()]
+    worker.initial = [p.detach().clone() for p in parameters(worker.engine)]
+    worker.whole_initial = whole_parameters(worker.engine)
     for case in spec["cases"]:
         try:
-            result = run_case(worker, spec["model"], case)
+            result = run_case(worker, spec, case)
         except ValueError as e:
             result = {"refused": str(e)}
-        if int(os.environ.get("RANK", 0)) == 0:
+        if worker.engine.is_mp_src_rank_with_outputs() and worker.engine.get_data_parallel_rank() == 0:
             print("RESULT " + json.dumps({"case": DEFAULTS | case, **result}), flush=True)
     torch.distributed.destroy_process_group()
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from verl_ext.rewards import math
-from verl_ext.rewards.grader import Grader, texts_equal
+from verl_ext.rewards.grader import INTEGER, Grader, plainly_equal
 from verl_ext.rewards.math import boxed_answer, compute_score, ground_truths
 
 SETS = {"aime": 30, "aime25": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675}
@@ -107,6 +107,29 @@ def test_equal_answers(grader, answer, truth):
 
 
 @pytest.mark.parametrize(
+    "answer, truth, equal",
+    [
+        ("42", "42", True),
+        ("042", "42", True),
+        ("-1,234", "-1234", True),
+        ("-0", "0", True),
+        (" $4 2$. ", "4 2", True),
+        (r"\text{east}", "east", True),
+        (r"\left(1,\, 2\right)", "(1,2)", True),
+        ("42", "43", False),
+        ("-42", "42", False),
+        ("9" * 1900, "8" * 1900, False),
+        ("1,23", "123", None),
+        ("42.0", "42", None),
+        ("3 1/2", "31/2", None),
+        ("1/2", "0.5", None),
+    ],
+)
+def test_what_is_plain_to_see(answer, truth, equal):
+    assert plainly_equal(answer, truth) is equal and plainly_equal(truth, answer) is equal
+
+
+@pytest.mark.parametrize(
     "answer, truth",
     [
         ("0", "6.63e-34"),
@@ -121,7 +144,7 @@ def test_equal_answers(grader, answer, truth):
     ],
 )
 def test_unequal_answers(grader, answer, truth):
-    assert not texts_equal(answer, truth)
+    assert not plainly_equal(answer, truth)
     assert grader.grade(answer, [truth], 20) == (False, "wrong")
 
 
@@ -237,19 +260,26 @@ def graded(answers: list[tuple[str, list[str]]]) -> list[tuple[bool, str]]:
 def test_every_ground_truth_of_the_benchmarks_equals_itself(benchmarks):
     assert {name: len(truths) for name, truths in benchmarks.items()} == SETS
     pairs = [(truth, [truth]) for sets in benchmarks.values() for truths in sets for truth in truths]
-    assert [pair for pair, result in zip(pairs, graded(pairs), strict=True) if result != (True, "")] == []
+    assert all(compute_score("", rf"</think> \boxed{{{x}}}", truths)["score"] == 1.0 for x, truths in pairs)
+    # For math-verify alone, too.
+    harder = [pair for pair in dict(pairs).items() if not INTEGER.fullmatch(pair[0])]
+    assert len(harder) > 500
+    assert [pair for pair, result in zip(harder, graded(harder), strict=True) if result != (True, "")] == []
 
 
 def test_wrong_answers_to_the_benchmarks_are_wrong(benchmarks):
-    """Twice a number and one, else the ground truth of another question of the set."""
+    """Twice a number's size and one, else the ground truth of another question of the set."""
     pairs = []
     for sets in benchmarks.values():
         for i, truths in enumerate(sets):
             try:
-                answer = str(2 * float(truths[0]) + 1)
+                # Not -1, nor a number that one more does not change.
+                answer = str(2 * abs(float(truths[0])) + 1).removesuffix(".0")
             except ValueError:
                 others = (other[0] for other in sets[i + 1 :] + sets[:i])
-                answer = next(x for x in others if not any(texts_equal(x, t) for t in truths))
+                answer = next(x for x in others if not any(plainly_equal(x, t) for t in truths))
             pairs.append((answer, truths))
-    wrong = [(*pair, result) for pair, result in zip(pairs, graded(pairs), strict=True) if result != (False, "wrong")]
+    unclear = [pair for pair in pairs if all(plainly_equal(pair[0], truth) is None for truth in pair[1])]
+    assert all(not plainly_equal(answer, truth) for answer, truths in pairs for truth in truths)
+    wrong = [(*pair, r) for pair, r in zip(unclear, graded(unclear), strict=True) if r != (False, "wrong")]
     assert wrong == []
