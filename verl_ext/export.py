@@ -3,7 +3,7 @@
     python -m verl_ext.export RUN_DIR [--step N] [--out DIR]
 
 RUN_DIR is ``trainer.default_local_dir`` of a run. Without ``--step``, the checkpoint with the best pass@1 is taken, or
-the last. verl's model merger does the work. The card is filled from ``config.yaml`` and ``metrics.jsonl``.
+the last. verl's model merger does the work, in bfloat16. The card is filled from ``config.yaml`` and ``metrics.jsonl``.
 """
 
 import argparse

@@ -1,17 +1,14 @@
 """DisCO through the whole pipeline: resuming, uneven batches, the cheap mode, and refusals before Ray starts."""
 
 import json
-import shutil
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl_ext import export
 from verl_ext.report import __main__ as report
-from verl_ext.runs import CHECKPOINT_FILE, read_metrics
+from verl_ext.runs import read_metrics
 
 
-def test_a_resumed_run_continues_as_an_uninterrupted_one_and_is_exported(main_ppo, toy, tmp_path):
+def test_a_resumed_run_continues_as_an_uninterrupted_one(main_ppo, tmp_path):
     common = [
         "algorithm=disco",
         "disco.constraint=augmented_lagrangian",
@@ -20,19 +17,14 @@ def test_a_resumed_run_continues_as_an_uninterrupted_one_and_is_exported(main_pp
         "trainer.save_freq=2",
         "trainer.resume_mode=auto",
     ]
-    common.append("trainer.total_training_steps=4")
-    whole = main_ppo(*common, ranks=2, folder=tmp_path / "whole")
+    whole = main_ppo(*common, "trainer.total_training_steps=4", folder=tmp_path / "whole")
     assert whole.returncode == 0, whole.output[-5000:]
-
-    # As if it had been killed after step 4 began to be saved.
-    parts = shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    shutil.rmtree(parts / "global_step_4")
-    (parts / CHECKPOINT_FILE).write_text("2")
-    saved = json.loads((parts / "global_step_2/actor/disco_controller.json").read_text())
+    half = main_ppo(*common, "trainer.total_training_steps=2", folder=tmp_path / "parts")
+    assert half.returncode == 0, half.output[-5000:]
+    saved = json.loads((tmp_path / "parts/global_step_2/actor/disco_controller.json").read_text())
     assert saved["state"]["multiplier"] > 0
-    rest = main_ppo(*common, ranks=2, folder=parts)
+    rest = main_ppo(*common, "trainer.total_training_steps=4", folder=tmp_path / "parts")
     assert rest.returncode == 0, rest.output[-5000:]
-    assert (parts / "metrics.jsonl").read_bytes() != (tmp_path / "whole/metrics.jsonl").read_bytes()
 
     expected, found = whole.metrics(), rest.metrics()
     assert [s["step"] for s in found] == [s["step"] for s in expected] == [1, 2, 3, 4]
@@ -41,17 +33,8 @@ def test_a_resumed_run_continues_as_an_uninterrupted_one_and_is_exported(main_pp
         for name in ("disco/constraint_multiplier", "disco/kl", "disco/loss", "actor/grad_norm", "critic/score/mean"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), (name, a["step"])
 
-    # Two ranks' shards become one model, with a card.
-    assert export.main([str(parts), "--out", str(tmp_path / "exported")]) == 0
-    card = (tmp_path / "exported/README.md").read_text()
-    assert "after 4 steps of reinforcement learning with the method `disco`" in card and "| disco.rho | 50" in card
-    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (toy / "model", tmp_path / "exported"))
-    moved = [float((a - b).abs().max()) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
-    # Four steps of two updates with AdamW, none of which moves a weight by more than the learning rate.
-    assert 1e-4 < max(moved) < 8 * 1.1e-4
-    AutoTokenizer.from_pretrained(tmp_path / "exported")
 
-
+@pytest.mark.slow
 def test_an_evaluation_alone_is_reported(main_ppo, toy, tmp_path):
     run = main_ppo(
         "+experiment=[arithmetic_cpu,evaluate]",
@@ -69,7 +52,7 @@ def test_an_evaluation_alone_is_reported(main_ppo, toy, tmp_path):
     assert run.returncode == 0, run.output[-5000:]
     rows = read_metrics(run.folder)
     assert [row["step"] for row in rows] == [0] and 0 < rows[0]["val-core/toy/acc/mean@16"] < 1
-    assert report.main([str(run.folder), "--out", str(tmp_path / "report")]) in (0, None)
+    assert report.main([str(run.folder), "--out", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report/report.md").read_text()
     assert "mine" in text and f"{100 * rows[0]['val-core/toy/acc/mean@16']:.1f}" in text
 

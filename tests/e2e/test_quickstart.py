@@ -5,6 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from verl_ext import export
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +47,20 @@ def test_it_trains_and_summarises_and_a_second_start_only_summarises(tmp_path):
         assert name in first
     for name in ("global_step_2/actor/disco_controller.json", "metrics.jsonl", "config.yaml", "plots.png", "log.txt"):
         assert (run / name).stat().st_size > 0
+
+    # Two ranks' shards become one model, with a card.
+    assert export.main([str(run), "--out", str(tmp_path / "exported")]) == 0
+    card = (tmp_path / "exported/README.md").read_text()
+    assert (
+        "after 2 steps of reinforcement learning with the method `disco`" in card and "| disco.delta | 0.001 |" in card
+    )
+    folders = (tmp_path / "assets/model", tmp_path / "exported")
+    started, trained = (list(AutoModelForCausalLM.from_pretrained(f).parameters()) for f in folders)
+    for a, b in zip(started, trained, strict=True):
+        # Four updates by AdamW move a weight by about the learning rate each, at most; verl's merger rounds to bfloat16.
+        assert bool(((a - b.float()).abs() <= 5e-4 + a.abs() / 256).all())
+    assert any(bool((a.bfloat16() != b).any()) for a, b in zip(started, trained, strict=True))
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template
 
     before = (run / "metrics.jsonl").read_bytes()
     second = start()

@@ -11,6 +11,7 @@ import base64
 import html
 import os
 import re
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -157,12 +158,12 @@ def to_html(text: str, folder: Path) -> str:
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, default=Path("report"))
     parser.add_argument("--last", type=int, default=3, help="evaluations in 'mean of last'")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     folders = find_runs(args.runs)
     runs = read_runs(folders)
     if not runs:
@@ -174,7 +175,8 @@ def main() -> None:
     (args.out / "report.html").write_text(to_html(text, args.out))
     print(text)
     print(f"written: {args.out / 'report.md'}, {args.out / 'report.html'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
