@@ -57,7 +57,7 @@ def test_it_trains_and_summarises_and_a_second_start_only_summarises(tmp_path):
     folders = (tmp_path / "assets/model", tmp_path / "exported")
     started, trained = (list(AutoModelForCausalLM.from_pretrained(f).parameters()) for f in folders)
     for a, b in zip(started, trained, strict=True):
-        # Four updates by AdamW move a weight by about the learning rate each, at most; verl's merger rounds to bfloat16.
+        # Four updates by AdamW move a weight by the learning rate each, at most; verl's merger rounds to bfloat16.
         assert bool(((a - b.float()).abs() <= 5e-4 + a.abs() / 256).all())
     assert any(bool((a.bfloat16() != b).any()) for a, b in zip(started, trained, strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template
