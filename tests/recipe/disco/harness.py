@@ -261,6 +261,7 @@ def megatron_config(folder: str, engine: dict):
         engine_config=config,
         optimizer_config=McoreOptimizerConfig(
             optimizer="sgd",
+            override_optimizer_config={"sgd_momentum": 0.0},
             lr=LEARNING_RATE,
             lr_decay_style="constant",
             lr_warmup_steps=0,

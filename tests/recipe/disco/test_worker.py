@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,19 @@ def check(results):
 )
 def test_update_equals_the_definition(model, tmp_path, ranks, engine, cases):
     check(run(model, tmp_path, ranks, engine, cases))
+
+
+@pytest.mark.skipif(
+    not (find_spec("megatron") and find_spec("mbridge")), reason="megatron-core and mbridge are not installed"
+)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"megatron": {"tensor_model_parallel_size": 2}},
+        {"megatron": {"pipeline_model_parallel_size": 2}},
+        {"megatron": {"context_parallel_size": 2}, "remove_padding": True},
+    ],
+    ids=["tensor parallel 2", "pipeline parallel 2", "context parallel 2"],
+)
+def test_update_through_megatron_equals_the_definition(model, tmp_path, engine):
+    check(run(model, tmp_path, 2, engine, SHORT))
