@@ -207,15 +207,20 @@ def check_sizes(config: DictConfig) -> Iterator[Finding]:
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
+def data_files(config: DictConfig, split: str) -> list[str]:
+    """What ``data.train_files`` or ``data.val_files`` names: one file or several."""
+    files = config.data[f"{split}_files"]
+    return list(files) if isinstance(files, ListConfig) else [files]
+
+
 def check_data(config: DictConfig) -> Iterator[Finding]:
     """Opens the files that training and evaluation read."""
     import pandas as pd
 
     rows = {}
     for split in ("train", "val"):
-        files = config.data[f"{split}_files"]
         rows[split] = 0
-        for file in files if isinstance(files, ListConfig) else [files]:
+        for file in data_files(config, split):
             path = Path(os.path.expanduser(file))
             if "://" in file:
                 yield Finding(f"{split} data", file, f"{file} is remote and was not opened", "", warning=True)
@@ -372,8 +377,7 @@ def check_tokenizer(config: DictConfig, path: str) -> Iterator[Finding]:
     if tokenizer.chat_template is None and not config.actor_rollout_ref.model.custom_chat_template:
         yield Finding("tokenizer", path, "it has no chat template", "set actor_rollout_ref.model.custom_chat_template")
         return
-    files = config.data.train_files
-    file = Path(os.path.expanduser(files[0] if isinstance(files, ListConfig) else files))
+    file = Path(os.path.expanduser(data_files(config, "train")[0]))
     if not file.exists() or file.suffix != ".parquet":
         return
     prompts = pd.read_parquet(file)[config.data.prompt_key].head(1000)
@@ -431,8 +435,7 @@ def val_responses(config: DictConfig) -> int:
     """Responses of one evaluation; 0 where the files are not here."""
     import pandas as pd
 
-    files = config.data.val_files
-    paths = [Path(os.path.expanduser(f)) for f in (files if isinstance(files, ListConfig) else [files])]
+    paths = [Path(os.path.expanduser(f)) for f in data_files(config, "val")]
     rows = sum(len(pd.read_parquet(p)) for p in paths if p.exists() and p.suffix == ".parquet")
     return rows * config.actor_rollout_ref.rollout.val_kwargs.n
 
