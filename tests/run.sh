@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Environment, ruff, then the test suite. `--all` adds the long tests; other arguments go to pytest as they are.
+# Environment, ruff, then the test suite, two tests at a time. `--all` adds the long tests; other arguments go to pytest
+# as they are (`-n 0`: one at a time).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash examples/setup.sh --vllm
+bash examples/setup.sh --tests
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"

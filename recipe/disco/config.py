@@ -6,6 +6,7 @@ from inspect import signature
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from verl.trainer.ppo.rollout_corr_helper import SUPPORTED_ROLLOUT_RS_OPTIONS
 from verl.utils.import_utils import load_module
 from verl.workers.config import PolicyLossConfig
 
@@ -221,9 +222,7 @@ def validate(config: DictConfig) -> None:
         refuse("distillation.enabled", True, "its loss would be ignored; use false")
     if get("actor_rollout_ref.actor.use_prefix_grouper", False):
         refuse("actor_rollout_ref.actor.use_prefix_grouper", True, "it is not supported; use false")
-    for name, what in (("rollout_is", "importance weights are"), ("rollout_rs", "rejection sampling is")):
-        if (found := get(f"algorithm.rollout_correction.{name}")) is not None:
-            refuse(f"algorithm.rollout_correction.{name}", found, f"{what} not supported; use null")
+    _refuse_corrections_without_effect(disco, get, refuse)
     if actor.strategy not in ENGINES:
         refuse("actor_rollout_ref.actor.strategy", actor.strategy, f"it is not tested; use one of {', '.join(ENGINES)}")
     virtual = get("actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size")
@@ -234,11 +233,38 @@ def validate(config: DictConfig) -> None:
             "it needs a multiple of its pipeline's micro-batches, and groups of any size do not make one; "
             "set actor_rollout_ref.actor.use_dynamic_bsz=True",
         )
-    if (mode := get("trainer.v1.trainer_mode", "sync")) != "sync":
-        refuse("trainer.v1.trainer_mode", mode, "only the sync trainer is supported; use sync")
     if get("actor_rollout_ref.actor.megatron.dynamic_context_parallel", False):
         refuse("actor_rollout_ref.actor.megatron.dynamic_context_parallel", True, "it re-deals rows; use false")
     _refuse_torn_or_wrong_parallelism(config, get, refuse)
+
+
+def _refuse_corrections_without_effect(disco: DiscoConfig, get, refuse) -> None:
+    node = "algorithm.rollout_correction"
+    chosen = {name: get(f"{node}.{name}") for name in ("rollout_is", "rollout_rs")}
+    if chosen["rollout_is"] not in (None, "token", "sequence"):
+        refuse(f"{node}.rollout_is", chosen["rollout_is"], "it is unknown; use token, sequence or null")
+    known = sorted(SUPPORTED_ROLLOUT_RS_OPTIONS)
+    for option in str(chosen["rollout_rs"] or "").split(","):
+        if option.strip() and option.strip() not in known:
+            refuse(f"{node}.rollout_rs", chosen["rollout_rs"], f"it is unknown; use null or one of {', '.join(known)}")
+    for name, found in chosen.items():
+        if found is None:
+            continue
+        if get(f"{node}.bypass_mode"):
+            refuse(
+                f"{node}.{name}",
+                found,
+                f"with {node}.bypass_mode=True old_log_probs are the rollout's own, so nothing is left to correct; use "
+                "null, or bypass_mode=False",
+            )
+        if not get("actor_rollout_ref.rollout.calculate_log_probs"):
+            refuse(
+                "actor_rollout_ref.rollout.calculate_log_probs",
+                False,
+                f"{node}.{name}={found} compares with the rollout's log-probabilities; use true",
+            )
+    if chosen["rollout_is"] and not SCORES[disco.score].correctable:
+        refuse(f"{node}.rollout_is", chosen["rollout_is"], f"disco.score={disco.score} takes no weights; use null")
 
 
 def _refuse_torn_or_wrong_parallelism(config: DictConfig, get, refuse) -> None:

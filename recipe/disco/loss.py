@@ -64,6 +64,7 @@ def disco_loss(
     kl_estimator: str = "k1",
     positive_threshold: float = 1.0,
     ref_log_prob: Tensor | None = None,
+    rollout_is_weights: Tensor | None = None,
     constraint: str = "squared_hinge",
     **settings: Any,
 ) -> tuple[Tensor, dict[str, float]]:
@@ -88,6 +89,8 @@ def disco_loss(
         delta: radius of the trust region, in nats a token; >= 0. Published: 1e-4.
         beta: weight of the squared hinge; >= 0. Published: 1e3.
         ref_log_prob: (B, T) log-probabilities under the frozen reference, for scores that compare with it.
+        rollout_is_weights: (B, T) importance weights of the tokens in the scores (a rollout correction); the KL, which
+            is about the tokens that are trained on, has none.
         constraint: a controller without state, whose settings are among those above and ``settings``.
         settings: of the objective and the constraint, by name: ``surrogate``, ``negatives``, ``top_share``, ``scale``,
             ``length_temperature``, ``max_length``, ``coefficient``, ...
@@ -113,6 +116,7 @@ def disco_loss(
     for name, x, shape in (
         ("old_log_prob", old_log_prob, log_prob.shape),
         ("ref_log_prob", log_prob if ref_log_prob is None else ref_log_prob, log_prob.shape),
+        ("rollout_is_weights", log_prob if rollout_is_weights is None else rollout_is_weights, log_prob.shape),
         ("response_mask", response_mask, log_prob.shape),
         ("reward", reward, (batch,)),
     ):
@@ -132,9 +136,11 @@ def disco_loss(
     if ref_log_prob is not None:
         ref_log_prob = at_least_float32(ref_log_prob).detach()
         require_numbers("ref_log_prob", ref_log_prob, mask)
+    if rollout_is_weights is not None:
+        require_numbers("rollout_is_weights", rollout_is_weights, mask)
 
     length, positive = mask.sum(-1), reward >= positive_threshold
-    s = compute_score(score, log_prob, old_log_prob, mask, ref_log_prob)
+    s = compute_score(score, log_prob, old_log_prob, mask, ref_log_prob, rollout_is_weights)
     kl = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum() / length.sum().clamp(min=1)
     j = evaluate(objective, s, positive, question, length, settings)
     loss = -j.value + controller.penalty(kl)
@@ -164,6 +170,7 @@ def micro_batch_loss(
     score: str = "log_l",
     kl_estimator: str = "k1",
     ref_log_prob: Tensor | None = None,
+    rollout_is_weights: Tensor | None = None,
 ) -> Tensor:
     """One micro-batch's share of the separable loss; shares of a partition add up to the gradient of L.
 
@@ -172,13 +179,14 @@ def micro_batch_loss(
     Its value is not L (the weights are frozen); its gradient is, exactly.
 
     Args:
-        log_prob, old_log_prob, response_mask, ref_log_prob: (b, T), the micro-batch's rows, as in :func:`disco_loss`.
+        log_prob, old_log_prob, response_mask, ref_log_prob, rollout_is_weights: (b, T), the micro-batch's rows, as in
+            :func:`disco_loss`.
         weight: (b,) w_i = dJ/ds_i from :func:`recipe.disco.objectives.weigh` on the whole mini-batch.
         coefficient: c, the controller's, from the KL of the whole mini-batch.
         num_tokens: N, response tokens of the whole mini-batch, over all ranks.
         score, kl_estimator: names.
     """
     mask, log_prob = response_mask.bool(), at_least_float32(log_prob)
-    s = compute_score(score, log_prob, old_log_prob, mask, ref_log_prob)
+    s = compute_score(score, log_prob, old_log_prob, mask, ref_log_prob, rollout_is_weights)
     kl = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum()
     return -(weight.to(s) * s).sum() + coefficient * kl / max(num_tokens, 1)

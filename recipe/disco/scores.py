@@ -6,10 +6,15 @@ of the paper). Source: arXiv 2505.12366, Section 4.
 Symbols: ``log_prob`` is log pi_theta(o_t | q, o_<t) and ``old_log_prob`` the same under the behaviour policy pi_old,
 both of logits divided by the sampling temperature, in nats, shape (B, T); ``mask`` is True at response tokens, (B, T).
 Every function returns shape (B,). A response without any token has no score; it gets 0, and callers leave it out.
+
+Where the rollout's probabilities are not pi_old's (other kernels, older weights), verl's rollout correction gives each
+token an importance weight rho_t = pi_old(o_t) / pi_rollout(o_t), truncated: ``rho``, (B, T), a constant. It multiplies
+the token's contribution: s(o) = (1/|o|) sum_t rho_t x_t. |o| still counts tokens, not weights.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -27,24 +32,25 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, at_least_float32(x), 0.0)
 
 
-def token_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """(1/|o|) sum_t x_t over the tokens of each response; 0 for an empty one. Shape (B,)."""
-    return masked(x, mask).sum(-1) / mask.sum(-1).clamp(min=1)
+def token_mean(x: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
+    """(1/|o|) sum_t rho_t x_t over the tokens of each response (rho = 1 by default); 0 for an empty one. Shape (B,)."""
+    x = masked(x, mask) if rho is None else masked(x, mask) * masked(rho, mask)
+    return x.sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-def log_likelihood(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
+def log_likelihood(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
     """log-L: s(o) = (1/|o|) sum_t log pi_theta(o_t), in nats a token, <= 0."""
-    return token_mean(log_prob, mask)
+    return token_mean(log_prob, mask, rho)
 
 
-def likelihood_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
+def likelihood_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
     """L-ratio: s(o) = (1/|o|) sum_t pi_theta(o_t) / pi_old(o_t), > 0, and 1 where pi_theta = pi_old."""
-    return token_mean((masked(log_prob, mask) - masked(old_log_prob, mask)).exp(), mask)
+    return token_mean((masked(log_prob, mask) - masked(old_log_prob, mask)).exp(), mask, rho)
 
 
-def mean_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
+def mean_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
     """s(o) = (1/|o|) sum_t log( pi_theta(o_t) / pi_old(o_t) ), in nats a token; REAL's (arXiv 2602.05630)."""
-    return token_mean(masked(log_prob, mask) - masked(old_log_prob, mask), mask)
+    return token_mean(masked(log_prob, mask) - masked(old_log_prob, mask), mask, rho)
 
 
 @dataclass(frozen=True)
@@ -52,15 +58,20 @@ class Score:
     """A score and what it compares the policy with.
 
     Args:
-        fn: ``(log_prob, base_log_prob, mask) -> (B,)``.
+        fn: ``(log_prob, base_log_prob, mask) -> (B,)``; with a fourth argument ``rho`` it allows a rollout correction.
         base: whose log-probabilities ``base_log_prob`` are: "old" (the behaviour policy) or "reference" (the frozen
             model that the run started from).
         constant_at_old: every response has the same score where pi_theta = pi_old.
     """
 
-    fn: Callable[[Tensor, Tensor, Tensor], Tensor]
+    fn: Callable[..., Tensor]
     base: str = "old"
     constant_at_old: bool = False
+
+    @property
+    def correctable(self) -> bool:
+        """Whether it takes importance weights of tokens."""
+        return "rho" in signature(self.fn).parameters
 
 
 SCORES: Registry[Score] = Registry("score")
@@ -73,17 +84,28 @@ SCORES.register("log_ratio_ref")(Score(mean_log_ratio, base="reference"))
 
 
 def compute_score(
-    score: str, log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, ref_log_prob: Tensor | None = None
+    score: str,
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    mask: Tensor,
+    ref_log_prob: Tensor | None = None,
+    rollout_is_weights: Tensor | None = None,
 ) -> Tensor:
     """The score registered as ``score``, one a response, shape (B,).
 
     Args:
         ref_log_prob: (B, T) the same under the frozen reference, for scores that compare with it.
+        rollout_is_weights: (B, T) rho, the tokens' importance weights; None where nothing is corrected.
 
     Raises:
-        ValueError: for an unknown score, or a missing ``ref_log_prob``.
+        ValueError: for an unknown score, a missing ``ref_log_prob``, or weights for a score that takes none.
     """
     chosen = SCORES[score]
     if chosen.base == "reference" and ref_log_prob is None:
         raise ValueError(f"score={score!r} compares with a reference model, but there is no ref_log_prob")
-    return chosen.fn(log_prob, ref_log_prob if chosen.base == "reference" else old_log_prob, mask)
+    base = ref_log_prob if chosen.base == "reference" else old_log_prob
+    if rollout_is_weights is None:
+        return chosen.fn(log_prob, base, mask)
+    if not chosen.correctable:
+        raise ValueError(f"score={score!r} takes no importance weights: give its function a fourth argument, rho")
+    return chosen.fn(log_prob, base, mask, rollout_is_weights.detach())

@@ -10,7 +10,8 @@ parallelism below it. Per mini-batch, on every rank:
 4. train: verl's ``train_batch`` runs the micro-batches, each with its share of the separable loss.
 
 Rows carry what ``verl_ext.trainer`` wrote: ``group_id``, ``group_size``, ``sample_index``, ``sequence_reward``,
-``mini_batch_id``, ``fresh_old_log_probs``. verl's conventions that matter here: a loss function returns dp_size times
+``mini_batch_id``, ``fresh_old_log_probs``, ``local_step`` of ``local_steps`` (trainers that update several times
+between two weight synchronisations). verl's conventions that matter here: a loss function returns dp_size times
 its micro-batch's share of the global sum; fields of the batch reach it as ``data[...]``.
 """
 
@@ -87,8 +88,13 @@ class DiscoTrainingWorker(TrainingWorker):
         tu.assign_non_tensor(data, mini_batch_size=rows * ranks, dataloader_kwargs=options)
 
         self._first_after_rollout = True
+        if bool((data["local_step"] == 0).all()):
+            # What disco.measure=lagged begins with: the policy is pi_old.
+            self._last_kl = 0.0
+        ends_step = bool((data["local_step"] == data["local_steps"] - 1).all())
         output = super().train_mini_batch(data)
-        self.controller.end_step(self._last_kl)
+        if ends_step:
+            self.controller.end_step(self._last_kl)
         if output is not None:
             metrics = tu.get(output, "metrics")
             # What verl would average over the mini-batches.
@@ -117,8 +123,7 @@ class DiscoTrainingWorker(TrainingWorker):
         else:
             log_prob, entropy = self._forward(data, with_entropy=entropy_unknown)
         # None on pipeline stages before the last: no loss is evaluated there.
-        lagged_kl = 0.0 if first else self._last_kl
-        metrics = {} if log_prob is None else self._weigh(data, log_prob, entropy, lagged_kl)
+        metrics = {} if log_prob is None else self._weigh(data, log_prob, entropy, lagged_kl=self._last_kl)
         measured = time.perf_counter() - started
 
         self._fit_micro_batches(data, self.engine_config.micro_batch_size_per_gpu)
@@ -167,11 +172,13 @@ class DiscoTrainingWorker(TrainingWorker):
         names = ("log_probs", "entropy")
         return tuple(no_padding_2_padding(output[n], data).float() if n in output else None for n in names)
 
-    def _reference(self, data: TensorDict, device: torch.device) -> Tensor | None:
-        """Log-probabilities (B, T) under the frozen reference, for a score that compares with it."""
-        if SCORES[self.disco.score].base != "reference":
-            return None
-        return padded(data["ref_log_prob"]).float().to(device)
+    def _beside(self, data: TensorDict, device: torch.device) -> dict[str, Tensor]:
+        """What a score reads besides the policy's log-probabilities, (B, T) each: the reference's, where it compares
+        with them, and the importance weights of a rollout correction, where there is one."""
+        fields = {"rollout_is_weights"} & set(data.keys())
+        if SCORES[self.disco.score].base == "reference":
+            fields.add("ref_log_prob")
+        return {name: padded(data[name]).float().to(device) for name in fields}
 
     def _weigh(self, data: TensorDict, log_prob: Tensor, entropy: Tensor | None, lagged_kl: float) -> dict[str, float]:
         """Exchange the table, write each row's weight and the coefficient into ``data``; return the metrics."""
@@ -183,7 +190,7 @@ class DiscoTrainingWorker(TrainingWorker):
             "index": data["sample_index"],
             "reward": data["sequence_reward"],
             "length": mask.sum(-1),
-            "score": compute_score(self.disco.score, log_prob, old, mask, self._reference(data, log_prob.device)),
+            "score": compute_score(self.disco.score, log_prob, old, mask, **self._beside(data, log_prob.device)),
             "kl": kl_estimate(log_prob, old, mask, self.disco.kl_estimator).sum(-1),
             "entropy": masked(log_prob if entropy is None else entropy, mask).sum(-1),
         }
@@ -246,7 +253,7 @@ class DiscoTrainingWorker(TrainingWorker):
             tokens,
             score=self.disco.score,
             kl_estimator=self.disco.kl_estimator,
-            ref_log_prob=self._reference(data, log_prob.device),
+            **self._beside(data, log_prob.device),
         )
         if self.disco.measure == "lagged":
             kl = kl_estimate(log_prob.detach(), old, mask, self.disco.kl_estimator)

@@ -1,6 +1,7 @@
 """DisCO through the whole pipeline: resuming, uneven batches, the cheap mode, and refusals before Ray starts."""
 
 import json
+import shutil
 
 import pytest
 
@@ -15,16 +16,22 @@ def test_a_resumed_run_continues_as_an_uninterrupted_one(main_ppo, tmp_path):
         "disco.rho=50",
         "disco.delta=0",
         "trainer.save_freq=2",
+        "trainer.max_actor_ckpt_to_keep=2",
         "trainer.resume_mode=auto",
+        "trainer.total_training_steps=4",
     ]
-    whole = main_ppo(*common, "trainer.total_training_steps=4", folder=tmp_path / "whole")
+    whole = main_ppo(*common, folder=tmp_path / "whole")
     assert whole.returncode == 0, whole.output[-5000:]
-    half = main_ppo(*common, "trainer.total_training_steps=2", folder=tmp_path / "parts")
-    assert half.returncode == 0, half.output[-5000:]
+    # As if it had been lost in step 4, when the last checkpoint was of step 2.
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts", ignore=shutil.ignore_patterns("global_step_4"))
+    (tmp_path / "parts/latest_checkpointed_iteration.txt").write_text("2")
     saved = json.loads((tmp_path / "parts/global_step_2/actor/disco_controller.json").read_text())
     assert saved["state"]["multiplier"] > 0
-    rest = main_ppo(*common, "trainer.total_training_steps=4", folder=tmp_path / "parts")
+    rest = main_ppo(*common, folder=tmp_path / "parts")
     assert rest.returncode == 0, rest.output[-5000:]
+    assert "Resuming from" in rest.output
+    lost = (tmp_path / "parts/metrics.jsonl.1").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lost] == [1, 2, 3, 4]
 
     expected, found = whole.metrics(), rest.metrics()
     assert [s["step"] for s in found] == [s["step"] for s in expected] == [1, 2, 3, 4]

@@ -115,7 +115,7 @@ def balanced(monkeypatch, keys, lengths, ranks=2, questions=2):
     this = SimpleNamespace(
         _whole_groups=True,
         config=OmegaConf.create(
-            {"actor_rollout_ref": {"actor": actor}, "data": {"train_batch_size": 4}, "verl_ext": {}}
+            {"actor_rollout_ref": {"actor": actor}, "data": {"train_batch_size": 8}, "verl_ext": {}}
         ),
         _sequence_rewards=lambda batch: [float(i) for i in range(len(batch))],
         _old_log_probs_are_fresh=lambda: True,
@@ -123,6 +123,8 @@ def balanced(monkeypatch, keys, lengths, ranks=2, questions=2):
         _fixed_micro_batches=lambda: [],
         tokenizer=SimpleNamespace(eos_token_id=0),
         global_steps=1,
+        local_trigger_step=1,
+        parameter_sync_step=2,
     )
     batch = Batch(keys=list(keys), tags=[{"seq_len": n} for n in lengths], partition_id="train")
     metrics = {}

@@ -2,12 +2,12 @@
 
 Run by test_worker.py under torchrun, on gloo ranks without Ray:
 
-    torchrun --nproc-per-node 2 tests/recipe/disco/harness.py SPEC.json
+    torchrun --nproc-per-node 2 tests/recipe/disco/harness.py SPECS.json
 
-SPEC: {"model": DIR, "engine": {...}, "cases": [{...}, ...]}. Rank 0 prints one JSON line a case with ``error``,
-|theta - theta_ref| / |theta_ref - theta_0| over all parameters after the case's updates, and ``parameters``, the same
-relative to |theta_ref|. The reference is float64: the Hugging Face model, ``disco_loss`` on each mini-batch in one
-piece (for ``measure=lagged`` the loss written out below), plain SGD.
+SPECS: [{"name": ..., "model": DIR, "engine": {...}, "cases": [{...}, ...]}, ...], one engine after another. Rank 0
+prints one JSON line a case with ``error``, |theta - theta_ref| / |theta_ref - theta_0| over all parameters after the
+case's updates, and ``parameters``, the same relative to |theta_ref|. The reference is float64: the Hugging Face model,
+``disco_loss`` on each mini-batch in one piece (for ``measure=lagged`` the loss written out below), plain SGD.
 """
 
 import json
@@ -22,18 +22,24 @@ warnings.filterwarnings("ignore")
 VOCABULARY, LEARNING_RATE = 64, 0.2
 
 
-def make_model(folder: str) -> None:
-    """A tiny Qwen3 with a tokenizer; weights large enough that the policy is far from uniform."""
+def make_model(folder: str, experts: int = 0) -> None:
+    """A tiny Qwen3 with a tokenizer; weights large enough that the policy is far from uniform.
+
+    Args:
+        experts: of the mixture in each layer, of which a token has 2; 0 makes a dense model.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t3"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t3")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(1)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
+    mixture = dict(num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "qwen3_moe" if experts else "qwen3",
             vocab_size=VOCABULARY,
             hidden_size=64,
             intermediate_size=96,
@@ -46,6 +52,7 @@ def make_model(folder: str) -> None:
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=None,
+            **(mixture if experts else {}),
         )
     )
     with torch.no_grad():
@@ -94,7 +101,9 @@ class Reference:
     def __init__(self, folder: str, lora_rank: int = 0, initial: dict[str, torch.Tensor] | None = None):
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        )
         if lora_rank:
             from peft import LoraConfig, get_peft_model
 
@@ -153,6 +162,9 @@ class Reference:
                 torch.tensor([r["reward"] for r in rows]),
                 [r["uid"] for r in rows],
                 ref_log_prob=pad([r["ref"].double() for r in rows], batch_first=True),
+                rollout_is_weights=pad([r["rho"].double() for r in rows], batch_first=True)
+                if case["correction"]
+                else None,
                 **settings_of(case).chosen(),
             )
         loss = loss - case["entropy_coeff"] * (entropy * mask).sum() / mask.sum()
@@ -172,6 +184,7 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
 
     padding = dict(uid="pad", prompt=torch.ones(7, dtype=torch.long), response=torch.ones(1, dtype=torch.long))
     padding |= dict(mask=torch.zeros(1, dtype=torch.long), old=torch.zeros(1), ref=torch.zeros(1), reward=0.0)
+    padding |= dict(rho=torch.zeros(1))
     everything = rows + [padding] * plan.num_padding
     share = len(plan.order) // ranks
     mine = plan.order[rank * share : (rank + 1) * share]
@@ -199,6 +212,9 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
             sample_index=torch.tensor(mine),
             mini_batch_id=torch.tensor([plan.mini_batch[rank * share + i] for i in range(share)]),
             fresh_old_log_probs=torch.full((share,), case["fresh"]),
+            local_step=torch.zeros(share, dtype=torch.long),
+            local_steps=torch.ones(share, dtype=torch.long),
+            **({"rollout_is_weights": jagged([r["rho"].float() for r in selected])} if case["correction"] else {}),
         ),
         batch_size=[share],
     )
@@ -278,9 +294,7 @@ def fsdp_config(folder: str, engine: dict):
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 
     remove_padding, ulysses = engine.get("remove_padding", False), engine.get("ulysses", 1)
-    attention = "eager"
-    if remove_padding:
-        attention = "sdpa"
+    attention, strategy = "sdpa" if remove_padding else "eager", engine.get("strategy", "fsdp2")
     if ulysses > 1:
         import verl.workers.engine.fsdp.transformer_impl  # noqa: F401  (first: our engines register upon its import)
         from varlen_attention import install
@@ -291,6 +305,8 @@ def fsdp_config(folder: str, engine: dict):
         # The platform refuses Ulysses for an attention that verl does not parallelise; this one lies below its patch.
         check = cpu_engine.settings_for_cpu
         cpu_engine.settings_for_cpu = lambda config, _: check(config, "flash_attention_2")
+    if strategy == "fsdp":
+        allow_fsdp1()
     return TrainingWorkerConfig(
         model_type="language_model",
         model_config=HFModelConfig(
@@ -301,7 +317,7 @@ def fsdp_config(folder: str, engine: dict):
             override_config={"attn_implementation": attention},
         ),
         engine_config=FSDPEngineConfig(
-            strategy=engine.get("strategy", "fsdp2"),
+            strategy=strategy,
             ulysses_sequence_parallel_size=ulysses,
             fsdp_size=engine.get("fsdp_size", -1),
             use_torch_compile=False,
@@ -325,6 +341,18 @@ def fsdp_config(folder: str, engine: dict):
     )
 
 
+def allow_fsdp1() -> None:
+    """FSDP1 wants its states on an accelerator before rank 0 sends them to the others; gloo sends a CPU's as well."""
+    import torch.distributed.fsdp._init_utils as fsdp1
+    import verl.workers.engine.fsdp.transformer_impl  # noqa: F401  (first: our engines register upon its import)
+
+    from verl_ext.cpu import engine as cpu_engine
+
+    fsdp1._check_module_states_for_sync_module_states = lambda states: None
+    check = cpu_engine.settings_for_cpu
+    cpu_engine.settings_for_cpu = lambda c, attention: c if c.strategy == "fsdp" else check(c, attention)
+
+
 def full(p: torch.Tensor) -> torch.Tensor:
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().double()
 
@@ -339,6 +367,14 @@ def whole_parameters(engine) -> dict[str, torch.Tensor]:
     """All of the model's, whole, in float64, under the Hugging Face model's names."""
     if isinstance(engine.module, list):
         return {name: p.detach().double().clone() for name, p in engine.bridge.export_weights(engine.module)}
+    if engine.engine_config.strategy == "fsdp":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(engine.module, writeback=False):
+            return {
+                n.replace("_fsdp_wrapped_module.", ""): p.detach().double().clone()
+                for n, p in engine.module.named_parameters()
+            }
     return {n.replace("_orig_mod.", ""): full(p) for n, p in engine.module.named_parameters()}
 
 
@@ -360,6 +396,7 @@ DEFAULTS = dict(
     old_noise=0.1,
     measure="exact",
     entropy_coeff=0.0,
+    correction=False,
 )
 
 
@@ -371,7 +408,7 @@ def run_case(worker, spec: dict, case: dict) -> dict:
     case = DEFAULTS | case
     reference = Reference(spec["model"], spec["engine"].get("lora_rank", 0), worker.whole_initial)
     rows = make_rows()
-    noise, reference_noise = (torch.Generator().manual_seed(seed) for seed in (5, 6))
+    noise, reference_noise, weight_noise = (torch.Generator().manual_seed(seed) for seed in (5, 6, 7))
     with torch.no_grad():
         current, _ = reference.log_probs(rows, case["temperature"])
     for r, lp in zip(rows, current, strict=True):
@@ -380,6 +417,8 @@ def run_case(worker, spec: dict, case: dict) -> dict:
         r["old"] = lp[:n] + case["old_noise"] * (0.5 + torch.randn(n, generator=noise).double())
         r["old"] = r["old"].float().double()
         r["ref"] = (r["old"] + 0.3 * torch.randn(n, generator=reference_noise).double()).float().double()
+        # As verl makes them: ratios of probabilities, cut at 2.
+        r["rho"] = (0.5 * torch.randn(n, generator=weight_noise).double()).exp().clamp(max=2).float().double()
     if case["order_seed"] is not None:
         shuffle = torch.randperm(len(rows), generator=torch.Generator().manual_seed(case["order_seed"]))
         rows = [rows[i] for i in shuffle.tolist()]
@@ -431,19 +470,7 @@ def run_case(worker, spec: dict, case: dict) -> dict:
     return result
 
 
-def main() -> None:
-    with open(sys.argv[1]) as f:
-        spec = json.load(f)
-    if "megatron" in spec["engine"]:
-        import megatron_on_cpu
-
-        megatron_on_cpu.before_verl()
-    import verl  # noqa: F401  (activates the plugin)
-
-    if "megatron" in spec["engine"]:
-        megatron_on_cpu.install()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
+def run_engine(spec: dict) -> None:
     worker = build_worker(spec["model"], spec["engine"])
     worker.initial = [p.detach().clone() for p in parameters(worker.engine)]
     worker.whole_initial = whole_parameters(worker.engine)
@@ -453,7 +480,25 @@ def main() -> None:
         except ValueError as e:
             result = {"refused": str(e)}
         if worker.engine.is_mp_src_rank_with_outputs() and worker.engine.get_data_parallel_rank() == 0:
-            print("RESULT " + json.dumps({"case": DEFAULTS | case, **result}), flush=True)
+            print("RESULT " + json.dumps({"name": spec["name"], "case": DEFAULTS | case, **result}), flush=True)
+
+
+def main() -> None:
+    with open(sys.argv[1]) as f:
+        specs = json.load(f)
+    megatron = any("megatron" in spec["engine"] for spec in specs)
+    if megatron:
+        import megatron_on_cpu
+
+        megatron_on_cpu.before_verl()
+    import verl  # noqa: F401  (activates the plugin)
+
+    if megatron:
+        megatron_on_cpu.install()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for spec in specs:
+        run_engine(spec)
     torch.distributed.destroy_process_group()
 
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 import verl_ext.plugin  # noqa: F401  (registers the config group)
 from recipe.disco.config import DiscoConfig, DiscoPolicyLossConfig, parse, validate
+from recipe.disco.scores import SCORES, Score, masked
 
 RUN = ["algorithm=disco", "actor_rollout_ref.rollout.name=hf", "trainer.n_gpus_per_node=8"]
 
@@ -109,17 +110,33 @@ def test_lagged_weights_of_ratios_are_refused_but_for_disco_b():
         ("critic.enable=true", "critic.enable=True .* use null"),
         ("distillation.enabled=true", "distillation.enabled=True .* use false"),
         ("actor_rollout_ref.actor.use_prefix_grouper=true", "use_prefix_grouper=True .* use false"),
-        ("algorithm.rollout_correction.rollout_is=token", "rollout_is=token .* use null"),
-        ("algorithm.rollout_correction.rollout_rs=sequence", "rollout_rs=sequence .* rejection sampling .* use null"),
+        ("algorithm.rollout_correction.rollout_is=word", "rollout_is=word .* use token, sequence or null"),
+        ("algorithm.rollout_correction.rollout_rs=sequence", "rollout_rs=sequence .* use null or one of .*seq_mean_k1"),
         ("algorithm.adv_estimator=gae", "adv_estimator=gae .* starts a critic"),
         ("actor_rollout_ref.actor.strategy=veomni", "strategy=veomni .* use one of fsdp, fsdp2, megatron"),
-        ("trainer.v1.trainer_mode=separate_async", "trainer_mode=separate_async .* use sync"),
         ("actor_rollout_ref.actor.ppo_mini_batch_size=256", "256 .* more questions than data.train_batch_size=128"),
     ],
 )
 def test_a_setting_that_contradicts_the_method_is_refused_by_name(override, message):
     with pytest.raises(ValueError, match=message):
         validate(composed(override))
+
+
+def test_a_rollout_correction_without_effect_is_refused():
+    weights, rejection = (f"algorithm.rollout_correction.{x}" for x in ("rollout_is=token", "rollout_rs=seq_mean_k1"))
+    validate(composed(weights, rejection))
+    message = refusal(weights, "actor_rollout_ref.rollout.calculate_log_probs=false")
+    assert "calculate_log_probs=False" in message and "rollout_is=token compares" in message
+    message = refusal(rejection, "algorithm.rollout_correction.bypass_mode=true")
+    assert "rollout_rs=seq_mean_k1" in message and "nothing is left to correct" in message
+
+
+def test_a_score_without_weights_refuses_a_rollout_correction(monkeypatch):
+    plain = Score(lambda log_prob, base, mask: masked(log_prob, mask).sum(-1))
+    monkeypatch.setitem(SCORES._items, "plain", plain)
+    validate(composed("disco.score=plain", "disco.tau=1"))
+    message = refusal("disco.score=plain", "disco.tau=1", "algorithm.rollout_correction.rollout_is=token")
+    assert "disco.score=plain takes no weights" in message
 
 
 def test_too_few_responses_for_the_ranks_are_refused_with_the_numbers():

@@ -244,3 +244,37 @@ def test_the_defaults_are_the_published_constants():
         {"score": "l_ratio"},
     ):
         assert default[0] != run(rows, old, [1, 0, 0], [0, 0, 0], **{**explicit, **other})[0]
+
+
+@pytest.mark.parametrize(
+    "score, objective, gradient",
+    [
+        # (1 * -1 + .5 * -3) / 2 = -1.25 against 2 * -4 = -8
+        ("log_l", 6.75, [[-0.5, -0.25], [2.0]]),
+        # ratios are e^-.1, e^-.2 and 1
+        (
+            "l_ratio",
+            (math.exp(-0.1) + 0.5 * math.exp(-0.2)) / 2 - 2,
+            [[-math.exp(-0.1) / 2, -math.exp(-0.2) / 4], [2.0]],
+        ),
+    ],
+)
+def test_importance_weights_multiply_the_tokens_parts_of_scores_and_not_the_kl(score, objective, gradient):
+    """A positive of two tokens with weights 1 and .5, a negative of one with 2. KL (.1 + .2 + 0) / 3 as ever."""
+    rho = torch.tensor([[1, 0.5], [2, PAD]], dtype=torch.float64)
+    loss, grad, metrics = run(
+        *([[-1.0, -3.0], [-4.0]], [[-0.9, -2.8], [-4.0]], [1, 0], ["a", "a"]),
+        **dict(objective="disco_b", score=score, beta=0.0, rollout_is_weights=rho),
+    )
+    assert loss == close(-objective)
+    assert grad == approx(gradient)
+    assert metrics["kl"] == close(0.1)
+
+
+def test_importance_weights_that_are_no_numbers_are_refused():
+    for rho, message in (([[1, PAD], [2, 1]], "rollout_is_weights of sample 0 is NaN"), ([[1], [2]], "has shape")):
+        with pytest.raises(ValueError, match=message):
+            run(
+                *([[-1.0, -3.0], [-4.0]], [[-1.0, -3.0], [-4.0]], [1, 0], ["a", "a"]),
+                rollout_is_weights=torch.tensor(rho, dtype=torch.float64),
+            )

@@ -1,5 +1,6 @@
 """The update through verl's real worker and FSDP engine equals the executable definition, however the work is split."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+MEGATRON = Path(sys.prefix) / "megatron-cpu"
+"""Where examples/setup.sh --tests puts Megatron-Core: apart, so that nothing but these tests sees it."""
+
 LOSSES = [
     dict(objective=o, score=s, tau=t) for o, t in (("disco", 0.5), ("disco_b", 1.0)) for s in ("log_l", "l_ratio")
 ]
@@ -24,6 +28,7 @@ SPLITS = {
     "mini-batches in random order": dict(groups_per_mini_batch=3, epochs=2, shuffle_mini_batches=True),
     "first one free": dict(groups_per_mini_batch=3, fresh=True, old_noise=0.0, delta=0.0),
     "entropy bonus": dict(micro=3, entropy_coeff=0.1),
+    "rollout correction": dict(micro=3, groups_per_mini_batch=4, correction=True),
     "lagged": dict(measure="lagged", groups_per_mini_batch=3, epochs=2),
 }
 CASES = [
@@ -55,19 +60,34 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-def run(model, tmp_path, ranks, engine, cases):
-    spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps(dict(model=model, engine=engine, cases=cases)))
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory):
+    from harness import make_model
+
+    folder = tmp_path_factory.mktemp("mixture")
+    make_model(str(folder), experts=4)
+    return str(folder)
+
+
+def run(folder: Path, ranks: int, specs: list[dict]) -> dict[str, list[dict]]:
+    """The results of each spec by its name; one start of the ranks for all of them."""
+    file = folder / "specs.json"
+    file.write_text(json.dumps(specs))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        + [str(HERE / "harness.py"), str(spec)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+        + [str(HERE / "harness.py"), str(file)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(MEGATRON)])},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
-    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert len(results) == len(cases), done.stdout[-3000:] + done.stderr[-6000:]
+    results = {spec["name"]: [] for spec in specs}
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            result = json.loads(line[7:])
+            results[result["name"]].append(result)
+    for spec in specs:
+        assert len(results[spec["name"]]) == len(spec["cases"]), done.stdout[-3000:] + done.stderr[-6000:]
     return results
 
 
@@ -97,34 +117,59 @@ def check(results):
         assert not of_loss or sum(max(r["metrics"]["coefficient"]) > 0 for r in of_loss) > len(of_loss) / 2, loss
 
 
+ENGINES = {
+    "one rank": {"one rank": ({}, CASES), "padding removed": ({"remove_padding": True}, SHORT)},
+    "two ranks": {
+        "two ranks": ({}, CASES),
+        "the family": ({}, FAMILY_CASES),
+        "gradient checkpointing": ({"gradient_checkpointing": True}, SHORT),
+        "replicated": ({"fsdp_size": 1}, SHORT),
+        "FSDP1": ({"strategy": "fsdp"}, SHORT),
+        "LoRA": ({"lora_rank": 4}, SHORT),
+        "mixture of experts": ({}, SHORT),
+    },
+    "Ulysses": {"Ulysses 2": ({"remove_padding": True, "ulysses": 2}, SHORT)},
+}
+"""What is tried in one start of the ranks, since a start takes longer than its cases."""
+
+
+@pytest.fixture(scope="session")
+def results(model, mixture, tmp_path_factory):
+    @functools.cache
+    def of(start: str) -> dict[str, list[dict]]:
+        specs = [
+            dict(name=name, model=mixture if "experts" in name else model, engine=engine, cases=cases)
+            for name, (engine, cases) in ENGINES[start].items()
+        ]
+        return run(tmp_path_factory.mktemp("specs"), 1 if start == "one rank" else 2, specs)
+
+    return of
+
+
 @pytest.mark.parametrize(
-    "ranks, engine, cases",
+    "start, name",
     [
-        (1, {}, CASES),
-        (2, {}, CASES),
-        (2, {}, FAMILY_CASES),
-        (1, {"remove_padding": True}, SHORT),
-        (2, {"remove_padding": True, "ulysses": 2}, SHORT),
-        (2, {"gradient_checkpointing": True}, SHORT),
-        (2, {"fsdp_size": 1}, SHORT),
+        pytest.param(start, name, id=name, marks=pytest.mark.xdist_group(start))
+        for start, engines in ENGINES.items()
+        for name in engines
     ],
-    ids=["one rank", "two ranks", "the family", "padding removed", "Ulysses 2", "gradient checkpointing", "replicated"],
 )
-def test_update_equals_the_definition(model, tmp_path, ranks, engine, cases):
-    check(run(model, tmp_path, ranks, engine, cases))
+def test_update_equals_the_definition(results, start, name):
+    check(results(start)[name])
 
 
 @pytest.mark.skipif(
-    not (find_spec("megatron") and find_spec("mbridge")), reason="megatron-core and mbridge are not installed"
+    not find_spec("megatron") and not MEGATRON.exists(), reason="requirements-megatron-cpu.txt is not installed"
 )
 @pytest.mark.parametrize(
-    "engine",
+    "ranks, engine",
     [
-        {"megatron": {"tensor_model_parallel_size": 2}},
-        {"megatron": {"pipeline_model_parallel_size": 2}},
-        {"megatron": {"context_parallel_size": 2}, "remove_padding": True},
+        (2, {"megatron": {"tensor_model_parallel_size": 2}}),
+        (2, {"megatron": {"pipeline_model_parallel_size": 2}}),
+        (4, {"megatron": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}}),
+        (2, {"megatron": {"context_parallel_size": 2}, "remove_padding": True}),
     ],
-    ids=["tensor parallel 2", "pipeline parallel 2", "context parallel 2"],
+    ids=["tensor parallel 2", "pipeline parallel 2", "both", "context parallel 2"],
 )
-def test_update_through_megatron_equals_the_definition(model, tmp_path, engine):
-    check(run(model, tmp_path, 2, engine, SHORT))
+def test_update_through_megatron_equals_the_definition(model, tmp_path, ranks, engine):
+    check(run(tmp_path, ranks, [dict(name="megatron", model=model, engine=engine, cases=SHORT)])["megatron"])

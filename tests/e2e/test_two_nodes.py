@@ -1,0 +1,98 @@
+"""A Ray cluster of two nodes on this machine: each has its own address and processes, as two machines would."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+OTHER = "127.0.0.2"
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """``cluster(python, env)`` adds a node: the head, with this machine's own address, then others, on its loopback
+    device. Returns the cluster's address."""
+    nodes = []
+    head = ray.util.get_node_ip_address()
+    with socket.socket() as s:
+        s.bind((head, 0))
+        port = s.getsockname()[1]
+    address = f"{head}:{port}"
+
+    def add(python: str = sys.executable, env: dict[str, str] | None = None) -> str:
+        role = ["--head", f"--port={port}", "--include-dashboard=false"]
+        if nodes:
+            role = [f"--address={address}", f"--node-ip-address={OTHER}"]
+        nodes.append(
+            subprocess.Popen(
+                [python, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *role]
+                + ["--num-cpus=16", "--num-gpus=1", "--object-store-memory=200000000"],
+                env=os.environ | {"RAY_worker_niceness": "0", "RAY_TMPDIR": "/tmp"} | (env or {}),
+                stdout=(tmp_path / f"node_{len(nodes)}.txt").open("w"),
+                stderr=subprocess.STDOUT,
+                cwd=tmp_path,
+                start_new_session=True,
+            )
+        )
+        deadline = time.monotonic() + 120
+        while len(living(address)) < len(nodes):
+            text = (tmp_path / f"node_{len(nodes) - 1}.txt").read_text()
+            assert time.monotonic() < deadline and nodes[-1].poll() is None, text
+            time.sleep(1)
+        return address
+
+    yield add
+    for node in reversed(nodes):
+        node.terminate()
+    for node in nodes:
+        node.wait(30)
+
+
+def living(address: str) -> list:
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address], capture_output=True, text=True
+    )
+    return [line for line in done.stdout.splitlines() if line.strip().startswith("1 node_")]
+
+
+def settings(address: str) -> list[str]:
+    none = ["ray_kwargs.ray_init.num_cpus=null", "ray_kwargs.ray_init.num_gpus=null"]
+    return ["algorithm=disco", "trainer.nnodes=2", f"ray_kwargs.ray_init.address='{address}'", *none]
+
+
+def test_the_plugin_works_on_the_node_that_did_not_start_the_driver(main_ppo, cluster):
+    cluster()
+    address = cluster()
+    run = main_ppo(*settings(address), ranks=1)
+    assert run.returncode == 0, run.output[-5000:]
+    for step in run.metrics():
+        assert step["disco/questions"] == 3 and step["disco/measured"] == 0.5 and step["actor/grad_norm"] > 0
+    # Both nodes had a training worker.
+    for ip in (address.split(":")[0], OTHER):
+        assert re.search(rf"WorkerDict.*ip={ip}\)", run.output), ip
+
+
+def test_a_node_without_the_plugin_is_named_before_anything_starts(main_ppo, cluster, tmp_path):
+    cluster()
+    # All that is installed here, but for this project.
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "verl_disco" not in entry.name:
+            (packages / entry.name).symlink_to(entry)
+    python = os.path.realpath(sys.executable)
+    address = cluster(python, {"PYTHONPATH": str(packages)})
+
+    run = main_ppo(*settings(address), ranks=1)
+    assert run.returncode != 0
+    lines = [line for line in run.output.splitlines() if "settings refused" in line]
+    assert len(lines) == 1 and f" {OTHER} (" in lines[0] and f" {address.split(':')[0]} (" not in lines[0]
+    assert f"verl-disco is missing ({python})" in lines[0]
+    assert "ray init kwargs" not in run.output

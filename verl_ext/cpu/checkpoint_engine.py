@@ -1,0 +1,93 @@
+"""A checkpoint engine for verl, "ray": weights reach separate rollout servers through Ray's object store.
+
+verl's own (nccl, nixl, ...) need accelerators. This one lets ``trainer.v1.trainer_mode=separate_async`` run on a CPU;
+for large models it is slow::
+
+    actor_rollout_ref.rollout.checkpoint_engine.backend=ray
+    actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_ext.cpu.checkpoint_engine
+"""
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from typing import Any
+
+import ray
+import torch
+from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
+from verl.workers.rollout.utils import ensure_async_iterator
+
+BUCKETS_UNDER_WAY = 2
+"""How many buckets wait for the slowest reader before the trainer does."""
+
+
+class Mailbox:
+    """A Ray actor that hands each bucket of weights to each reader, in order."""
+
+    async def open(self, readers: int) -> None:
+        self._queues = [asyncio.Queue(BUCKETS_UNDER_WAY) for _ in range(readers)]
+
+    async def put(self, bucket: list[tuple[str, torch.Tensor]] | None) -> None:
+        for queue in self._queues:
+            await queue.put(bucket)
+
+    async def get(self, reader: int) -> list[tuple[str, torch.Tensor]] | None:
+        return await self._queues[reader].get()
+
+
+@CheckpointEngineRegistry.register("ray")
+class RayCheckpointEngine(CheckpointEngine):
+    """One in each training worker and each rollout worker; the first training rank sends, all rollout workers receive.
+
+    Args:
+        bucket_size: bytes of weights in one message.
+        is_master: whether this is the training rank that sends.
+    """
+
+    def __init__(self, bucket_size: int, is_master: bool = False):
+        self.bucket_size, self.is_master = bucket_size, is_master
+        self._mailbox: Any = None
+        self._reader = -1
+
+    def prepare(self) -> Any:
+        return ray.remote(num_cpus=0)(Mailbox).remote() if self.is_master else None
+
+    @classmethod
+    def build_topology(
+        cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[Any]
+    ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        mailbox = next(m for m in metadata if m is not None)
+        ray.get(mailbox.open.remote(rollout_world_size))
+        actors = {"mailbox": [mailbox] * actor_wg_world_size, "reader": [-1] * actor_wg_world_size}
+        return actors, {"mailbox": [mailbox] * rollout_world_size, "reader": list(range(rollout_world_size))}
+
+    def init_process_group(self, mailbox: Any, reader: int) -> None:
+        self._mailbox, self._reader = mailbox, reader
+
+    def finalize(self) -> None:
+        # With the last handle the actor goes.
+        self._mailbox = None
+
+    @torch.no_grad()
+    async def send_weights(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
+        global_steps: int | None = None,
+    ) -> None:
+        bucket, size = [], 0
+        # Every rank runs through all weights: gathering one from its shards is a collective.
+        async for name, tensor in ensure_async_iterator(weights):
+            if not self.is_master:
+                continue
+            if bucket and size + tensor.nbytes > self.bucket_size:
+                await self._mailbox.put.remote(bucket)
+                bucket, size = [], 0
+            bucket.append((name, tensor.detach().cpu().contiguous()))
+            size += tensor.nbytes
+        if self.is_master:
+            await self._mailbox.put.remote(bucket)
+            await self._mailbox.put.remote(None)
+
+    async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, torch.Tensor]]:
+        while (bucket := await self._mailbox.get.remote(self._reader)) is not None:
+            for name_and_tensor in bucket:
+                yield name_and_tensor
