@@ -5,6 +5,7 @@ import error that names no node.
 """
 
 import os
+import socket
 from importlib.metadata import version
 from typing import Any
 
@@ -19,8 +20,10 @@ def check_nodes(config: DictConfig) -> None:
     Raises:
         ValueError: names each node, what it lacks, and its Python.
     """
-    address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS") or "auto"
-    if address == "local":
+    address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS")
+    if address in (None, "auto"):
+        address = started_here()
+    if address in (None, "local") or not answers(address):
         return
     import ray
 
@@ -50,6 +53,25 @@ def check_nodes(config: DictConfig) -> None:
             f"ray_kwargs.ray_init.address={address}: not every node has this plugin as this one has it; install "
             f"verl-disco {version('verl-disco')} and verl {version('verl')} there: " + "; ".join(problems)
         )
+
+
+def started_here() -> str | None:
+    """Address of the cluster that ``ray start`` made on this machine, as Ray itself finds it; None without one."""
+    file = os.path.join(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    if not os.path.exists(file):
+        return None
+    with open(file) as f:
+        return f.read().strip() or None
+
+
+def answers(address: str) -> bool:
+    """Whether something listens there: Ray would wait for minutes for a cluster that is gone."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=10):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def ask_nodes() -> list[tuple[dict[str, Any], dict[str, str | None] | Exception]]:

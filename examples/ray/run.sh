@@ -37,6 +37,10 @@ if ((nodes == 1)); then
   exec "$python" -m verl.trainer.main_ppo "$@"
 fi
 
+# Ray's default depends on what lies in ~/.ray; the processes of this cluster share a token of their own.
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+[ "$RAY_AUTH_MODE" != token ] || export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
+
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" hostname --ip-address | awk '{print $1}')
 start="$python -m ray.scripts.scripts start --block --disable-usage-stats"

@@ -29,6 +29,8 @@ def test_two_steps_of_each_algorithm(main_ppo, tmp_path, algorithms, ranks):
         # In place of the one directory of a single run.
         "trainer.default_local_dir=" + str(tmp_path / "jobs") + "/${oc.select:verl_ext.algorithm,ppo}",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        # Enough that questions have several negatives and positives: with one of a kind some methods are the same.
+        "actor_rollout_ref.rollout.n=8",
         ranks=ranks,
         folder=tmp_path / "jobs",
         timeout=180 * len(algorithms),
