@@ -2,6 +2,8 @@
 
 import math
 
+import pytest
+
 ASYNCHRONOUS = (
     "algorithm=disco",
     "disco.delta=0",
@@ -27,6 +29,7 @@ def check(steps: list[dict]) -> None:
     assert first < 1e-4 < 1e-2 < second
 
 
+@pytest.mark.slow
 def test_rollouts_that_go_on_while_the_policy_trains(main_ppo):
     run = main_ppo(*ASYNCHRONOUS, "trainer.v1.trainer_mode=colocate_async")
     assert run.returncode == 0, run.output[-5000:]
