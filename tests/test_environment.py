@@ -175,6 +175,8 @@ def test_vllm_comes_on_top_and_without_what_it_declares(project):
     assert project.run("--tests")[0] == 0
     assert "--no-deps --upgrade --target .venv/megatron-cpu -r requirements-megatron-cpu.txt" in project.calls()
     assert project.run("--tests") == (0, "")
+    code, stderr = project.run("--test")
+    assert code == 1 and "unknown: --test; use --vllm, --tests or nothing" in stderr
 
 
 def test_cuda_packages_are_refused(project):

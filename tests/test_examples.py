@@ -87,6 +87,8 @@ def test_several_nodes_make_one_ray_cluster_before_training_starts(start, traini
         f"--nodelist=node{i}" for i in (1, 2, 3)
     }
     assert sum("--address=10.0.0.1:6379" in c for c in started) == 2
+    # With a token of their own, also where Slurm is told to export nothing.
+    assert all("--export=ALL" in c for c in started)
     (trained,) = [i for i, c in enumerate(calls) if "main_ppo" in c]
     ray = "++ray_kwargs.ray_init."
     assert f"{ray}address='10.0.0.1:6379' {ray}num_cpus=null {ray}num_gpus=null algorithm=disco" in calls[trained]

@@ -1,4 +1,7 @@
-"""The actor's worker for ``trainer.v1.trainer_mode=separate_async``. (Apart from the trainers: workers import this.)"""
+"""The actor's worker for ``trainer.v1.trainer_mode=separate_async``, for all methods.
+
+Apart from the trainers, because the workers' processes import it.
+"""
 
 from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import Dispatch, register
@@ -11,6 +14,8 @@ class DetachedWorker(DetachActorWorker):
     def save_model_to_cpu(self, n):
         super().save_model_to_cpu(n)
         if self.config.actor.strategy == "fsdp2":
-            # verl's copy is ``.cpu()``, which for a parameter on a CPU is the parameter itself: it would change along.
+            # verl's copy is ``.cpu()``. Of a parameter that lies on a CPU that is the parameter itself, which changes.
             state, spec = self.cpu_saved_models[n]
-            self.cpu_saved_models[n] = ({name: (x.clone(), s) for name, (x, s) in state.items()}, spec)
+            on_cpu = {name for name, p in self.actor.engine.module.named_parameters() if p.device.type == "cpu"}
+            copied = {name: (x.clone() if name in on_cpu else x, s) for name, (x, s) in state.items()}
+            self.cpu_saved_models[n] = (copied, spec)

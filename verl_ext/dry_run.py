@@ -72,7 +72,7 @@ def check_settings(config: DictConfig) -> Iterator[Finding]:
     from verl.utils.config import validate_config
 
     from verl_ext import cpu
-    from verl_ext.hydra_callbacks import refuse_unsupported_trainer
+    from verl_ext.hydra_callbacks import refuse_unsupported_trainer, refuse_wrong_asynchrony
 
     yield Finding("algorithm", str(OmegaConf.select(config, "verl_ext.algorithm", default="verl's settings")))
     made, critic, reference, local = 0, need_critic(config), need_reference_policy(config), is_local(model_path(config))
@@ -100,7 +100,7 @@ def check_settings(config: DictConfig) -> Iterator[Finding]:
     if config.trainer.device == "cpu":
         checks.append(cpu.check)
     if "verl_ext" in config:
-        checks.append(refuse_unsupported_trainer)
+        checks += [refuse_unsupported_trainer, refuse_wrong_asynchrony]
     if validator := OmegaConf.select(config, "verl_ext.validator"):
         checks.append(get_method(validator))
     checks.append(lambda c: validate_config(c, reference, critic and local))

@@ -77,6 +77,7 @@ def before_job(config: DictConfig) -> None:
     settings = config.get("verl_ext")
     if settings:
         refuse_unsupported_trainer(config)
+        refuse_wrong_asynchrony(config)
         if name := settings.get("validator"):
             get_method(name)(config)
         check_nodes(config)
@@ -116,6 +117,46 @@ def check_resumed(config: DictConfig, folder: str) -> None:
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             print(f"verl-disco: {folder} is resumed with {name}={now.get(name)}, was {before.get(name)}", flush=True)
+
+
+def refuse_wrong_asynchrony(config: DictConfig) -> None:
+    """Refuse what verl's asynchronous trainers would refuse only after Ray has started.
+
+    Raises:
+        ValueError: names the setting, what was found and what would be right.
+    """
+    mode = OmegaConf.select(config, "trainer.v1.trainer_mode")
+    if mode not in ("colocate_async", "separate_async"):
+        return
+    where = f"trainer.v1.trainer_mode={mode}"
+    rollout = config.actor_rollout_ref.rollout
+    manager = str(rollout.agent.get("agent_loop_manager_class"))
+    if manager.endswith("BatchAgentLoopManager"):
+        raise ValueError(
+            f"actor_rollout_ref.rollout.agent.agent_loop_manager_class={manager} waits until a whole batch is "
+            f"generated, and {where} trains meanwhile; set it to null"
+        )
+    if mode != "separate_async":
+        return
+    batch, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
+    steps = config.trainer.v1.separate_async.parameter_sync_step
+    if batch != steps * mini:
+        raise ValueError(
+            f"data.train_batch_size={batch} does not work with {where}: it must be "
+            f"trainer.v1.separate_async.parameter_sync_step={steps} x "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} = {steps * mini}"
+        )
+    for name in ("nnodes", "n_gpus_per_node"):
+        if rollout[name] <= 0:
+            raise ValueError(
+                f"actor_rollout_ref.rollout.{name}={rollout[name]} leaves no devices for the rollouts of {where}; use "
+                "at least 1"
+            )
+    if rollout.checkpoint_engine.backend == "naive":
+        raise ValueError(
+            f"actor_rollout_ref.rollout.checkpoint_engine.backend=naive does not reach the rollouts of {where}; use "
+            "nccl, or on a CPU ray with custom_backend_module=verl_ext.cpu.checkpoint_engine"
+        )
 
 
 def refuse_unsupported_trainer(config: DictConfig) -> None:

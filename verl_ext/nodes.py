@@ -1,4 +1,4 @@
-"""Refuses a Ray cluster of which some node lacks this plugin, or has other versions.
+"""Refuses a Ray cluster of which some node lacks this plugin, or has it or verl in another version.
 
 verl's processes run on any node, and where the plugin is missing verl would quietly train without it, or end in an
 import error that names no node.
@@ -6,30 +6,26 @@ import error that names no node.
 
 import os
 import socket
-from importlib.metadata import version
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-PACKAGES = ("verl-disco", "verl")
+SECONDS_TO_ANSWER = 300.0
 
 
 def check_nodes(config: DictConfig) -> None:
     """Ask each node of the cluster that ``config`` will train on; on a Ray of the run's own there is nothing to ask.
 
     Raises:
-        ValueError: names each node, what it lacks, and its Python.
+        ValueError: names each node that differs from this one, what it has, and its Python.
     """
-    address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS")
-    if address in (None, "auto"):
-        address = started_here()
-    if address in (None, "local") or not answers(address):
+    settings = OmegaConf.to_container(OmegaConf.select(config, "ray_kwargs.ray_init") or OmegaConf.create())
+    address = cluster_address(settings)
+    if address in (None, "local") or not is_listening(address):
         return
     import ray
 
-    environment = OmegaConf.to_container(
-        OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env") or OmegaConf.create()
-    )
+    environment = settings.get("runtime_env") or {}
     try:
         # As verl will, so that what it sends to the nodes (working_dir, py_executable ...) is there.
         ray.init(
@@ -38,34 +34,37 @@ def check_nodes(config: DictConfig) -> None:
             log_to_driver=False,
         )
     except ConnectionError:
-        # No cluster: verl starts one of its own, or says why it cannot.
+        # verl will say why it cannot connect.
         return
     try:
-        problems = [
-            f"{node['NodeManagerAddress']} ({node['NodeID'][:8]}): {problem}"
-            for node, found in ask_nodes()
-            if (problem := compare(found))
-        ]
+        here, answers = what_is_installed()(), ask_nodes()
     finally:
         ray.shutdown()
-    if problems:
+    if problems := [f"{node}: {problem}" for node, found in answers.items() if (problem := compare(found, here))]:
         raise ValueError(
-            f"ray_kwargs.ray_init.address={address}: not every node has this plugin as this one has it; install "
-            f"verl-disco {version('verl-disco')} and verl {version('verl')} there: " + "; ".join(problems)
+            f"ray_kwargs.ray_init.address={address}: not every node has what this one has, verl-disco "
+            f"{here['verl-disco']} and verl {here['verl']}; install the same there: " + "; ".join(problems)
         )
 
 
-def started_here() -> str | None:
-    """Address of the cluster that ``ray start`` made on this machine, as Ray itself finds it; None without one."""
-    file = os.path.join(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+def cluster_address(settings: dict[str, Any]) -> str | None:
+    """Where ``ray.init(**settings)`` will connect to; None where it starts a cluster of its own."""
+    address = settings.get("address")
+    if address not in (None, "auto"):
+        return address
+    if found := os.environ.get("RAY_ADDRESS"):
+        return found
+    # Where `ray start` on this machine has left it.
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    file = os.path.join(settings.get("_temp_dir") or os.path.join(folder, "ray"), "ray_current_cluster")
     if not os.path.exists(file):
         return None
     with open(file) as f:
         return f.read().strip() or None
 
 
-def answers(address: str) -> bool:
-    """Whether something listens there: Ray would wait for minutes for a cluster that is gone."""
+def is_listening(address: str) -> bool:
+    """Whether something does there: Ray would wait for minutes for a cluster that is gone."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=10):
@@ -74,52 +73,74 @@ def answers(address: str) -> bool:
         return False
 
 
-def ask_nodes() -> list[tuple[dict[str, Any], dict[str, str | None] | Exception]]:
-    """Each living node and the versions that its workers find, by package (None: not there), and their ``python``."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+def what_is_installed():
+    """A function that Ray sends as code, since a node may not have this module: version by package, ``python``.
 
-    packages = PACKAGES
+    None for a package that is not there. The plugin's version ends in a digest of its files, because a checkout that
+    was not updated has the same number.
+    """
 
-    # Nested, so that Ray sends its code: the node may not have this module.
     def found() -> dict[str, str | None]:
+        import hashlib
+        import pathlib
         import sys
         from importlib.metadata import PackageNotFoundError, version
         from importlib.util import find_spec
 
-        versions = {"python": sys.executable}
-        for name in packages:
+        def of(package: str) -> str | None:
             try:
-                versions[name] = version(name)
+                return version(package)
             except PackageNotFoundError:
-                versions[name] = None
-        if find_spec("verl_ext") is None:
-            versions["verl-disco"] = None
-        return versions
+                return None
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    calls = [
-        ray.remote(num_cpus=0, max_retries=0)(found)
-        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        .remote()
-        for node in nodes
-    ]
-    answers = []
-    for call in calls:
+        versions = {"python": sys.executable, "verl": of("verl"), "verl-disco": of("verl-disco")}
+        digest = hashlib.sha256()
+        for name in ("verl_ext", "recipe.disco"):
+            try:
+                spec = find_spec(name)
+            except ModuleNotFoundError:
+                spec = None
+            if spec is None:
+                return versions | {"verl-disco": None}
+            folder = pathlib.Path(spec.origin).parent
+            for file in sorted(f for kind in ("py", "yaml") for f in folder.rglob(f"*.{kind}")):
+                digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+        return versions | {"verl-disco": f"{versions['verl-disco']} ({digest.hexdigest()[:8]})"}
+
+    return found
+
+
+def ask_nodes() -> dict[str, dict[str, str | None] | str]:
+    """What each living node of the connected cluster has installed, by its address and id; text where it cannot say."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    calls = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ask = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(what_is_installed())
+            calls[f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"] = ask.remote()
+    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=SECONDS_TO_ANSWER)
+    answers = {}
+    for node, call in calls.items():
+        if call not in done:
+            answers[node] = f"no answer within {SECONDS_TO_ANSWER:.0f} s"
+            continue
         try:
-            answers.append(ray.get(call, timeout=300))
+            answers[node] = ray.get(call)
         except Exception as e:
-            answers.append(e)
-    return list(zip(nodes, answers, strict=True))
+            answers[node] = f"{type(e).__name__}: {e}"
+    return answers
 
 
-def compare(found: dict[str, str | None] | Exception) -> str:
+def compare(found: dict[str, str | None] | str, here: dict[str, str | None]) -> str:
     """What is wrong with a node's answer; "" if nothing is."""
-    if isinstance(found, Exception):
-        return f"does not answer: {type(found).__name__}: {found}"
+    if isinstance(found, str):
+        return found
     wrong = [
         f"{name} is {'missing' if found[name] is None else found[name]}"
-        for name in PACKAGES
-        if found[name] != version(name)
+        for name in ("verl-disco", "verl")
+        if found[name] != here[name]
     ]
     return f"{' and '.join(wrong)} ({found['python']})" if wrong else ""

@@ -75,9 +75,12 @@ class MetricsLog:
 
 GROUP_FIELDS = (
     *("group_id", "group_size", "sample_index", "sequence_reward", "fresh_old_log_probs", "mini_batch_id"),
-    *("local_step", "local_steps"),
+    *("entropy_logged", "local_step", "local_steps"),
 )
 """Written by :class:`ExtendedTrainer` for workers that train on whole questions."""
+
+TOTALS = ("training/failed_questions", "training/padding_rows", "disco/measure_seconds")
+"""Metrics of which a step logs the sum, not the mean, over its local updates."""
 
 UNREAD = {"rm_scores", "log_probs", "entropy"}
 """Tensors of a batch that no model and no loss reads: verl copies them to other names, or uses them in the trainer."""
@@ -179,6 +182,7 @@ class ExtendedTrainer:
             "sample_index": list(range(len(group) + padding)),
             "sequence_reward": reward + [0.0] * padding,
             "fresh_old_log_probs": [self._old_log_probs_are_fresh()] * (len(group) + padding),
+            "entropy_logged": [not self._bypass_mode()] * (len(group) + padding),
             "local_step": [self.local_trigger_step] * (len(group) + padding),
             "local_steps": [self.parameter_sync_step] * (len(group) + padding),
         }
@@ -199,6 +203,18 @@ class ExtendedTrainer:
             names
         )
         metrics["training/padding_rows"] = padding
+        return batch
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        self._totals: Counter[str] = Counter()
+        batch = super().step(metrics, timing_raw)
+        # verl averages over the step's local updates.
+        metrics.update(self._totals)
+        return batch
+
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
+        batch = super()._step_once(metrics, timing_raw, sample_batch_size)
+        self._totals.update({name: metrics[name] for name in TOTALS if name in metrics})
         return batch
 
     def _fixed_micro_batches(self) -> list[int]:
@@ -222,8 +238,11 @@ class ExtendedTrainer:
 
     def _old_log_probs_are_fresh(self) -> bool:
         """Whether old_log_probs are those of the policy that is about to be updated."""
-        bypass = OmegaConf.select(self.config, "algorithm.rollout_correction.bypass_mode", default=False)
-        return not bypass and self.local_trigger_step == 0
+        return not self._bypass_mode() and self.local_trigger_step == 0
+
+    def _bypass_mode(self) -> bool:
+        """Whether old_log_probs are the rollout's, so that verl makes no pass for them and logs no entropy."""
+        return bool(OmegaConf.select(self.config, "algorithm.rollout_correction.bypass_mode", default=False))
 
     def _actor_data_parallel_size(self) -> int:
         group = self.actor_rollout_wg

@@ -45,11 +45,11 @@ mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" hostname --ip-address | awk '{print $1}')
 start="$python -m ray.scripts.scripts start --block --disable-usage-stats"
 # This script runs on the first node: the head, then a worker on each other node, in the background.
-srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" --overlap $start --head --node-ip-address="$head" --port="$port" &
+srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" --overlap --export=ALL $start --head --node-ip-address="$head" --port="$port" &
 head_is_up() { ray status --address "$head:$port" >/dev/null 2>&1; }
 wait_until head_is_up
 for host in "${hosts[@]:1}"; do
-  srun --nodes=1 --ntasks=1 --nodelist="$host" --overlap $start --address="$head:$port" &
+  srun --nodes=1 --ntasks=1 --nodelist="$host" --overlap --export=ALL $start --address="$head:$port" &
 done
 echo "waiting for $nodes nodes"
 all_are_up() { [ "$(ray status --address "$head:$port" 2>/dev/null | grep -c '^ 1 node_')" -ge "$nodes" ]; }

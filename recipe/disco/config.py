@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field, fields
 from inspect import signature
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
-from verl.trainer.ppo.rollout_corr_helper import SUPPORTED_ROLLOUT_RS_OPTIONS
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 from verl.utils.import_utils import load_module
 from verl.workers.config import PolicyLossConfig
 
@@ -241,28 +242,33 @@ def validate(config: DictConfig) -> None:
 def _refuse_corrections_without_effect(disco: DiscoConfig, get, refuse) -> None:
     node = "algorithm.rollout_correction"
     chosen = {name: get(f"{node}.{name}") for name in ("rollout_is", "rollout_rs")}
-    if chosen["rollout_is"] not in (None, "token", "sequence"):
-        refuse(f"{node}.rollout_is", chosen["rollout_is"], "it is unknown; use token, sequence or null")
-    known = sorted(SUPPORTED_ROLLOUT_RS_OPTIONS)
-    for option in str(chosen["rollout_rs"] or "").split(","):
-        if option.strip() and option.strip() not in known:
-            refuse(f"{node}.rollout_rs", chosen["rollout_rs"], f"it is unknown; use null or one of {', '.join(known)}")
+    bypass = get(f"{node}.bypass_mode")
+    if (bypass or any(chosen.values())) and not get("actor_rollout_ref.rollout.calculate_log_probs"):
+        refuse(
+            "actor_rollout_ref.rollout.calculate_log_probs",
+            False,
+            f"{node} (bypass_mode={bypass}, rollout_is={chosen['rollout_is']}, rollout_rs={chosen['rollout_rs']}) "
+            "reads the rollout's log-probabilities; use true",
+        )
     for name, found in chosen.items():
         if found is None:
             continue
-        if get(f"{node}.bypass_mode"):
+        if bypass:
             refuse(
                 f"{node}.{name}",
                 found,
                 f"with {node}.bypass_mode=True old_log_probs are the rollout's own, so nothing is left to correct; use "
                 "null, or bypass_mode=False",
             )
-        if not get("actor_rollout_ref.rollout.calculate_log_probs"):
-            refuse(
-                "actor_rollout_ref.rollout.calculate_log_probs",
-                False,
-                f"{node}.{name}={found} compares with the rollout's log-probabilities; use true",
-            )
+        # verl corrects nothing without it, in silence.
+        if get(f"{node}.{name}_threshold") is None:
+            refuse(f"{node}.{name}_threshold", None, f"{node}.{name}={found} needs one; 2.0, say")
+    try:
+        one = torch.zeros(1, 1)
+        names = ("rollout_is", "rollout_is_threshold", "rollout_rs", "rollout_rs_threshold")
+        compute_rollout_correction_and_rejection_mask(one, one, one + 1, **{n: get(f"{node}.{n}") for n in names})
+    except (TypeError, ValueError) as e:
+        refuse(node, OmegaConf.to_container(get(node), resolve=True), f"verl says: {e}")
     if chosen["rollout_is"] and not SCORES[disco.score].correctable:
         refuse(f"{node}.rollout_is", chosen["rollout_is"], f"disco.score={disco.score} takes no weights; use null")
 

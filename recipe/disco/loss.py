@@ -89,8 +89,8 @@ def disco_loss(
         delta: radius of the trust region, in nats a token; >= 0. Published: 1e-4.
         beta: weight of the squared hinge; >= 0. Published: 1e3.
         ref_log_prob: (B, T) log-probabilities under the frozen reference, for scores that compare with it.
-        rollout_is_weights: (B, T) importance weights of the tokens in the scores (a rollout correction); the KL, which
-            is about the tokens that are trained on, has none.
+        rollout_is_weights: (B, T) importance weights of the tokens in the scores' gradient (a rollout correction); the
+            KL, which is about the tokens that are trained on, has none.
         constraint: a controller without state, whose settings are among those above and ``settings``.
         settings: of the objective and the constraint, by name: ``surrogate``, ``negatives``, ``top_share``, ``scale``,
             ``length_temperature``, ``max_length``, ``coefficient``, ...

@@ -9,7 +9,8 @@ Every function returns shape (B,). A response without any token has no score; it
 
 Where the rollout's probabilities are not pi_old's (other kernels, older weights), verl's rollout correction gives each
 token an importance weight rho_t = pi_old(o_t) / pi_rollout(o_t), truncated: ``rho``, (B, T), a constant. It multiplies
-the token's contribution: s(o) = (1/|o|) sum_t rho_t x_t. |o| still counts tokens, not weights.
+the token's contribution to the score where the score is trained: grad s(o) = (1/|o|) sum_t rho_t grad x_t. The value of
+s(o) has no weights: it says how the policy judges a response, and a rejected token must not make a negative look hard.
 """
 
 from collections.abc import Callable
@@ -95,7 +96,7 @@ def compute_score(
 
     Args:
         ref_log_prob: (B, T) the same under the frozen reference, for scores that compare with it.
-        rollout_is_weights: (B, T) rho, the tokens' importance weights; None where nothing is corrected.
+        rollout_is_weights: (B, T) rho, the tokens' importance weights in the gradient; None where nothing is corrected.
 
     Raises:
         ValueError: for an unknown score, a missing ``ref_log_prob``, or weights for a score that takes none.
@@ -104,8 +105,10 @@ def compute_score(
     if chosen.base == "reference" and ref_log_prob is None:
         raise ValueError(f"score={score!r} compares with a reference model, but there is no ref_log_prob")
     base = ref_log_prob if chosen.base == "reference" else old_log_prob
+    s = chosen.fn(log_prob, base, mask)
     if rollout_is_weights is None:
-        return chosen.fn(log_prob, base, mask)
+        return s
     if not chosen.correctable:
         raise ValueError(f"score={score!r} takes no importance weights: give its function a fourth argument, rho")
-    return chosen.fn(log_prob, base, mask, rollout_is_weights.detach())
+    trained = chosen.fn(log_prob, base, mask, rollout_is_weights.detach())
+    return s.detach() + (trained - trained.detach())

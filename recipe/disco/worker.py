@@ -10,9 +10,9 @@ parallelism below it. Per mini-batch, on every rank:
 4. train: verl's ``train_batch`` runs the micro-batches, each with its share of the separable loss.
 
 Rows carry what ``verl_ext.trainer`` wrote: ``group_id``, ``group_size``, ``sample_index``, ``sequence_reward``,
-``mini_batch_id``, ``fresh_old_log_probs``, ``local_step`` of ``local_steps`` (trainers that update several times
-between two weight synchronisations). verl's conventions that matter here: a loss function returns dp_size times
-its micro-batch's share of the global sum; fields of the batch reach it as ``data[...]``.
+``mini_batch_id``, ``fresh_old_log_probs``, ``entropy_logged``, and ``local_step`` of ``local_steps`` for trainers that
+update several times between two weight synchronisations. verl's conventions that matter here: a loss function returns
+dp_size times its micro-batch's share of the global sum; fields of the batch reach it as ``data[...]``.
 """
 
 import json
@@ -117,13 +117,13 @@ class DiscoTrainingWorker(TrainingWorker):
         fresh = bool(data["fresh_old_log_probs"].all())
         free = lagged or (first and fresh)
         # verl's pass for old_log_probs logs the entropy; where there is none (bypass mode), we do.
-        entropy_unknown = first and not fresh
+        entropy_unknown = first and not bool(data["entropy_logged"].all())
         if free:
             log_prob, entropy = padded(data["old_log_probs"]).float(), None
         else:
             log_prob, entropy = self._forward(data, with_entropy=entropy_unknown)
         # None on pipeline stages before the last: no loss is evaluated there.
-        metrics = {} if log_prob is None else self._weigh(data, log_prob, entropy, lagged_kl=self._last_kl)
+        metrics = {} if log_prob is None else self._weigh(data, log_prob, entropy)
         measured = time.perf_counter() - started
 
         self._fit_micro_batches(data, self.engine_config.micro_batch_size_per_gpu)
@@ -172,15 +172,13 @@ class DiscoTrainingWorker(TrainingWorker):
         names = ("log_probs", "entropy")
         return tuple(no_padding_2_padding(output[n], data).float() if n in output else None for n in names)
 
-    def _beside(self, data: TensorDict, device: torch.device) -> dict[str, Tensor]:
-        """What a score reads besides the policy's log-probabilities, (B, T) each: the reference's, where it compares
-        with them, and the importance weights of a rollout correction, where there is one."""
-        fields = {"rollout_is_weights"} & set(data.keys())
-        if SCORES[self.disco.score].base == "reference":
-            fields.add("ref_log_prob")
-        return {name: padded(data[name]).float().to(device) for name in fields}
+    def _reference(self, data: TensorDict, device: torch.device) -> Tensor | None:
+        """Log-probabilities (B, T) under the frozen reference, for a score that compares with it."""
+        if SCORES[self.disco.score].base != "reference":
+            return None
+        return padded(data["ref_log_prob"]).float().to(device)
 
-    def _weigh(self, data: TensorDict, log_prob: Tensor, entropy: Tensor | None, lagged_kl: float) -> dict[str, float]:
+    def _weigh(self, data: TensorDict, log_prob: Tensor, entropy: Tensor | None) -> dict[str, float]:
         """Exchange the table, write each row's weight and the coefficient into ``data``; return the metrics."""
         mask = padded(data["response_mask"]).bool().to(log_prob.device)
         old = padded(data["old_log_probs"]).float().to(log_prob.device)
@@ -190,7 +188,7 @@ class DiscoTrainingWorker(TrainingWorker):
             "index": data["sample_index"],
             "reward": data["sequence_reward"],
             "length": mask.sum(-1),
-            "score": compute_score(self.disco.score, log_prob, old, mask, **self._beside(data, log_prob.device)),
+            "score": compute_score(self.disco.score, log_prob, old, mask, self._reference(data, log_prob.device)),
             "kl": kl_estimate(log_prob, old, mask, self.disco.kl_estimator).sum(-1),
             "entropy": masked(log_prob if entropy is None else entropy, mask).sum(-1),
         }
@@ -212,7 +210,7 @@ class DiscoTrainingWorker(TrainingWorker):
         value, weight = weigh(self.disco.objective, score, positive, question, length, settings)
         self._tokens = int(length.sum())
         if self.disco.measure == "lagged":
-            kl = lagged_kl
+            kl = self._last_kl
         else:
             kl = self._last_kl = float(kl_sum.sum()) / max(self._tokens, 1)
 
@@ -253,7 +251,8 @@ class DiscoTrainingWorker(TrainingWorker):
             tokens,
             score=self.disco.score,
             kl_estimator=self.disco.kl_estimator,
-            **self._beside(data, log_prob.device),
+            ref_log_prob=self._reference(data, log_prob.device),
+            rollout_is_weights=padded(data["rollout_is_weights"]) if "rollout_is_weights" in data.keys() else None,
         )
         if self.disco.measure == "lagged":
             kl = kl_estimate(log_prob.detach(), old, mask, self.disco.kl_estimator)

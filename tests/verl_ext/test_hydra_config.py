@@ -340,6 +340,35 @@ def test_trainers_that_would_ignore_the_extensions_are_refused(jobs, override, m
     assert len(jobs("algorithm=grpo", override)) == 1
 
 
+ASYNC = "trainer.v1.trainer_mode=separate_async"
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["data.train_batch_size=128"], r"data.train_batch_size=128 .* parameter_sync_step=4 x .*=16 = 64"),
+        (["data.train_batch_size=64"], f"{ROLLOUT}.nnodes=0 leaves no devices .* at least 1"),
+        (["data.train_batch_size=64", f"{ROLLOUT}.nnodes=1"], f"{ROLLOUT}.checkpoint_engine.backend=naive .* use nccl"),
+        (
+            [f"{ROLLOUT}.agent.agent_loop_manager_class=verl_ext.cpu.rollout.batch_loop.BatchAgentLoopManager"],
+            f"{ROLLOUT}.agent.agent_loop_manager_class=.* set it to null",
+        ),
+    ],
+)
+def test_what_the_asynchronous_trainers_would_refuse_later_is_refused(jobs, overrides, message):
+    common = ["algorithm=grpo", ASYNC, "actor_rollout_ref.actor.ppo_mini_batch_size=16"]
+    with pytest.raises(SystemExit, match=f"settings refused: {message}"):
+        jobs(*common, *overrides)
+
+
+def test_an_asynchronous_trainer_starts_with_the_right_settings(jobs):
+    jobs(
+        *("algorithm=disco", ASYNC, "actor_rollout_ref.actor.ppo_mini_batch_size=16", "data.train_batch_size=64"),
+        *(f"{ROLLOUT}.name=vllm", f"{ROLLOUT}.nnodes=1", f"{ROLLOUT}.checkpoint_engine.backend=nccl"),
+    )
+
+
 @pytest.mark.parametrize("initialized", [True, False])
 def test_ray_is_shut_down_after_a_job(monkeypatch, initialized):
     shut_down = []

@@ -119,6 +119,7 @@ def balanced(monkeypatch, keys, lengths, ranks=2, questions=2):
         ),
         _sequence_rewards=lambda batch: [float(i) for i in range(len(batch))],
         _old_log_probs_are_fresh=lambda: True,
+        _bypass_mode=lambda: False,
         _actor_data_parallel_size=lambda: ranks,
         _fixed_micro_batches=lambda: [],
         tokenizer=SimpleNamespace(eos_token_id=0),
@@ -147,6 +148,7 @@ def test_whole_questions_of_several_trajectories_with_failures_are_dealt(monkeyp
         assert {k for k in keys if rows[k]["group_id"] == row["group_id"]} == {
             k for k in keys if question[k] == question[key]
         }
+    assert all((row["local_step"], row["local_steps"], row["entropy_logged"]) == (1, 2, True) for row in rows.values())
     # Two mini-batches on two ranks, rank after rank, each with the same number of rows.
     assert written["mini_batch_id"] == sorted(written["mini_batch_id"][: len(batch) // 2]) * 2
     padding = [row for key, row in rows.items() if key.startswith("pad")]

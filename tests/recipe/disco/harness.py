@@ -212,6 +212,7 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
             sample_index=torch.tensor(mine),
             mini_batch_id=torch.tensor([plan.mini_batch[rank * share + i] for i in range(share)]),
             fresh_old_log_probs=torch.full((share,), case["fresh"]),
+            entropy_logged=torch.full((share,), True),
             local_step=torch.zeros(share, dtype=torch.long),
             local_steps=torch.ones(share, dtype=torch.long),
             **({"rollout_is_weights": jagged([r["rho"].float() for r in selected])} if case["correction"] else {}),

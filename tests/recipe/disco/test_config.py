@@ -110,8 +110,8 @@ def test_lagged_weights_of_ratios_are_refused_but_for_disco_b():
         ("critic.enable=true", "critic.enable=True .* use null"),
         ("distillation.enabled=true", "distillation.enabled=True .* use false"),
         ("actor_rollout_ref.actor.use_prefix_grouper=true", "use_prefix_grouper=True .* use false"),
-        ("algorithm.rollout_correction.rollout_is=word", "rollout_is=word .* use token, sequence or null"),
-        ("algorithm.rollout_correction.rollout_rs=sequence", "rollout_rs=sequence .* use null or one of .*seq_mean_k1"),
+        ("algorithm.rollout_correction.rollout_is=word", "rollout_correction=.*'word'.* verl says: Invalid rollout_is"),
+        ("algorithm.rollout_correction.rollout_rs=seq_mean_k1", "rollout_rs_threshold=None .* needs one"),
         ("algorithm.adv_estimator=gae", "adv_estimator=gae .* starts a critic"),
         ("actor_rollout_ref.actor.strategy=veomni", "strategy=veomni .* use one of fsdp, fsdp2, megatron"),
         ("actor_rollout_ref.actor.ppo_mini_batch_size=256", "256 .* more questions than data.train_batch_size=128"),
@@ -123,12 +123,18 @@ def test_a_setting_that_contradicts_the_method_is_refused_by_name(override, mess
 
 
 def test_a_rollout_correction_without_effect_is_refused():
-    weights, rejection = (f"algorithm.rollout_correction.{x}" for x in ("rollout_is=token", "rollout_rs=seq_mean_k1"))
-    validate(composed(weights, rejection))
-    message = refusal(weights, "actor_rollout_ref.rollout.calculate_log_probs=false")
-    assert "calculate_log_probs=False" in message and "rollout_is=token compares" in message
-    message = refusal(rejection, "algorithm.rollout_correction.bypass_mode=true")
+    node = "algorithm.rollout_correction"
+    weights, rejection = f"{node}.rollout_is=token", f"{node}.rollout_rs=seq_mean_k1"
+    validate(composed(weights, rejection, f"{node}.rollout_rs_threshold=0.5_2.0"))
+    for setting in (weights, f"{node}.bypass_mode=true"):
+        message = refusal(setting, "actor_rollout_ref.rollout.calculate_log_probs=false")
+        assert "calculate_log_probs=False" in message and "reads the rollout's log-probabilities" in message
+    message = refusal(rejection, f"{node}.rollout_rs_threshold=0.5_2.0", f"{node}.bypass_mode=true")
     assert "rollout_rs=seq_mean_k1" in message and "nothing is left to correct" in message
+    message = refusal(f"{node}.rollout_rs=sequence", f"{node}.rollout_rs_threshold=2.0")
+    assert "'sequence'" in message and "verl says: Invalid rollout_rs" in message
+    message = refusal(weights, f"{node}.rollout_is_threshold=null")
+    assert "rollout_is_threshold=None" in message and "2.0, say" in message
 
 
 def test_a_score_without_weights_refuses_a_rollout_correction(monkeypatch):

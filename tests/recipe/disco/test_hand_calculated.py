@@ -249,18 +249,18 @@ def test_the_defaults_are_the_published_constants():
 @pytest.mark.parametrize(
     "score, objective, gradient",
     [
-        # (1 * -1 + .5 * -3) / 2 = -1.25 against 2 * -4 = -8
-        ("log_l", 6.75, [[-0.5, -0.25], [2.0]]),
+        # -2 against -4
+        ("log_l", 2.0, [[-0.5, -0.25], [2.0]]),
         # ratios are e^-.1, e^-.2 and 1
         (
             "l_ratio",
-            (math.exp(-0.1) + 0.5 * math.exp(-0.2)) / 2 - 2,
+            (math.exp(-0.1) + math.exp(-0.2)) / 2 - 1,
             [[-math.exp(-0.1) / 2, -math.exp(-0.2) / 4], [2.0]],
         ),
     ],
 )
-def test_importance_weights_multiply_the_tokens_parts_of_scores_and_not_the_kl(score, objective, gradient):
-    """A positive of two tokens with weights 1 and .5, a negative of one with 2. KL (.1 + .2 + 0) / 3 as ever."""
+def test_importance_weights_multiply_the_tokens_parts_of_the_gradient_alone(score, objective, gradient):
+    """A positive of two tokens with weights 1 and .5, a negative of one with 2; J and KL (.1 + .2 + 0) / 3 as ever."""
     rho = torch.tensor([[1, 0.5], [2, PAD]], dtype=torch.float64)
     loss, grad, metrics = run(
         *([[-1.0, -3.0], [-4.0]], [[-0.9, -2.8], [-4.0]], [1, 0], ["a", "a"]),

@@ -69,14 +69,15 @@ def mixture(tmp_path_factory):
     return str(folder)
 
 
-def run(folder: Path, ranks: int, specs: list[dict]) -> dict[str, list[dict]]:
-    """The results of each spec by its name; one start of the ranks for all of them."""
+def run(folder: Path, ranks: int, specs: list[dict]) -> tuple[dict[str, list[dict]], str]:
+    """The results of each spec by its name, and the output; one start of the ranks for all of them."""
     file = folder / "specs.json"
     file.write_text(json.dumps(specs))
+    megatron = [str(MEGATRON)] if any("megatron" in spec["engine"] for spec in specs) else []
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         + [str(HERE / "harness.py"), str(file)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(MEGATRON)])},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *megatron])},
         capture_output=True,
         text=True,
         timeout=900,
@@ -86,12 +87,11 @@ def run(folder: Path, ranks: int, specs: list[dict]) -> dict[str, list[dict]]:
         if line.startswith("RESULT "):
             result = json.loads(line[7:])
             results[result["name"]].append(result)
-    for spec in specs:
-        assert len(results[spec["name"]]) == len(spec["cases"]), done.stdout[-3000:] + done.stderr[-6000:]
-    return results
+    return results, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def check(results):
+def check(results: list[dict], cases: list[dict], output: str) -> None:
+    assert len(results) == len(cases), output
     for r in results:
         # Relative to the update itself, which is far stricter than relative to the parameters.
         assert r["error"] < 2e-5, r["case"]
@@ -136,7 +136,7 @@ ENGINES = {
 @pytest.fixture(scope="session")
 def results(model, mixture, tmp_path_factory):
     @functools.cache
-    def of(start: str) -> dict[str, list[dict]]:
+    def of(start: str) -> tuple[dict[str, list[dict]], str]:
         specs = [
             dict(name=name, model=mixture if "experts" in name else model, engine=engine, cases=cases)
             for name, (engine, cases) in ENGINES[start].items()
@@ -155,7 +155,8 @@ def results(model, mixture, tmp_path_factory):
     ],
 )
 def test_update_equals_the_definition(results, start, name):
-    check(results(start)[name])
+    found, output = results(start)
+    check(found[name], ENGINES[start][name][1], output)
 
 
 @pytest.mark.skipif(
@@ -172,4 +173,5 @@ def test_update_equals_the_definition(results, start, name):
     ids=["tensor parallel 2", "pipeline parallel 2", "both", "context parallel 2"],
 )
 def test_update_through_megatron_equals_the_definition(model, tmp_path, ranks, engine):
-    check(run(tmp_path, ranks, [dict(name="megatron", model=model, engine=engine, cases=SHORT)])["megatron"])
+    found, output = run(tmp_path, ranks, [dict(name="megatron", model=model, engine=engine, cases=SHORT)])
+    check(found["megatron"], SHORT, output)

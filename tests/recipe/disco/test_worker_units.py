@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 from recipe.disco import worker
 from recipe.disco.config import DiscoConfig
@@ -130,3 +131,25 @@ def test_a_node_without_the_file_gets_the_state_from_another(tmp_path, monkeypat
     resumed = Stub("augmented_lagrangian")
     resumed.load_checkpoint(str(tmp_path))
     assert resumed.controller.multiplier == 1.5
+
+
+def test_the_local_updates_of_a_step_are_one_step_for_the_controller(monkeypatch):
+    kl_before, kl_after = [], iter([0.5, 1.25])
+
+    def train(self, data):
+        kl_before.append(self._last_kl)
+        self._last_kl = next(kl_after)
+
+    monkeypatch.setattr(worker.TrainingWorker, "train_mini_batch", train)
+    stub = Stub("augmented_lagrangian")
+    stub.engine.get_data_parallel_size = lambda: 1
+    stub._last_kl = 7.0
+    multipliers = []
+    for step in range(2):
+        columns = {"mini_batch_id": [0, 0], "local_step": [step] * 2, "local_steps": [2, 2]}
+        stub.train_mini_batch(TensorDict({k: torch.tensor(v) for k, v in columns.items()}, batch_size=2))
+        multipliers.append(stub.controller.multiplier)
+    # A step begins at pi_old, and its second update goes on where the first one ended.
+    assert kl_before == [0.0, 0.5]
+    # rho (KL - delta), at the step's end alone.
+    assert multipliers == [0.0, 2.0]
