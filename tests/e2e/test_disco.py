@@ -99,10 +99,9 @@ def test_batches_that_divide_unevenly_in_the_lagged_mode_with_the_rollouts_log_p
             ["algorithm=disco", "actor_rollout_ref.rollout.n=1"],
             "actor_rollout_ref.rollout.n=1 does not work with DisCO",
         ),
-        (["algorithm=disco", "disco.measure=lagged", "disco.score=l_ratio"], "would silently be DisCO-b's"),
         (["algorithm=disko"], "Available options in 'algorithm'"),
     ],
-    ids=["n=1", "lagged ratios", "unknown algorithm"],
+    ids=["n=1", "unknown algorithm"],
 )
 def test_wrong_settings_end_the_run_before_ray_starts(main_ppo, overrides, message):
     run = main_ppo(*overrides)

@@ -63,7 +63,7 @@ def cluster(tmp_path, monkeypatch):
 
 def settings(address: str) -> list[str]:
     none = ["ray_kwargs.ray_init.num_cpus=null", "ray_kwargs.ray_init.num_gpus=null"]
-    return ["algorithm=disco", "trainer.nnodes=2", f"ray_kwargs.ray_init.address='{address}'", *none]
+    return ["algorithm=trpa", "trainer.nnodes=2", f"ray_kwargs.ray_init.address='{address}'", *none]
 
 
 def test_the_plugin_works_on_the_node_that_did_not_start_the_driver(main_ppo, cluster):

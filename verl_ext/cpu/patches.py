@@ -1,10 +1,11 @@
-"""The two functions of verl that do not work, or hardly, on a CPU. Both patches act only there.
+"""The two functions of verl that do not work, or hardly, on a CPU, and an import that no CPU needs.
 
-Each checks what it replaces; on another verl than it knows it leaves verl alone and says so, and
-``tests/verl_ext/cpu/test_patches.py`` fails.
+The patches of functions act only there. Each checks what it replaces; on another verl than it knows it leaves verl
+alone and says so, and ``tests/verl_ext/cpu/test_patches.py`` fails.
 """
 
 import functools
+import importlib.util
 import inspect
 import sys
 from types import ModuleType
@@ -14,8 +15,18 @@ from wrapt import register_post_import_hook
 
 
 def register() -> None:
+    skip_ascend_engine()
     register_post_import_hook(patch_process_group, "verl.utils.distributed")
     register_post_import_hook(patch_log_probs, "verl.utils.torch_functional")
+
+
+def skip_ascend_engine() -> None:
+    """verl's weight transfer for Ascend NPUs imports vLLM before it says that there is no NPU.
+
+    Where vLLM is installed, that takes seconds in each of a run's processes. verl takes the ImportError either way.
+    """
+    if importlib.util.find_spec("torch_npu") is None:
+        sys.modules.setdefault("verl.checkpoint_engine.hccl_checkpoint_engine", None)
 
 
 def patch_process_group(module: ModuleType) -> None:

@@ -1,7 +1,10 @@
 """The patches of verl: what they cure, that they act on a CPU only, and what fails when verl changes under them."""
 
 import inspect
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +111,20 @@ def test_verl_still_forces_the_reference_policy_into_pinned_memory():
     source = inspect.getsource(transformer_impl.FSDPEngine._build_fsdp_module)
     assert "if self.engine_config.offload_policy or self.engine_config.forward_only:" in source
     assert "CPUOffloadPolicy(pin_memory=True)" in source
+
+
+def test_no_process_imports_vllm_for_an_engine_that_needs_an_npu():
+    program = (
+        "import sys, verl.workers.engine_workers\n"
+        "from verl.checkpoint_engine import CheckpointEngineRegistry as registry\n"
+        "assert 'hccl_checkpoint_engine' in registry._import_errors\n"
+        "assert 'vllm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_verls_ascend_engine_still_needs_an_npu_and_still_imports_vllm_first():
+    # When it no longer does, drop the patch.
+    source = Path(verl.utils.distributed.__file__).parents[1] / "checkpoint_engine/hccl_checkpoint_engine.py"
+    text = source.read_text()
+    assert text.index("from vllm") < text.index("if not is_torch_npu_available(check_device=False):\n    raise Import")
