@@ -347,11 +347,11 @@ ROLLOUT = "actor_rollout_ref.rollout"
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["data.train_batch_size=128"], r"data.train_batch_size=128 .* parameter_sync_step=4 x .*=16 = 64"),
+        (["data.train_batch_size=128"], r"data.train_batch_size=128 .*parameter_sync_step=4 x .*=16 = 64"),
         (["data.train_batch_size=64"], f"{ROLLOUT}.nnodes=0 leaves no devices .* at least 1"),
         (["data.train_batch_size=64", f"{ROLLOUT}.nnodes=1"], f"{ROLLOUT}.checkpoint_engine.backend=naive .* use nccl"),
         (
-            [f"{ROLLOUT}.agent.agent_loop_manager_class=verl_ext.cpu.rollout.batch_loop.BatchAgentLoopManager"],
+            [f"+{ROLLOUT}.agent.agent_loop_manager_class=verl_ext.cpu.rollout.batch_loop.BatchAgentLoopManager"],
             f"{ROLLOUT}.agent.agent_loop_manager_class=.* set it to null",
         ),
     ],

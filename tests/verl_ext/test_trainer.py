@@ -189,7 +189,9 @@ def test_workers_fetch_the_tensors_they_read_unless_there_are_images(
 @pytest.mark.parametrize("bypass, trigger, fresh", [(False, 0, True), (True, 0, False), (False, 1, False)])
 def test_old_log_probs_are_fresh_unless_they_are_the_rollouts_or_an_update_came_between(bypass, trigger, fresh):
     config = OmegaConf.create({"algorithm": {"rollout_correction": {"bypass_mode": bypass}}})
-    this = SimpleNamespace(config=config, local_trigger_step=trigger)
+    # Without what a trainer's constructor starts.
+    this = ExtendedTrainerSync.__new__(ExtendedTrainerSync)
+    this.config, this.local_trigger_step = config, trigger
     assert ExtendedTrainerSync._old_log_probs_are_fresh(this) is fresh
 
 
@@ -204,3 +206,17 @@ def test_a_reward_that_is_no_number_stops_the_run_naming_the_sample(monkeypatch,
     scores[1] = torch.tensor([0.5, 0.25])
     data["rm_scores"] = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
     assert ExtendedTrainerSync._sequence_rewards(SimpleNamespace(global_steps=7), batch) == [1.0, 0.75, 1.0]
+
+
+def test_a_step_logs_the_totals_of_its_local_updates(monkeypatch):
+    def step(self, metrics, timing_raw):
+        for i in range(2):
+            self._step_once({"training/padding_rows": i + 1, "disco/kl": 1.0}, timing_raw, 4)
+        # verl's means.
+        metrics.update({"training/padding_rows": 1.5, "disco/kl": 1.0})
+
+    monkeypatch.setattr(trainer.PPOTrainerSync, "step", step)
+    monkeypatch.setattr(trainer.PPOTrainerSync, "_step_once", lambda self, metrics, timing_raw, size: None)
+    metrics = {}
+    ExtendedTrainerSync.__new__(ExtendedTrainerSync).step(metrics, {})
+    assert metrics == {"training/padding_rows": 3, "disco/kl": 1.0}

@@ -106,7 +106,7 @@ def test_a_reward_at_the_threshold_is_positive(threshold):
     # 0.7 is not a float32: compared in another precision, the reward would be below its own threshold.
     log_prob = torch.tensor([[-1.0], [-2.0]])
     data = mini_batch([threshold, 0.0], log_prob)
-    Stub(positive_threshold=threshold)._weigh(data, log_prob, None, 0.0)
+    Stub(positive_threshold=threshold)._weigh(data, log_prob, None)
     assert data["disco_weight"].tolist() == [1.0, -1.0]
 
 
@@ -114,12 +114,12 @@ def test_nan_log_probs_stop_the_run_with_the_samples_index():
     log_prob = torch.tensor([[-1.0], [-2.0], [float("nan")]])
     data = mini_batch([1.0, 0.0, 0.0], torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"score of sample 0 is NaN or infinite \(1 of 3"):
-        Stub()._weigh(data, log_prob, None, 0.0)
+        Stub()._weigh(data, log_prob, None)
     data["old_log_probs"] = log_prob
     with pytest.raises(ValueError, match=r"KL of sample 0 is NaN or infinite \(1 of 3"):
-        Stub()._weigh(data, torch.zeros(3, 1), None, 0.0)
+        Stub()._weigh(data, torch.zeros(3, 1), None)
     with pytest.raises(ValueError, match=r"sequence_reward of sample 2 is NaN or infinite \(1 of 3"):
-        Stub()._weigh(mini_batch([float("nan"), 0.0, 0.0], torch.zeros(3, 1)), torch.zeros(3, 1), None, 0.0)
+        Stub()._weigh(mini_batch([float("nan"), 0.0, 0.0], torch.zeros(3, 1)), torch.zeros(3, 1), None)
 
 
 def test_a_node_without_the_file_gets_the_state_from_another(tmp_path, monkeypatch):
