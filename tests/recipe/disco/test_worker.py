@@ -148,11 +148,7 @@ def results(model, mixture, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "start, name",
-    [
-        pytest.param(start, name, id=name, marks=pytest.mark.xdist_group(start))
-        for start, engines in ENGINES.items()
-        for name in engines
-    ],
+    [pytest.param(start, name, id=name) for start, engines in ENGINES.items() for name in engines],
 )
 def test_update_equals_the_definition(results, start, name):
     found, output = results(start)
