@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Environment, ruff, then the test suite, two tests at a time. `--all` adds the long tests; other arguments go to pytest
-# as they are (`-n 0`: one at a time).
+# Environment, ruff, then the test suite, two tests at a time where there are 12 GB of memory. `--all` adds the long
+# tests; other arguments go to pytest as they are (`-n 0`: one at a time).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash examples/setup.sh --tests
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+workers=2
+[ "$(awk '/^MemTotal/ {print $2}' /proc/meminfo)" -ge 12000000 ] || workers=0
 # A file's tests share what they start; the long files come first.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
