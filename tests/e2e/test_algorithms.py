@@ -56,8 +56,9 @@ def test_two_steps_of_each_algorithm(main_ppo, tmp_path, algorithms, ranks):
             assert all(s["training/mixed_questions"] == 1 for s in steps)
         if algorithm == "grpo_er":
             assert all(s["actor/entropy_loss"] > 0 for s in steps)
-    # The same first rollout, other updates.
-    first = {a: run.metrics(a)[0] for a in algorithms if a in FAMILY}
+    # The same first rollout, other updates. (An untrained model's responses are all as long as can be, and among such
+    # DRPO is DisCO.)
+    first = {a: run.metrics(a)[0] for a in algorithms if a in FAMILY and a != "drpo"}
     assert len({s["critic/score/mean"] for s in first.values()}) <= 1
     assert len({s["actor/grad_norm"] for s in first.values()}) == len(first)
 
