@@ -242,6 +242,9 @@ class DiscoTrainingWorker(TrainingWorker):
         mask = padded(data["response_mask"]).bool()
         old, tokens = padded(data["old_log_probs"]), tu.get(data, "disco_tokens")
         require_numbers("log_prob", log_prob.detach(), mask, data["sample_index"])
+        rho = padded(data["rollout_is_weights"]) if "rollout_is_weights" in data.keys() else None
+        if rho is not None:
+            require_numbers("rollout_is_weights", rho, mask, data["sample_index"])
         loss = micro_batch_loss(
             log_prob,
             old,
@@ -252,7 +255,7 @@ class DiscoTrainingWorker(TrainingWorker):
             score=self.disco.score,
             kl_estimator=self.disco.kl_estimator,
             ref_log_prob=self._reference(data, log_prob.device),
-            rollout_is_weights=padded(data["rollout_is_weights"]) if "rollout_is_weights" in data.keys() else None,
+            rollout_is_weights=rho,
         )
         if self.disco.measure == "lagged":
             kl = kl_estimate(log_prob.detach(), old, mask, self.disco.kl_estimator)
