@@ -59,7 +59,7 @@ def test_two_steps_of_each_algorithm(main_ppo, tmp_path, algorithms, ranks):
     # The same first rollout, other updates. (An untrained model's responses are all as long as can be, and among such
     # DRPO is DisCO.)
     first = {a: run.metrics(a)[0] for a in algorithms if a in FAMILY and a != "drpo"}
-    assert len({s["critic/score/mean"] for s in first.values()}) <= 1
+    assert len({s["critic/score/mean"] for s in first.values()}) == min(len(first), 1)
     assert len({s["actor/grad_norm"] for s in first.values()}) == len(first)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import ray
 import torch
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
-from verl.workers.rollout.utils import ensure_async_iterator
+
+from verl_ext.cpu.rollout.buckets import in_buckets
 
 BUCKETS_UNDER_WAY = 2
 """How many buckets wait for the slowest reader before the trainer does."""
@@ -73,18 +74,9 @@ class RayCheckpointEngine(CheckpointEngine):
         weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
         global_steps: int | None = None,
     ) -> None:
-        bucket, size = [], 0
-        # Every rank runs through all weights: gathering one from its shards is a collective.
-        async for name, tensor in ensure_async_iterator(weights):
-            if not self.is_master:
-                continue
-            if bucket and size + tensor.nbytes > self.bucket_size:
-                await self._mailbox.put.remote(bucket)
-                bucket, size = [], 0
-            bucket.append((name, tensor.detach().cpu().contiguous()))
-            size += tensor.nbytes
-        if self.is_master:
+        async for bucket, _ in in_buckets(weights, self.bucket_size, wanted=self.is_master):
             await self._mailbox.put.remote(bucket)
+        if self.is_master:
             await self._mailbox.put.remote(None)
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, torch.Tensor]]:

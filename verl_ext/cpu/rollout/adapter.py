@@ -10,8 +10,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
-from verl.workers.rollout.utils import ensure_async_iterator
 
+from verl_ext.cpu.rollout.buckets import in_buckets
 from verl_ext.cpu.rollout.replica import server_name
 
 
@@ -66,19 +66,11 @@ class HFServerAdapter(BaseRollout):
         if wire_format != "named_tensors":
             raise ValueError(f"rollout.name=hf takes wire_format=named_tensors, not {wire_format}")
         limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
-        bucket, size, first = [], 0, True
-        # Every rank runs through all weights: gathering one from its shards is a collective.
-        async for name, tensor in ensure_async_iterator(weights):
-            if not self.is_leader_rank:
-                continue
-            tensor = tensor.detach().to("cpu", self.dtype)
-            if bucket and size + tensor.nbytes > limit:
-                await self._send(bucket, first, last=False)
-                bucket, size, first = [], 0, False
-            bucket.append((name, tensor))
-            size += tensor.nbytes
+        first = True
+        async for bucket, last in in_buckets(weights, limit, wanted=self.is_leader_rank, dtype=self.dtype):
+            await self._send(bucket, first, last)
+            first = False
         if self.is_leader_rank:
-            await self._send(bucket, first, last=True)
             await self.server.set_global_steps.remote(global_steps)
 
     async def _send(self, bucket: list[tuple[str, torch.Tensor]], first: bool, last: bool) -> None:
