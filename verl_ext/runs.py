@@ -1,10 +1,13 @@
 """What a run leaves in ``trainer.default_local_dir``, and what can be told from it."""
 
 import json
+import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import MarkedYAMLError
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -16,21 +19,93 @@ CHECKPOINT_FILE = "latest_checkpointed_iteration.txt"
 """verl's, there as soon as there is a checkpoint."""
 
 
-def read_json_lines(file: Path) -> list[dict]:
-    """The objects of a JSONL file; a line that is still being written is left out."""
-    rows = []
-    # Not splitlines: texts may hold characters that it takes for the end of a line.
-    for line in file.read_text().split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+def read_json_lines(file: Path) -> Iterator[tuple[int, dict]]:
+    """Yield the objects of a JSONL file with their line numbers; a last line that is still being written is left out.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is no JSON object; names file and line.
+    """
+    try:
+        # By bytes: texts may hold characters that text mode or splitlines take for the end of a line.
+        with open(file, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row, fault = json.loads(line.decode("utf-8-sig")), "is no JSON object"
+                except UnicodeDecodeError as e:
+                    row, fault = None, f"is no UTF-8: {e.reason}"
+                except (ValueError, RecursionError):
+                    row, fault = None, "is no JSON"
+                if isinstance(row, dict):
+                    yield number, row
+                elif line.startswith(b"{") and not line.endswith(b"\n") and fault in HALF_A_LINE:
+                    return
+                else:
+                    raise ValueError(f"{file}, line {number}, {fault}")
+    except OSError as e:
+        raise ValueError(f"{file} cannot be read: {e.strerror}") from None
+
+
+HALF_A_LINE = ("is no JSON", "is no UTF-8: unexpected end of data")
+"""What is wrong with the beginning of a line; it may end within a character."""
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics file, in order of steps."""
-    return sorted(read_json_lines(run / METRICS_FILE), key=lambda r: r["step"])
+    """Read a run's metrics: one row per step, in order. Of what is logged twice for a step, the last stands.
+
+    Raises:
+        ValueError: the file is damaged; names file, line and fault.
+    """
+    file = run / METRICS_FILE
+    rows: dict[int, dict] = {}
+    for number, row in read_json_lines(file):
+        step = row.get("step")
+        # The bound keeps it within an integer column.
+        if isinstance(step, bool) or not isinstance(step, int | float) or not (0 <= step < 2**53 and step == int(step)):
+            found = f"step={reprlib.repr(step)}" if "step" in row else "no step"
+            raise ValueError(f"{file}, line {number}, has {found}; it must be the whole number of the step")
+        rows[int(step)] = rows.get(int(step), {}) | row
+    return [rows[step] | {"step": step} for step in sorted(rows)]
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """Read a run's settings, by their full names.
+
+    Raises:
+        ValueError: the file cannot be read or holds none; names file and fault.
+    """
+    file = run / CONFIG_FILE
+    try:
+        config = OmegaConf.load(file)
+        settings = flatten(config) if isinstance(config, DictConfig) else {}
+    except OSError as e:
+        raise ValueError(f"{file} cannot be read: {e.strerror or e}") from None
+    except Exception as e:
+        # YAML's constructors and OmegaConf's resolvers raise whatever a value makes them raise.
+        where = f"line {e.problem_mark.line + 1}: {e.problem}" if isinstance(e, MarkedYAMLError) else str(e)
+        raise ValueError(f"{file} cannot be read as settings: {' '.join(where.split())}") from None
+    if all(value is None for value in settings.values()):
+        raise ValueError(f"{file} holds no settings")
+    return settings
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a directory with a config file is a run's: Hydra, wandb and others write files of that name, too.
+
+    One that cannot be read counts, so that whoever reads it next names it.
+    """
+    try:
+        if (folder / METRICS_FILE).exists():
+            return True
+        # Hydra's, whatever hydra.output_subdir calls the directory.
+        if (folder / "overrides.yaml").exists():
+            return False
+        names = list(read_settings(folder))
+    except (OSError, ValueError):
+        return True
+    # wandb keeps each setting below "value".
+    return any(name.startswith("trainer.") and not name.startswith("trainer.value") for name in names)
 
 
 def flatten(config: DictConfig) -> dict[str, Any]:
@@ -52,7 +127,11 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 
 def is_finished(run: Path, config: DictConfig) -> bool:
-    """Whether a run with these settings has ended in this directory."""
+    """Tell whether a run with these settings has ended in this directory.
+
+    Raises:
+        ValueError: its settings are damaged.
+    """
     if not ((run / FINISHED_FILE).exists() and (run / CONFIG_FILE).exists()):
         return False
-    return flatten(OmegaConf.load(run / CONFIG_FILE)) == flatten(config)
+    return read_settings(run) == flatten(config)

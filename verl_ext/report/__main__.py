@@ -3,7 +3,7 @@
     python -m verl_ext.report RUN_DIR... [--out report] [--last 3]
 
 RUN_DIR is ``trainer.default_local_dir`` of a run, or a directory with several of them. Writes ``report.md``, the same
-as one file ``report.html``, and the plots.
+as one file ``report.html``, and the plots. Damaged runs are named and left out; with none left, the exit status is 1.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import html
 import os
 import re
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,9 +20,16 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from verl_ext.report.plots import SMOOTHING, draw_all
-from verl_ext.report.read import Run, other_differences, read_runs, repeated_seeds
-from verl_ext.report.tables import difficulty_table, pass_table, published_table, time_table
-from verl_ext.runs import CONFIG_FILE
+from verl_ext.report.read import POOLED, Run, one_line, other_differences, read_runs, repeated_seeds
+from verl_ext.report.tables import (
+    difficulty_table,
+    pass_k_tables,
+    pass_table,
+    published_table,
+    time_table,
+    without_samples,
+)
+from verl_ext.runs import CONFIG_FILE, METRICS_FILE, is_run
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
@@ -31,24 +39,35 @@ STYLE = (
 )
 
 
-def find_runs(folders: list[Path]) -> list[Path]:
-    """The directories of runs in or below ``folders``.
-
-    Raises:
-        SystemExit: there is none in one of them.
-    """
-    found = []
-    for folder in folders:
-        here = sorted(f.parent for f in folder.rglob(CONFIG_FILE) if ".hydra" not in f.parts)
-        if not here:
-            raise SystemExit(f"{folder} holds no run: there is no {CONFIG_FILE} in or below it")
-        found += here
-    return list(dict.fromkeys(found))
+def find_runs(folders: list[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """Find the directories of runs in or below ``folders``, and say which of these hold none."""
+    found = {folder: list(runs_below(folder)) for folder in folders}
+    once = {run.resolve(): run for runs in found.values() for run in runs}
+    none = {f: f"{f} holds no run: there is no {CONFIG_FILE} of one in or below it" for f in folders if not found[f]}
+    return list(once.values()), none
 
 
-def plain(text) -> str:
+def runs_below(folder: Path) -> Iterator[Path]:
+    """Walk ``folder`` for directories of runs, in order; one that cannot be listed counts, so that it is named."""
+    closed: list[Path] = []
+    for top, below, files in os.walk(folder, onerror=lambda e: closed.append(Path(e.filename))):
+        here = Path(top)
+        if METRICS_FILE in files or (CONFIG_FILE in files and is_run(here)):
+            yield here
+        below[:] = sorted(name for name in below if not is_foreign(here, name, CONFIG_FILE in files))
+    yield from closed
+
+
+def is_foreign(top: Path, name: str, in_run: bool) -> bool:
+    """Tell whether a directory is Hydra's, wandb's or, within a run, a checkpoint: no run is in those."""
+    if name == ".hydra" or (in_run and name.startswith("global_step_")):
+        return True
+    return top.name == "wandb" and (top / name / "files").is_dir()
+
+
+def plain(text: object) -> str:
     """Names and values as text: no markup, no line ends."""
-    return re.sub(r"([\\`*\[\]<>|!~])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*\[\]<>|!~])", r"\\\1", one_line(text))
 
 
 def markdown(table: pd.DataFrame, form: str = "") -> str:
@@ -81,16 +100,55 @@ def describe_values(by_method: dict[str, str]) -> str:
     return "; ".join(f"{value}: {', '.join(names)}" for value, names in methods.items())
 
 
-def write_report(runs: list[Run], waiting: list[Path], out: Path, last: int) -> str:
+def faults_of(runs: list[Run], damaged: dict[Path, str]) -> list[tuple[Path, str]]:
+    """What was left out, and why: whole runs, and parts of those that are reported."""
+    whole = [(folder, f"left out: {fault}") for folder, fault in damaged.items()]
+    return whole + [(run.folder, fault) for run in runs for fault in run.faults]
+
+
+def print_faults(runs: list[Run], damaged: dict[Path, str]) -> None:
+    for folder, fault in faults_of(runs, damaged):
+        print(one_line(f"{folder}: {fault}"), file=sys.stderr)
+
+
+def pass_k_parts(tables: dict[int, pd.DataFrame], unstored: list[str]) -> Iterator[str]:
+    """The report's paragraphs on pass@k for k > 1."""
+    for k, table in tables.items():
+        yield f"## pass@{k}, %"
+        if k == min(tables):
+            yield (
+                "1 - C(n - c, k) / C(n, k), the mean over questions: n stored responses per question, c of them right. "
+                "With its 95 % interval (Student's t), over seeds, or over questions where there is one run. verl's "
+                "`best@k` is not shown: it draws with replacement, so it is biased low."
+            )
+            if any(POOLED in t for t in tables.values()):
+                yield (
+                    f"{POOLED}: the stored responses do not name their benchmark. They do with a reward function that "
+                    "returns `data_source`."
+                )
+        yield markdown(table)
+    if unstored:
+        yield (
+            f"Without stored responses, from which pass@k for k > 1 is computed: {', '.join(unstored)}. "
+            "`trainer.validation_data_dir=FOLDER`, one per run, stores them."
+        )
+
+
+def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str], out: Path, last: int) -> str:
     """Draw the plots into ``out``; returns the report as Markdown."""
     difficulty = difficulty_table(runs)
+    pass_k = pass_k_tables(runs)
     plots = dict(draw_all(runs, difficulty, out))
     parts = ["# Comparison of runs"]
-    names = short_names([r.folder for r in runs] + waiting)
+    names = short_names([r.folder for r in runs] + waiting + list(damaged))
     going = [f"{plain(names[r.folder])}: {r.state}" for r in runs if r.state != "finished"]
     parts.append(f"{len(runs)} runs." + (f" Not finished: {'; '.join(going)}." if going else " All finished."))
     if waiting:
         parts.append(f"Without metrics yet: {', '.join(plain(names[f]) for f in waiting)}.")
+    # After the tables: stored responses are read for them, and found damaged.
+    if faults := faults_of(runs, damaged):
+        table = pd.DataFrame([(names[folder], fault) for folder, fault in faults], columns=["run", "fault"])
+        parts += ["**Damaged or odd:**", markdown(table.set_index("run"))]
     if repeated := repeated_seeds(runs):
         parts.append(f"**The same seed twice, counted once in intervals:** {plain('; '.join(repeated))}.")
     others = other_differences(runs)
@@ -100,23 +158,24 @@ def write_report(runs: list[Run], waiting: list[Path], out: Path, last: int) -> 
     elif len({r.method for r in runs}) > 1:
         parts.append("The runs differ in method and seed alone.")
 
-    ks = sorted({k for r in runs for k in r.pass_at})
-    for k in ks:
-        parts.append(f"## pass@{k}, %")
+    evaluated = any(1 in r.pass_at for r in runs)
+    if evaluated:
+        parts.append("## pass@1, %")
         parts.append("Mean over seeds, with its 95 % interval (Student's t) where there are several.")
-        parts.append(markdown(pass_table(runs, k, last)))
+        parts.append(markdown(pass_table(runs, last)))
+    else:
+        parts.append("There is no evaluation yet.")
+    parts += pass_k_parts(pass_k, [plain(names[r.folder]) for r in without_samples(runs)])
     if len(table := published_table(runs)):
         parts += ["## Published pass@1, %", "The DisCO paper's (arXiv 2505.12366), for this model.", markdown(table)]
-    if not ks:
-        parts.append("There is no evaluation yet.")
     if "pass_at_1.png" in plots:
         parts.append(image("pass_at_1.png", plots))
 
     if len(difficulty):
         parts.append("## Gain by difficulty, points of pass@1")
         parts.append(
-            "By a question's share of right responses at step 0, over all runs from the same model. Few samples a "
-            "question flatter the lowest bands and wrong the highest: by chance alone, it moves towards its true share."
+            "By a question's pass rate at step 0, over all runs from the same model. With few samples per question, "
+            "regression to the mean inflates gains in the lowest band and deflates them in the highest."
         )
         parts += [markdown(100 * difficulty, "+.1f"), image("difficulty.png", plots)]
 
@@ -129,7 +188,7 @@ def write_report(runs: list[Run], waiting: list[Path], out: Path, last: int) -> 
         )
         parts.append("\n".join(image(p, plots) for p in curves))
     if len(times := time_table(runs)):
-        parts += ["## Time, seconds a step", "Medians, without the first 5 steps of each run.", markdown(times, ".2f")]
+        parts += ["## Time, seconds per step", "Medians, without the first 5 steps of a run.", markdown(times, ".2f")]
 
     parts.append("## Runs")
     about = {names[r.folder]: {"method": r.method, "seed": r.seed, "state": r.state} for r in runs}
@@ -164,15 +223,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("report"))
     parser.add_argument("--last", type=int, default=3, help="evaluations in 'mean of last'")
     args = parser.parse_args(arguments)
-    folders = find_runs(args.runs)
-    runs = read_runs(folders)
+    if args.last < 1:
+        parser.error(f"--last {args.last}: it must be at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file; name a directory")
+    folders, none = find_runs(args.runs)
+    runs, damaged = read_runs(folders)
+    damaged = none | damaged
     if not runs:
-        raise SystemExit("none of the runs has logged a step yet")
+        print_faults(runs, damaged)
+        raise SystemExit("nothing to report: " + ("no run is left" if damaged else "no run has logged a step yet"))
     args.out.mkdir(parents=True, exist_ok=True)
-    waiting = [f for f in folders if f not in {r.folder for r in runs}]
-    text = write_report(runs, waiting, args.out, args.last)
-    (args.out / "report.md").write_text(text)
-    (args.out / "report.html").write_text(to_html(text, args.out))
+    waiting = [f for f in folders if f not in damaged and f not in {r.folder for r in runs}]
+    text = write_report(runs, waiting, damaged, args.out, args.last)
+    (args.out / "report.md").write_text(text, encoding="utf-8")
+    (args.out / "report.html").write_text(to_html(text, args.out), encoding="utf-8")
+    print_faults(runs, damaged)
     print(text)
     print(f"written: {args.out / 'report.md'}, {args.out / 'report.html'}")
     return 0

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from verl_ext.report.read import Run
+from verl_ext.report.read import Run, is_number
 from verl_ext.report.tables import by_method
 
 CURVES = {
     "reward": ("reward in training", ("critic/score/mean",)),
-    "entropy": ("entropy, nats a token", ("actor/entropy", "disco/entropy")),
-    "kl": ("KL(old || new), nats a token", ("disco/kl", "actor/ppo_kl")),
+    "entropy": ("entropy, nats per token", ("actor/entropy", "disco/entropy")),
+    "kl": ("KL(old || new), nats per token", ("disco/kl", "actor/ppo_kl")),
     "length": ("response length, tokens", ("response_length/mean",)),
     "mixed": ("share of questions with right and wrong responses", ("training/mixed_questions", "disco/groups_mixed")),
 }
@@ -47,19 +47,21 @@ def draw_all(runs: list[Run], difficulty: pd.DataFrame, out: Path) -> list[tuple
     }
     for name, (title, _) in CURVES.items():
         panels[name] = (title, lambda run, name=name: curve_of(run, name))
-    for name, (title, of) in panels.items():
-        bounded = [r.settings for r in runs if name == "kl" and r.settings.get("disco.constraint") in WITH_DELTA]
-        deltas = {float(s["disco.delta"]) for s in bounded}
-        if draw_curves(runs, of, title, deltas, out / f"{name}.png"):
-            written.append((f"{name}.png", title))
-    if len(difficulty):
-        draw_bars(difficulty, out / "difficulty.png")
-        written.append(("difficulty.png", "gain of pass@1 by the share of right responses at the start"))
+    # A method's name may hold the value of a setting, and a dollar sign in it begins no formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        for name, (title, of) in panels.items():
+            bounded = [r.settings for r in runs if name == "kl" and r.settings.get("disco.constraint") in WITH_DELTA]
+            deltas = {delta for s in bounded if is_number(delta := s.get("disco.delta"))}
+            if draw_curves(runs, of, title, deltas, out / f"{name}.png"):
+                written.append((f"{name}.png", title))
+        if len(difficulty):
+            draw_bars(difficulty, out / "difficulty.png")
+            written.append(("difficulty.png", "gain of pass@1 by pass rate at the start"))
     return written
 
 
 def draw_curves(runs: list[Run], of: Callable[[Run], pd.Series], title: str, levels: set[float], path: Path) -> bool:
-    """A line a method: the mean over its runs, thin ones for its runs. False if there is nothing to draw."""
+    """Draw one line per method, the mean over its runs, and thin ones for these. False if there is nothing to draw."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -86,14 +88,14 @@ def draw_curves(runs: list[Run], of: Callable[[Run], pd.Series], title: str, lev
 
 
 def draw_bars(table: pd.DataFrame, path: Path) -> None:
-    """A group of bars a band, a bar a method, in percentage points."""
+    """Draw one group of bars per band, one bar per method, in percentage points."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     (100 * table.T).plot.bar(ax=axis, rot=0, width=0.8)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="share of right responses at the start", ylabel="gain of pass@1, points")
-    axis.set_title("gain of pass@1 by the share of right responses at the start")
+    axis.set(xlabel="pass rate at the start", ylabel="gain of pass@1, points")
+    axis.set_title("gain of pass@1 by pass rate at the start")
     axis.grid(alpha=0.3, axis="y")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -11,7 +11,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 from scipy import stats
 
-from verl_ext.report.read import Run
+from verl_ext.report.read import EVALUATION, Run
 
 BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Upper ends of the bands of difficulty; the first and the last of all shares stand alone: 0, (0, .25], ... 1."""
@@ -20,7 +20,7 @@ PHASES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t) over seeds; NaN for a single seed."""
+    """Mean, and half the width of its 95 % interval (Student's t); NaN for a single value."""
     values = np.asarray(values, dtype=float)
     n = len(values)
     if n < 2:
@@ -28,37 +28,120 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
     return float(values.mean()), float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
 
 
-def percent(values: list[float]) -> str:
-    """``81.3 ± 2.1`` in percent."""
-    mean, half = mean_and_interval(values)
-    return f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
+def percent(mean: float, half: float) -> str:
+    """``81.3 ± 2.1`` in percent; nothing for NaN."""
+    return "" if math.isnan(mean) else f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
+
+
+def with_mean(by_benchmark: pd.DataFrame) -> pd.DataFrame:
+    """The columns, one per benchmark, with their mean beside them where there are several."""
+    return by_benchmark.assign(mean=by_benchmark.mean(axis=1)) if by_benchmark.shape[1] > 1 else by_benchmark
+
+
+def over_seeds(values: pd.DataFrame) -> dict[str, str]:
+    """The cells of a table's row: of each column, the mean over rows with its interval."""
+    return {name: percent(*mean_and_interval(values[name].dropna())) for name in values}
 
 
 def summarise(evaluations: pd.DataFrame, last: int, end: int) -> dict[str, pd.Series]:
-    """A run's pass@k by benchmark up to step ``end``, in the ways that are usual; the mean over benchmarks beside."""
-    table = evaluations.assign(mean=evaluations.mean(axis=1)) if evaluations.shape[1] > 1 else evaluations
-    table = table.loc[:end]
+    """A run's pass@1 by benchmark up to step ``end``, in the ways that are usual; the mean over benchmarks beside."""
+    table = with_mean(evaluations).loc[:end]
     found = {"start (step 0)": table.loc[0]} if 0 in table.index else {}
     found |= {f"final (step {end})": table.loc[end], "best": table.max()}
     return found | {f"mean of last {last}": table[-last:].mean()}
 
 
-def pass_table(runs: list[Run], k: int, last: int) -> pd.DataFrame:
-    """Method and summary x benchmark, percent, with the interval over seeds; a method's runs up to the same step."""
+def pass_table(runs: list[Run], last: int) -> pd.DataFrame:
+    """Method and summary x benchmark, pass@1 in percent, with its interval over seeds.
+
+    The runs of a method are compared up to the last step that all of them have.
+    """
     rows = {}
     for method, group in by_method(runs).items():
-        tables = {r.seed: r.pass_at[k] for r in group if k in r.pass_at and len(r.pass_at[k])}
+        tables = {r.seed: r.pass_at[1] for r in group if 1 in r.pass_at}
         common = set.intersection(*(set(t.index) for t in tables.values())) if tables else set()
         if not common:
             continue
         summaries = [summarise(table, last, max(common)) for table in tables.values()]
         for name in [n for n in summaries[0] if all(n in s for s in summaries)]:
             frame = pd.DataFrame([s[name] for s in summaries])
-            rows[method, name] = {"seeds": len(summaries)} | {b: percent(list(frame[b].dropna())) for b in frame}
+            rows[method, name] = {"seeds": len(summaries)} | over_seeds(frame)
+    return named(rows, "pass@1")
+
+
+def named(rows: dict[tuple[str, str], dict], what: str) -> pd.DataFrame:
+    """Rows by method and summary as a table, its second heading ``what``."""
     table = pd.DataFrame(rows).T
     if len(table):
-        table.index.names = ["method", "pass@" + str(k)]
+        table.index.names = ["method", what]
     return table
+
+
+@cache
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The chance that ``k`` of a question's ``samples``, drawn without replacement, hold a right one.
+
+    Its mean over evaluations is pass@k for any number of samples from ``k`` on: 1 - C(n - c, k) / C(n, k).
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def shares(answers: pd.DataFrame, k: int) -> pd.Series:
+    """pass@k of each question that has ``k`` samples, indexed by benchmark."""
+    enough = answers[(answers["samples"] >= k) & (answers["largest_k"] >= k)]
+    counts = zip(enough["samples"], enough["right"], strict=True)
+    return pd.Series([pass_at_k(n, int(c), k) for n, c in counts], index=enough["benchmark"], dtype=float)
+
+
+def over_questions(values: pd.Series) -> dict[str, str]:
+    """As :func:`over_seeds` for one run: the intervals are over the questions of each benchmark."""
+    found = {name: mean_and_interval(of) for name, of in values.groupby(level=0)}
+    if len(found) > 1:
+        means, halves = zip(*found.values(), strict=True)
+        found["mean"] = (float(np.mean(means)), math.hypot(*halves) / len(halves))
+    return {name: percent(*cell) for name, cell in found.items()}
+
+
+def stored_in_common(runs: list[Run]) -> tuple[list[Run], list[int]]:
+    """Pick the runs of a method with stored responses, one per seed, and step 0 and the last step that all stored."""
+    stored = list({r.seed: r for r in runs if r.dumps}.values())
+    common = set.intersection(*(set(r.dumps) for r in stored)) if stored else set()
+    steps = sorted(common & {0, max(common, default=0)})
+    for run in stored:
+        for step in steps:
+            run.answers(step)
+    # A run found damaged while it is read has no stored responses any more.
+    return (stored, steps) if all(r.dumps for r in stored) else stored_in_common(runs)
+
+
+def pass_k_table(runs: list[Run], k: int) -> pd.DataFrame:
+    """Method and step x benchmark, pass@k in percent from stored responses, at the start and the end.
+
+    Its interval is over seeds, or over questions for a single run.
+    """
+    rows = {}
+    for method, group in by_method(runs).items():
+        stored, steps = stored_in_common(group)
+        for step in steps:
+            found = [values for r in stored if len(values := shares(r.answers(step), k))]
+            if not found:
+                continue
+            means = with_mean(pd.DataFrame([values.groupby(level=0).mean() for values in found]))
+            cells = over_seeds(means) if len(found) > 1 else over_questions(found[0])
+            rows[method, f"{'final' if step else 'start'} (step {step})"] = {"seeds": len(found)} | cells
+    return named(rows, f"pass@{k}")
+
+
+def pass_k_tables(runs: list[Run]) -> dict[int, pd.DataFrame]:
+    """{k: its table} for k = 2, 4, 8 ... as far as there are samples."""
+    tables = ((2**i, pass_k_table(runs, 2**i)) for i in itertools.count(1))
+    return dict(itertools.takewhile(lambda item: len(item[1]), tables))
+
+
+def without_samples(runs: list[Run]) -> list[Run]:
+    """Runs that drew several responses per question in an evaluation, of which none are stored."""
+    several = [any((m := EVALUATION.match(name)) and int(m["n"]) > 1 for name in r.metrics) for r in runs]
+    return [r for r, drew in zip(runs, several, strict=True) if drew and not r.dumps]
 
 
 def by_method(runs: list[Run]) -> dict[str, list[Run]]:
@@ -95,27 +178,32 @@ def published_table(runs: list[Run]) -> pd.DataFrame:
 
 
 def difficulty_table(runs: list[Run]) -> pd.DataFrame:
-    """Mean gain of pass@1 by band of difficulty: a row a method, a column a band; empty without dumped evaluations.
+    """Mean gain of pass@1 by band of difficulty, from stored responses: one row per method, one column per band.
 
-    A question's difficulty is its share of right responses at step 0, over all runs that start from the same model.
-    Runs with other seeds drew other samples, so the more runs, the less the lowest band gains by chance alone.
+    A question's difficulty is its pass rate at step 0, over all runs that start from the same model. Runs with other
+    seeds drew other samples, so the more runs, the less the lowest band gains by chance alone.
     """
     starts: dict[str, list[pd.DataFrame]] = {}
     for run in runs:
         starts.setdefault(model_of(run), []).append(run.answers(0))
-    difficulty = {m: pd.concat(parts).groupby("question")["right"].mean() for m, parts in starts.items()}
+    difficulty = {m: pass_rates(pd.concat(parts)) for m, parts in starts.items()}
     rows: dict[str, dict[str, list[float]]] = {}
     for run in runs:
-        steps = run.pass_at[1].index if 1 in run.pass_at else []
-        before, after = difficulty[model_of(run)], run.answers(max(steps, default=0))
-        if not len(before) or not len(after) or max(steps, default=0) == 0:
+        end = max(run.dumps, default=0)
+        before, after = difficulty[model_of(run)], pass_rates(run.answers(end))
+        if not len(before) or not len(after) or end == 0:
             continue
-        after = after.groupby("question")["right"].mean()
         gain = (after - before.reindex(after.index)).dropna()
         for band, values in gain.groupby(before.reindex(gain.index).map(band_of)):
             rows.setdefault(run.method, {}).setdefault(band, []).append(values.mean())
     table = pd.DataFrame({m: {b: np.mean(gains) for b, gains in bands.items()} for m, bands in rows.items()}).T
     return table.reindex(columns=[b for b in band_names() if b in table])
+
+
+def pass_rates(answers: pd.DataFrame) -> pd.Series:
+    """Pass rate by question."""
+    sums = answers.groupby("question")[["right", "samples"]].sum()
+    return sums["right"] / sums["samples"]
 
 
 def model_of(run: Run) -> str:
@@ -135,7 +223,7 @@ def band_of(share: float) -> str:
 
 
 def time_table(runs: list[Run], skip: int = 5) -> pd.DataFrame:
-    """Seconds a step (medians without the first steps) in all and by phase, tokens a second, share of the update."""
+    """Seconds per step (medians without the first steps) in all and by phase, tokens/s, share of the update."""
     rows = {}
     for method, group in by_method(runs).items():
         frame = pd.concat([r.metrics.loc[r.column("timing_s/step").index[skip:]] for r in group])
