@@ -19,6 +19,10 @@ CHECKPOINT_FILE = "latest_checkpointed_iteration.txt"
 """verl's, there as soon as there is a checkpoint."""
 
 
+HALF_A_LINE = ("is no JSON", "is no UTF-8: unexpected end of data")
+"""What is wrong with the beginning of a line; it may end within a character."""
+
+
 def read_json_lines(file: Path) -> Iterator[tuple[int, dict]]:
     """Yield the objects of a JSONL file with their line numbers; a last line that is still being written is left out.
 
@@ -45,10 +49,6 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict]]:
                     raise ValueError(f"{file}, line {number}, {fault}")
     except OSError as e:
         raise ValueError(f"{file} cannot be read: {e.strerror}") from None
-
-
-HALF_A_LINE = ("is no JSON", "is no UTF-8: unexpected end of data")
-"""What is wrong with the beginning of a line; it may end within a character."""
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -85,7 +85,8 @@ def read_settings(run: Path) -> dict[str, Any]:
         # YAML's constructors and OmegaConf's resolvers raise whatever a value makes them raise.
         where = f"line {e.problem_mark.line + 1}: {e.problem}" if isinstance(e, MarkedYAMLError) else str(e)
         raise ValueError(f"{file} cannot be read as settings: {' '.join(where.split())}") from None
-    if all(value is None for value in settings.values()):
+    # Of an empty file there is {"": {}}, of a bare word {word: None}.
+    if all(value in (None, {}) for value in settings.values()):
         raise ValueError(f"{file} holds no settings")
     return settings
 

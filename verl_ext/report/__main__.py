@@ -89,7 +89,7 @@ def short_names(folders: list[Path]) -> dict[Path, str]:
     """Runs by their path below what all have in common."""
     resolved = {f: f.resolve() for f in folders}
     common = Path(os.path.commonpath([r.parent for r in resolved.values()]))
-    return {f: str(r.relative_to(common)) for f, r in resolved.items()}
+    return {f: one_line(r.relative_to(common)) for f, r in resolved.items()}
 
 
 def describe_values(by_method: dict[str, str]) -> str:
@@ -103,7 +103,8 @@ def describe_values(by_method: dict[str, str]) -> str:
 def faults_of(runs: list[Run], damaged: dict[Path, str]) -> list[tuple[Path, str]]:
     """What was left out, and why: whole runs, and parts of those that are reported."""
     whole = [(folder, f"left out: {fault}") for folder, fault in damaged.items()]
-    return whole + [(run.folder, fault) for run in runs for fault in run.faults]
+    parts = [(run.folder, fault) for run in runs for fault in run.faults]
+    return [(folder, one_line(fault)) for folder, fault in whole + parts]
 
 
 def print_faults(runs: list[Run], damaged: dict[Path, str]) -> None:
@@ -136,8 +137,9 @@ def pass_k_parts(tables: dict[int, pd.DataFrame], unstored: list[str]) -> Iterat
 
 def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str], out: Path, last: int) -> str:
     """Draw the plots into ``out``; returns the report as Markdown."""
-    difficulty = difficulty_table(runs)
-    pass_k = pass_k_tables(runs)
+    # First: reading stored responses takes those away that are damaged.
+    unstored = without_samples(runs)
+    difficulty, pass_k = difficulty_table(runs), pass_k_tables(runs)
     plots = dict(draw_all(runs, difficulty, out))
     parts = ["# Comparison of runs"]
     names = short_names([r.folder for r in runs] + waiting + list(damaged))
@@ -145,7 +147,6 @@ def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str],
     parts.append(f"{len(runs)} runs." + (f" Not finished: {'; '.join(going)}." if going else " All finished."))
     if waiting:
         parts.append(f"Without metrics yet: {', '.join(plain(names[f]) for f in waiting)}.")
-    # After the tables: stored responses are read for them, and found damaged.
     if faults := faults_of(runs, damaged):
         table = pd.DataFrame([(names[folder], fault) for folder, fault in faults], columns=["run", "fault"])
         parts += ["**Damaged or odd:**", markdown(table.set_index("run"))]
@@ -165,7 +166,7 @@ def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str],
         parts.append(markdown(pass_table(runs, last)))
     else:
         parts.append("There is no evaluation yet.")
-    parts += pass_k_parts(pass_k, [plain(names[r.folder]) for r in without_samples(runs)])
+    parts += pass_k_parts(pass_k, [plain(names[r.folder]) for r in unstored])
     if len(table := published_table(runs)):
         parts += ["## Published pass@1, %", "The DisCO paper's (arXiv 2505.12366), for this model.", markdown(table)]
     if "pass_at_1.png" in plots:

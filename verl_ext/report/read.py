@@ -64,11 +64,11 @@ class Run:
 
     @property
     def algorithm(self) -> str:
-        return str(self.settings.get("verl_ext.algorithm", DEFAULT_ALGORITHM))
+        return one_line(self.settings.get("verl_ext.algorithm", DEFAULT_ALGORITHM))
 
     @property
     def seed(self) -> str:
-        return str(self.settings.get("seed", self.settings.get("data.seed")))
+        return one_line(self.settings.get("seed", self.settings.get("data.seed")))
 
     @property
     def state(self) -> str:
@@ -76,7 +76,7 @@ class Run:
         if (self.folder / FINISHED_FILE).exists():
             return "finished"
         total = self.settings.get("trainer.total_training_steps")
-        return f"step {self.metrics.index.max()}" + (f" of {total}" if total else "")
+        return one_line(f"step {self.metrics.index.max()}" + (f" of {total}" if total else ""))
 
     def column(self, *names: str) -> pd.Series:
         """The first of the metrics ``names`` that was logged, without gaps; empty if none was."""
@@ -140,10 +140,12 @@ def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
                 if (sample := uid.rpartition("_")[0]) in outputs:
                     continue
                 outputs.add(sample)
-        # Interned, so that the runs of a sweep share their questions' texts.
-        row = questions.setdefault(key, [sys.intern(text), benchmark, 0, 0.0, math.nan])
-        if isinstance(source, str):
-            row[1] = source
+        if (row := questions.get(key)) is None:
+            # Interned, so that the runs of a sweep share their texts. A lone surrogate fits into no table.
+            text = sys.intern(text.encode(errors="replace").decode())
+            row = questions[key] = [text, benchmark, 0, 0.0, math.nan]
+        if row[1] is benchmark and isinstance(source, str):
+            row[1] = one_line(source)
         row[2] += 1
         row[3] += right
         if right not in (0, 1):
@@ -175,7 +177,7 @@ def is_number(value: object) -> bool:
 
 
 def one_line(text: object) -> str:
-    """A name or a value as text that can be printed: without line ends and control characters."""
+    """A name or a value as text that tables, plots and terminals take: no line ends, controls or half characters."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(text).split()))
 
 
@@ -196,7 +198,8 @@ def read_run(folder: Path) -> Run | None:
     if not rows:
         return None
     index = pd.Index([row.pop("step") for row in rows], name="step")
-    numbers = [{name: float(value) for name, value in row.items() if is_number(value)} for row in rows]
+    names = {name: one_line(name) for name in set().union(*rows)}
+    numbers = [{names[name]: float(value) for name, value in row.items() if is_number(value)} for row in rows]
     metrics = pd.DataFrame(numbers, index=index, dtype=float)
     faults = []
     if odd := [
@@ -320,8 +323,8 @@ def other_differences(runs: list[Run]) -> dict[str, dict[str, str]]:
         if not changed and len(values_of(name, [r.settings for r in rest])) <= 1:
             continue
         for run in runs:
-            values = found.setdefault(name, {}).setdefault(run.method, [])
-            if (value := str(run.settings.get(name, "(not set)"))) not in values:
+            values = found.setdefault(one_line(name), {}).setdefault(run.method, [])
+            if (value := one_line(run.settings.get(name, "(not set)"))) not in values:
                 values.append(value)
     return {name: {m: " or ".join(v) for m, v in by_method.items()} for name, by_method in found.items()}
 

@@ -20,11 +20,11 @@ PHASES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t); NaN for a single value."""
+    """Mean, and half the width of its 95 % interval (Student's t); NaN for a single value, and both without any."""
     values = np.asarray(values, dtype=float)
     n = len(values)
     if n < 2:
-        return float(values.mean()), math.nan
+        return float(values.sum()) if n else math.nan, math.nan
     return float(values.mean()), float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
 
 
