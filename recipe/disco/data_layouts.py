@@ -33,6 +33,9 @@ PLACEHOLDERS = {
     *("unknown", "notavailable", "notprovided", "omitted", "missing", "todo", "tbd", "seesolution", "seeabove"),
 }
 
+LONGEST = 100_000
+"""Characters of a prompt, of which models take a tenth."""
+
 Note = tuple[str, str]
 """What was done or seen, in the same words for each row, and the text that it is about."""
 
@@ -63,6 +66,8 @@ def question_of(record: Any, suffix: str) -> tuple[list[dict[str, str]], str, li
     if value is None:
         raise Unusable("no problem", f"columns {', '.join(columns)}")
     system, asked, notes = turns_of(column, value)
+    if len(asked) + len(system) > LONGEST:
+        raise Unusable(f"longer than {LONGEST} characters", asked[:100])
     check_whole(columns, asked)
     problem, removed = without_instructions(asked, suffix)
     rest, also = without_instructions(system, suffix)
@@ -73,7 +78,8 @@ def question_of(record: Any, suffix: str) -> tuple[list[dict[str, str]], str, li
         system, asked = rest, f"{problem} {suffix}"
         left = [text for text in (*edges(problem), rest) if HINT.search(text)]
         notes += [("an instruction about the answer's form may be left", text) for text in left[:1]]
-    notes += [(f"column {name} is not in the prompt", text) for name, text in present(columns, MORE) if name != column]
+    others = [(name, text) for name, text in present(columns, MORE) if isinstance(text, str) and name != column]
+    notes += [(f"column {name} is not in the prompt", text) for name, text in others]
     messages = [{"role": "system", "content": system}] if system else []
     return [*messages, {"role": "user", "content": asked}], problem, notes
 
@@ -145,7 +151,7 @@ def plain(content: Any) -> str:
         parts = content if isinstance(content, (list, tuple)) else []
         if any(isinstance(part, dict) and part.get("type", "text") != "text" for part in parts):
             raise Unusable("with images: the text alone is another question", content)
-        raise Unusable("content in parts, not plain text", content)
+        raise Unusable("content that is not plain text", content)
     try:
         content.encode()
     except UnicodeEncodeError:
@@ -154,7 +160,7 @@ def plain(content: Any) -> str:
 
 
 IMAGE_COLUMN = re.compile(r"(decoded_)?(image|video|audio|figure|picture)s?(_\d+|_path|_url)?")
-IMAGE = re.compile(r"<\|?(image|video|audio)[\w ]*\|?>|!\[[^\]]*\]\(", re.IGNORECASE)
+IMAGE = re.compile(r"<\|?(image|video|audio)[\w ]*\|?>|!\[[^\]]{0,500}\]\(", re.IGNORECASE)
 
 
 def check_whole(columns: dict[str, Any], asked: str) -> None:
@@ -178,12 +184,13 @@ OPENERS = (
     r"(?:[Ll]et['’]s think|Let us think|Please|Put (?:your|the)|Output (?:your|the)|Remember to|Present the|Enclose|"
     r"(?:Return|Write|Give|Box|Provide) (?:your|the)|Make sure|Your (?:final )?answer)"
 )
-BREAK = re.compile(rf"\s*\n\s*|(?<=[.!?])[\"'”’)\]}}$*]*\s+(?!I hope)|(?<=\S)\s+(?={OPENERS})|(?<=[)\]$])\s+(?=[A-Z(])")
+BREAK = re.compile(rf"\n\s*|(?<=[.!?])[\"'”’)\]}}$*]*\s+(?!\s|I hope)|(?<=\S)\s+(?={OPENERS})|(?<=[)\]$])\s+(?=[A-Z(])")
 """Between two sentences. A question may end without a full stop; "I hope it is correct" belongs to what it quotes."""
 
-EMPTY_BOX = re.compile(r"\$?\\+f?boxed\s*\{[\s.…\w<>$\[\]\\]*\}\$?")
+EMPTY_BOX = re.compile(r"\$?\\{1,4}f?boxed\s*\{[\s.…\w<>$\[\]\\]*\}\$?")
 FORM = re.compile(
-    r"EMPTY_BOX|####|\banswer:|</?answer>|\bbox(?:ed)? (?:your|the final) |\b(?:your|final) answer\b.*\bbox(?:ed)?\b",
+    r"EMPTY_BOX|####|\banswer:|</?answer>|\bbox(?:ed)? (?:your|the final) |"
+    r"\b(?:your|final) answer\b.{0,99}\bbox(?:ed)?\b",
     re.I,
 )
 ABOUT = re.compile(r"\b(?:answer|solution|result|response|output)s?\b", re.I)
@@ -209,7 +216,7 @@ LEAD_IN = re.compile(
     r"\b(?:problem|question|task|assistant|tutor|expert|mathematic\w*)\b[^\d=$\\]*",
     re.I,
 )
-HINT = re.compile(r"\\boxed|####|final answer|</?answer>|\banswer:|\banswer\b.*\bbox", re.I)
+HINT = re.compile(r"\\boxed|####|final answer|</?answer>|\banswer:|\banswer\b.{0,99}\bbox", re.I)
 
 
 def without_instructions(text: str, suffix: str) -> tuple[str, list[str]]:
@@ -325,7 +332,12 @@ def bare(text: str, column: str) -> str:
     if marked:
         raise Unusable(f"{column} marks no answer: nothing after ####", text)
     words = prose(text)
-    if column in SOLUTION and words and not text.startswith("\\") and (len(words) > 3 or not re.search(r"\d", text)):
+    if (
+        column in SOLUTION
+        and words
+        and not text.startswith(("\\", "$\\"))
+        and (len(words) > 3 or not re.search(r"\d", text))
+    ):
         raise Unusable(f"{column} is a text, without a box or ####", text)
     return checked(text, column)
 
@@ -354,7 +366,7 @@ VERBS = {*"is are was were be has have had equals gives makes gets needs costs t
 def prose(text: str) -> list[str]:
     """The words of a text, in lower case, without LaTeX's commands and without variables side by side in a formula."""
     text = re.sub(r"\\(?:text\w*|mbox|mathrm)\s*\{", " ", text)
-    text = re.sub(r"\\(?:begin|end)\s*\{[^}]*\}|\\[a-zA-Z]+", " ", text)
+    text = re.sub(r"\\(?:begin|end)\s*\{[^}]{0,50}\}|\\[a-zA-Z]+", " ", text)
     words = re.findall(r"[\u4e00-\u9fff]{2}|(?<![\w{^_])[^\W\d_\u4e00-\u9fff]{2,}(?:['’][^\W\d_]+)?", text)
     return [word.casefold() for word in words]
 
@@ -365,7 +377,7 @@ def is_sentence(text: str) -> bool:
     if MARKS & set(words) or (len(words) > 1 and SPEECH & set(words)):
         return True
     # A verb after these belongs to a condition.
-    main, *_ = re.split(r"\b(?:such that|where|which|when|if|unless)\b", text)
+    main, *_ = re.split(r"\b(?:that|where|which|when|if|unless)\b", text)
     tells = re.match(r"\W*[^\W\d_]{2,}", text) and VERBS & set(prose(main))
     if tells and len(words) > (1 if re.search(r"\d", text) else 3):
         return True

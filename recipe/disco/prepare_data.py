@@ -139,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local", type=Path, help="directory with copies of the sets, instead of the hub")
     parser.add_argument(
         "--suffix",
+        type=str.strip,
         default=SUFFIX,
         help="what follows each problem, in place of other instructions about the answer's form; default: the "
         "published one; with '' prompts stay as they are",
@@ -196,16 +197,18 @@ def prepare(args: argparse.Namespace) -> None:
         reports.append((chosen, "train", report))
 
     # A set of which only the two flags above leave nothing is what the user asked for, while its file has rows.
-    unusable = {chosen.given: file for chosen, file, report in reports if report.read == report.rejected.total()}
-    unusable |= {f"{file}.parquet": file for file, rows in files.items() if not rows and file not in unusable.values()}
+    unusable = [(chosen.given, file) for chosen, file, report in reports if report.read == report.rejected.total()]
+    if "train" in files and not files["train"] and not any(file == "train" for _, file in unusable):
+        unusable.append(("the training sets", "train"))
     for chosen, file, report in reports:
         done = "kept" if unusable else f"written to {file}.parquet"
         print("\n".join(report.lines(chosen.label, done, chosen.origin)))
     if any(report.first for *_, report in reports):
         print("lines count from 1, rows from 0")
     if unusable:
-        aside = set_aside(args.out, set(unusable.values()))
-        raise DataError(f"nothing is left of {', '.join(unusable)}; see above. Nothing was written{aside}")
+        aside = set_aside(args.out, {file for _, file in unusable})
+        names = ", ".join(name for name, _ in unusable)
+        raise DataError(f"nothing is left of {names}; see above. Nothing was written{aside}")
     try:
         save(files, args.out)
     except OSError as e:
@@ -295,7 +298,7 @@ def check_names(tests: list[Chosen], trains: list[Chosen], out: Path) -> None:
     if not tests and not trains:
         raise DataError("nothing to prepare: give --train or --benchmarks a set or a file")
     # Without case, for some file systems tell no difference.
-    taken = {"train": "the training set"} if trains else {}
+    taken: dict[str, str] = {}
     for chosen in tests:
         place = str(chosen.path or chosen.given)
         name = chosen.label.lower()
@@ -414,8 +417,8 @@ def convert(chosen: Chosen, split: str, suffix: str) -> tuple[list[dict[str, Any
     for number, (where, record) in enumerate(read(chosen)):
         report.read += 1
         try:
-            truths, left_out = answers_of(record)
             messages, problem, notes = question_of(record, suffix)
+            truths, left_out = answers_of(record)
         except Unusable as e:
             report.add(report.rejected, e.reason, where, e.shown)
             continue

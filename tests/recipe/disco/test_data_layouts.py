@@ -1,6 +1,7 @@
 """A row gives the question without other sets' instructions, and bare answers; or the reason why it cannot be used."""
 
 import json
+import time
 from decimal import Decimal
 
 import numpy as np
@@ -278,7 +279,7 @@ IMAGES = "with images: the text alone is another question"
         ({"prompt": [{"role": "user", "content": None}]}, "no problem"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}]},
-            "content in parts, not plain text",
+            "content that is not plain text",
         ),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, IMAGES),
         ({"prompt": [ASKED, ASKED]}, "prompt is not one turn of the user"),
@@ -294,9 +295,22 @@ IMAGES = "with images: the text alone is another question"
             {"question": "Which?", "options": {"label": ["A"], "text": ["one"]}},
             "its options are not in the problem's text",
         ),
+        ({"problem": "1+1?" * 30_000}, "longer than 100000 characters"),
         ([1], "not an object with a problem and an answer"),
         (None, "not an object with a problem and an answer"),
     ],
 )
 def test_rows_without_a_whole_question_say_why(row, expected):
     assert reason(question_of, row, SUFFIX) == expected
+
+
+@pytest.mark.parametrize("text", [" ", "\\", "answer ", "![", "\\begin{", "Then. ", "\n", "$", "Please ", "\\boxed{"])
+def test_a_long_odd_text_takes_no_time(text):
+    long = "Q" + text * (90_000 // len(text)) + "?"
+    started = time.process_time()
+    for function in (lambda: question_of({"problem": long}, SUFFIX), lambda: answers_of({"answer": long})):
+        try:
+            function()
+        except Unusable:
+            pass
+    assert time.process_time() - started < 5

@@ -257,7 +257,7 @@ def test_nothing_kept_is_an_error_and_an_older_file_does_not_pass_for_the_result
 def test_nothing_left_by_the_flags(prepare, sets):
     path = sets / "A" / "test.json"
     assert prepare("--train", path, "--benchmarks", path, "--drop-overlap")[2].startswith(
-        "error: nothing is left of train.parquet; see above"
+        "error: nothing is left of the training sets; see above"
     )
     # While other sets give rows, it is what was asked for.
     copy = sets / "copy.json"
@@ -497,3 +497,55 @@ def test_the_six_benchmarks_and_two_training_sets(prepare, shared):
     for name in benchmarks:
         for row in rows_of(prepare.out / f"{name}.parquet"):
             assert row["data_source"] == name and row["prompt"][0]["content"].count(SUFFIX) == 1
+
+
+CASES = {
+    "answer_none_solution.json": [["5"], ["7"]],
+    "bom.json": [["0"], ["1"], ["2"]],
+    "crlf.jsonl": [["0"], ["1"], ["2"]],
+    "dapo.json": [["2"], ["2"], ["2"]],
+    "dict.json": [["0"], ["1"], ["2"]],
+    "ea.json": [["2"], ["3"]],
+    "eurus.json": [["2"]],
+    "gsm8k_layout.jsonl": [["7"], ["2,400"]],
+    "gv.json": [["2"]],
+    "huge_int.json": [["1" + "0" * 400], ["1" + "0" * 20]],
+    "image.json": [],
+    "intproblem.json": [],
+    "limo.json": [["2"]],
+    "lines.json": [["0"], ["1"], ["2"]],
+    "ml.json": [["2"], ["\\frac{1}{2}"]],
+    "n15.json": [["2"]],
+    "nc.json": [["2"]],
+    "orca.json": [],
+    "prompt_json_string.json": [["2"]],
+    "prompt_none_content.json": [],
+    "prompt_str_list.json": [],
+    "reward_model_json.json": [["2"]],
+    "rlvr.json": [["2"]],
+    "sky.json": [["2"], ["\\frac{1}{2}", "0.5"]],
+    "suffix_variants.json": [["2"], ["3"], ["4"]],
+    "surr.json": [],
+    "tw.json": [["0"], ["1"], ["2"]],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_small_files_in_the_layouts_of_public_sets(prepare, shared, name):
+    status, out, _ = prepare("--train", shared / "cases/data" / name, "--benchmarks")
+    if not CASES[name]:
+        assert status == 1 and "1 rejected: " in out and f"(first: {name}, " in out and not prepare.out.exists()
+        return
+    rows = rows_of(prepare.out / "train.parquet")
+    assert status == 0 and [list(row["reward_model"]["ground_truth"]) for row in rows] == CASES[name]
+    for row in rows:
+        *_, asked = row["prompt"]
+        assert asked["content"].endswith(f" {SUFFIX}")
+        assert not re.search(r"boxed|####|Answer:|step by step", asked["content"].removesuffix(SUFFIX))
+        result = compute_score(
+            "",
+            f"\\boxed{{{row['reward_model']['ground_truth'][-1]}}}",
+            row["reward_model"]["ground_truth"],
+            require_think=False,
+        )
+        assert result["score"] == 1.0
