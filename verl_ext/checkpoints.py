@@ -1,0 +1,271 @@
+"""The checkpoints in a run's folder: which of them are whole, and the tensors in what verl and transformers write."""
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor, Shard
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The types of weights, as ``--dtype`` names them."""
+STEP_FOLDER = re.compile(r"global_step_(0|[1-9][0-9]{0,17})")
+SHARD = re.compile(r"model_world_size_([1-9][0-9]*)_rank_([0-9]+)\.pt")
+FSDP_CONFIG = "fsdp_config.json"
+MEGATRON_MANIFEST = "ckpt_contents.json"
+"""verl's Megatron engine writes it last."""
+
+
+class ExportError(Exception):
+    """What cannot be exported, and why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of the policy.
+
+    Args:
+        step: its training step.
+        folder: ``global_step_N/actor``.
+        megatron: written by verl's Megatron engine, not by its FSDP engine.
+        fault: why it is not whole; empty if it is.
+    """
+
+    step: int
+    folder: Path
+    megatron: bool
+    fault: str = ""
+
+    @property
+    def huggingface(self) -> Path:
+        """The folder with the model's configuration and tokenizer."""
+        return self.folder / "model/huggingface" if self.megatron else self.folder / "huggingface"
+
+
+def find_checkpoints(run: Path, megatron: bool) -> list[Checkpoint]:
+    """The checkpoints in ``run`` by step, whole or not. Folders with other names than verl's are left alone."""
+    fault = megatron_fault if megatron else fsdp_fault
+    return sorted(
+        (
+            Checkpoint(int(match[1]), folder / "actor", megatron, fault(folder / "actor"))
+            for folder in run.iterdir()
+            if (match := STEP_FOLDER.fullmatch(folder.name)) and (folder / "actor").is_dir()
+        ),
+        key=lambda c: c.step,
+    )
+
+
+def fsdp_fault(actor: Path) -> str:
+    """Why a checkpoint of verl's FSDP engine is not whole; empty if it is."""
+    try:
+        files = shard_files(actor)
+    except ValueError as e:
+        return str(e)
+    for file in files:
+        if not file.is_file():
+            return f"{file.name} is missing"
+        # torch.save writes a zip archive, whose directory comes last.
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is cut off"
+    return _config_fault(actor / "huggingface")
+
+
+def megatron_fault(actor: Path) -> str:
+    """Why a checkpoint of verl's Megatron engine is not whole; empty if it is."""
+    try:
+        read_json(actor / MEGATRON_MANIFEST)
+    except ValueError as e:
+        return str(e)
+    return _config_fault(actor / "model/huggingface")
+
+
+def shard_files(actor: Path) -> list[Path]:
+    """The files that should hold a checkpoint's shards, by rank; they need not be there.
+
+    Raises:
+        ValueError: the number of ranks cannot be told.
+    """
+    sizes = {int(match[1]) for file in actor.iterdir() if (match := SHARD.fullmatch(file.name))}
+    if (actor / FSDP_CONFIG).exists():
+        # A restart on another number of ranks leaves the shards of the first one.
+        size = read_json(actor / FSDP_CONFIG).get("world_size")
+        if type(size) is not int or size < 1:
+            raise ValueError(f"world_size={size!r} in {FSDP_CONFIG} is no number of ranks")
+    elif len(sizes) == 1:
+        (size,) = sizes
+    else:
+        found = f"shards of {' and '.join(map(str, sorted(sizes)))} ranks" if sizes else "no shards"
+        raise ValueError(f"{found} (model_world_size_N_rank_R.pt) and no {FSDP_CONFIG}")
+    return [actor / f"model_world_size_{size}_rank_{rank}.pt" for rank in range(size)]
+
+
+def _config_fault(huggingface: Path) -> str:
+    try:
+        read_json(huggingface / "config.json")
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: one sentence: there is no such file, or no such object in it.
+    """
+    try:
+        value = json.loads(file.read_text())
+    except OSError as e:
+        raise ValueError(f"{file.name} is missing or cannot be read ({e.strerror})") from None
+    except ValueError as e:
+        raise ValueError(f"{file.name} is no JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.name} holds no JSON object")
+    return value
+
+
+class Shards(Mapping[str, torch.Tensor]):
+    """Full tensors by name, put together from all ranks' shards when asked for. The files stay on the disk.
+
+    Raises:
+        ValueError: a file cannot be read, or ranks do not hold the same tensors, or hold them in an unknown layout.
+    """
+
+    def __init__(self, actor: Path):
+        self._ranks = [self._load(file) for file in shard_files(actor)]
+        for rank, shard in enumerate(self._ranks):
+            if odd := shard.keys() ^ self._ranks[0].keys():
+                names = ", ".join(sorted(odd)[:3])
+                raise ValueError(f"ranks 0 and {rank} of {actor} hold other tensors: {names}")
+
+    @staticmethod
+    def _load(file: Path) -> dict[str, torch.Tensor]:
+        try:
+            # Tensors and no other objects: an unpickled object could run code.
+            shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as e:  # zip, pickle and torch each have their own.
+            raise ValueError(f"{file} cannot be read: {str(e).splitlines()[0]}") from None
+        if not isinstance(shard, dict) or not all(isinstance(t, torch.Tensor) for t in shard.values()):
+            raise ValueError(f"{file} holds something else than named tensors")
+        return shard
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ranks[0])
+
+    def __len__(self) -> int:
+        return len(self._ranks[0])
+
+    def meta(self, name: str) -> torch.Tensor:
+        """Shape and type of a tensor, without its values."""
+        tensor = self._ranks[0][name]
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [shard[name] for shard in self._ranks]
+        first = parts[0]
+        if not isinstance(first, DTensor):
+            if not all(torch.equal(first, part) for part in parts[1:]):
+                raise ValueError(f"{name} is not sharded, and yet not the same on all ranks")
+            return first
+        ranks = first.device_mesh.mesh
+        if int(ranks.max()) >= len(parts):
+            raise ValueError(f"{name} is laid out over {ranks.numel()} ranks, of which {len(parts)} have a shard")
+        full = _join(parts, ranks, list(first.placements), name)
+        if full.shape != first.shape:
+            raise ValueError(f"the shards of {name} make {tuple(full.shape)} instead of {tuple(first.shape)}")
+        return full
+
+
+def _join(parts: list[DTensor], ranks: torch.Tensor, placements: list[Any], name: str) -> torch.Tensor:
+    """The tensor of which the ranks in ``ranks``, an array with a dimension per placement, hold parts."""
+    if not placements:
+        return parts[int(ranks)].to_local()
+    placement, *inner = placements
+    if placement.is_replicate():
+        return _join(parts, ranks[0], inner, name)
+    if type(placement) is not Shard:
+        raise ValueError(f"{name} is laid out as {placement}; only Shard and Replicate can be put together")
+    return torch.cat([_join(parts, below, inner, name) for below in ranks], dim=placement.dim)
+
+
+class Renamed(Mapping[str, torch.Tensor]):
+    """The tensors of another mapping under other names: ``names`` gives the other mapping's by ours."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], names: dict[str, str]):
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class SafeTensors(Mapping[str, torch.Tensor]):
+    """The weights in a Hugging Face folder by name, each read when asked for; none where it has no safetensors.
+
+    Raises:
+        ValueError: one of its files cannot be read.
+    """
+
+    def __init__(self, folder: Path, stem: str = "model"):
+        files, index = [folder / f"{stem}.safetensors"], folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict):
+                raise ValueError(f"{index} has no weight_map")
+            files = [folder / str(name) for name in sorted(set(places.values()))]
+        self._files = {}
+        for file in files:
+            if file.is_file() or index.is_file():
+                try:
+                    tensors = safe_open(file, "pt")
+                except (SafetensorError, OSError) as e:
+                    raise ValueError(f"{file} cannot be read: {e}") from None
+                self._files |= dict.fromkeys(tensors.keys(), tensors)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def sizes(self) -> dict[str, int]:
+        """The number of values of each tensor."""
+        return {n: math.prod(f.get_slice(n).get_shape()) for n, f in self._files.items()}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The type of each tensor."""
+        return {n: f.get_slice(n)[:0].dtype for n, f in self._files.items()}
+
+
+def widest_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The type that holds all values of these tensors of weights.
+
+    Raises:
+        ExportError: a tensor has a type that weights are not exported in.
+    """
+    floating = {n: d for n, d in dtypes.items() if d.is_floating_point}
+    for name, dtype in floating.items():
+        if dtype not in DTYPES.values():
+            raise ExportError(f"{name} is {name_of(dtype)}; only {', '.join(DTYPES)} can be exported")
+    found = set(floating.values())
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
