@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 
 from recipe.disco import prepare_data
@@ -346,25 +347,25 @@ ROWS = [{"problem": f"Q{i}?", "answer": str(i)} for i in range(3)]
 LINES = "\n".join(map(json.dumps, ROWS))
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("bom.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
-        ("bom.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
-        ("lines.json", LINES.encode()),
-        ("list.jsonl", json.dumps(ROWS, indent=1).encode()),
-        ("crlf.jsonl", LINES.replace("\n", "\r\n").encode()),
-        ("below.json", json.dumps({"version": 1, "data": ROWS}).encode()),
-        ("T.JSONL", LINES.encode()),
-        ("T.Json", json.dumps(ROWS).encode()),
-        ("z.jsonl.gz", gzip.compress(LINES.encode())),
-        ("Z.JSON.GZ", gzip.compress(json.dumps(ROWS).encode())),
-        ("p.parquet.gz", gzip.compress(pd.DataFrame(ROWS).to_parquet())),
-        ("P.PARQUET", pd.DataFrame(ROWS).to_parquet()),
-    ],
-)
-def test_files_are_read_by_their_content(prepare, tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
+FILES = {
+    "bom.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
+    "bom.jsonl": b"\xef\xbb\xbf" + LINES.encode(),
+    "lines.json": LINES.encode(),
+    "list.jsonl": json.dumps(ROWS, indent=1).encode(),
+    "crlf.jsonl": LINES.replace("\n", "\r\n").encode(),
+    "below.json": json.dumps({"version": 1, "data": ROWS}).encode(),
+    "T.JSONL": LINES.encode(),
+    "T.Json": json.dumps(ROWS).encode(),
+    "z.jsonl.gz": gzip.compress(LINES.encode()),
+    "Z.JSON.GZ": gzip.compress(json.dumps(ROWS).encode()),
+    "p.parquet.gz": gzip.compress(pd.DataFrame(ROWS).to_parquet()),
+    "P.PARQUET": pd.DataFrame(ROWS).to_parquet(),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_read_by_their_content(prepare, tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
     status, out, _ = prepare("--train", tmp_path / name, "--benchmarks")
     assert status == 0 and "3 read       3 written" in out
     rows = rows_of(prepare.out / "train.parquet")
@@ -378,8 +379,8 @@ def test_one_line_is_a_row(prepare, tmp_path):
 
 
 def test_whole_numbers_in_a_parquet_column_with_gaps_stay_exact(prepare, tmp_path):
-    answers = pd.array([2**53 + 1, None], dtype="Int64")
-    pd.DataFrame({"problem": ["A?", "B?"], "answer": answers}).to_parquet(tmp_path / "mine.parquet")
+    table = pyarrow.table({"problem": ["A?", "B?"], "answer": [2**53 + 1, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "mine.parquet")
     assert prepare("--train", tmp_path / "mine.parquet", "--benchmarks")[0] == 0
     (row,) = rows_of(prepare.out / "train.parquet")
     assert list(row["reward_model"]["ground_truth"]) == ["9007199254740993"]
@@ -541,7 +542,7 @@ def test_small_files_in_the_layouts_of_public_sets(prepare, shared, name):
     for row in rows:
         *_, asked = row["prompt"]
         assert asked["content"].endswith(f" {SUFFIX}")
-        assert not re.search(r"boxed|####|Answer:|step by step", asked["content"].removesuffix(SUFFIX))
+        assert not re.search(r"boxed|####|Answer:|step by step|role", asked["content"].removesuffix(SUFFIX))
         result = compute_score(
             "",
             f"\\boxed{{{row['reward_model']['ground_truth'][-1]}}}",
