@@ -83,8 +83,9 @@ def read_settings(run: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read: {e.strerror or e}") from None
     except Exception as e:
         # YAML's constructors and OmegaConf's resolvers raise whatever a value makes them raise.
-        where = f"line {e.problem_mark.line + 1}: {e.problem}" if isinstance(e, MarkedYAMLError) else str(e)
-        raise ValueError(f"{file} cannot be read as settings: {' '.join(where.split())}") from None
+        marked = isinstance(e, MarkedYAMLError) and e.problem_mark
+        fault = f"line {e.problem_mark.line + 1}: {e.problem}" if marked else str(e)
+        raise ValueError(f"{file} cannot be read as settings: {' '.join(fault.split())}") from None
     # Of an empty file there is {"": {}}, of a bare word {word: None}.
     if all(value in (None, {}) for value in settings.values()):
         raise ValueError(f"{file} holds no settings")
@@ -102,11 +103,11 @@ def is_run(folder: Path) -> bool:
         # Hydra's, whatever hydra.output_subdir calls the directory.
         if (folder / "overrides.yaml").exists():
             return False
-        names = list(read_settings(folder))
+        trainer = {name.split(".")[1] for name in read_settings(folder) if name.startswith("trainer.")}
     except (OSError, ValueError):
         return True
-    # wandb keeps each setting below "value".
-    return any(name.startswith("trainer.") and not name.startswith("trainer.value") for name in names)
+    # wandb keeps each node below "value".
+    return bool(trainer - {"value", "desc"})
 
 
 def flatten(config: DictConfig) -> dict[str, Any]:

@@ -42,7 +42,7 @@ STYLE = (
 def find_runs(folders: list[Path]) -> tuple[list[Path], dict[Path, str]]:
     """Find the directories of runs in or below ``folders``, and say which of these hold none."""
     found = {folder: list(runs_below(folder)) for folder in folders}
-    once = {run.resolve(): run for runs in found.values() for run in runs}
+    once = {os.path.realpath(run): run for runs in found.values() for run in runs}
     none = {f: f"{f} holds no run: there is no {CONFIG_FILE} of one in or below it" for f in folders if not found[f]}
     return list(once.values()), none
 
@@ -62,7 +62,7 @@ def is_foreign(top: Path, name: str, in_run: bool) -> bool:
     """Tell whether a directory is Hydra's, wandb's or, within a run, a checkpoint: no run is in those."""
     if name == ".hydra" or (in_run and name.startswith("global_step_")):
         return True
-    return top.name == "wandb" and (top / name / "files").is_dir()
+    return top.name == "wandb" and os.path.isdir(top / name / "files")
 
 
 def plain(text: object) -> str:
@@ -87,7 +87,7 @@ def markdown(table: pd.DataFrame, form: str = "") -> str:
 
 def short_names(folders: list[Path]) -> dict[Path, str]:
     """Runs by their path below what all have in common."""
-    resolved = {f: f.resolve() for f in folders}
+    resolved = {f: Path(os.path.realpath(f)) for f in folders}
     common = Path(os.path.commonpath([r.parent for r in resolved.values()]))
     return {f: one_line(r.relative_to(common)) for f, r in resolved.items()}
 
@@ -108,8 +108,9 @@ def faults_of(runs: list[Run], damaged: dict[Path, str]) -> list[tuple[Path, str
 
 
 def print_faults(runs: list[Run], damaged: dict[Path, str]) -> None:
+    """Print what was left out, one line each, to the standard error."""
     for folder, fault in faults_of(runs, damaged):
-        print(one_line(f"{folder}: {fault}"), file=sys.stderr)
+        print(f"{one_line(folder)}: {fault}", file=sys.stderr)
 
 
 def pass_k_parts(tables: dict[int, pd.DataFrame], unstored: list[str]) -> Iterator[str]:
@@ -124,8 +125,8 @@ def pass_k_parts(tables: dict[int, pd.DataFrame], unstored: list[str]) -> Iterat
             )
             if any(POOLED in t for t in tables.values()):
                 yield (
-                    f"{POOLED}: the stored responses do not name their benchmark. They do with a reward function that "
-                    "returns `data_source`."
+                    f"{POOLED}: the stored responses do not name their benchmark. A reward function that returns "
+                    "`data_source` separates them."
                 )
         yield markdown(table)
     if unstored:
@@ -159,8 +160,7 @@ def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str],
     elif len({r.method for r in runs}) > 1:
         parts.append("The runs differ in method and seed alone.")
 
-    evaluated = any(1 in r.pass_at for r in runs)
-    if evaluated:
+    if any(1 in r.pass_at for r in runs):
         parts.append("## pass@1, %")
         parts.append("Mean over seeds, with its 95 % interval (Student's t) where there are several.")
         parts.append(markdown(pass_table(runs, last)))

@@ -157,7 +157,8 @@ def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
     usual = table.groupby("benchmark")["samples"].transform(lambda n: n.mode().max())
     table["largest_k"] = usual.where(~table["benchmark"].isin(graded.index), 0)
     faults = [
-        f"{file}: scores of {name} are graded ({score:g}), not right or wrong; it has no pass@k for k > 1"
+        f"{file}: scores of {name} are graded ({score:g}), not 1 or 0 for right or wrong; it has no pass@k for k > 1 "
+        "and no gain by difficulty"
         for name, score in graded.items()
     ]
     if short := int((table["samples"] < table["largest_k"]).sum()):

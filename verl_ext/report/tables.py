@@ -201,8 +201,8 @@ def difficulty_table(runs: list[Run]) -> pd.DataFrame:
 
 
 def pass_rates(answers: pd.DataFrame) -> pd.Series:
-    """Pass rate by question."""
-    sums = answers.groupby("question")[["right", "samples"]].sum()
+    """Pass rate by question, but for those with graded scores."""
+    sums = answers[answers["largest_k"] > 0].groupby("question")[["right", "samples"]].sum()
     return sums["right"] / sums["samples"]
 
 

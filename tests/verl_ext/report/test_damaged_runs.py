@@ -1,6 +1,7 @@
 """Damaged runs and what is no run: each is named with its fault, and the others are reported."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -256,9 +257,27 @@ def test_folders_without_runs_are_named_and_the_others_reported(make, tmp_path, 
     assert "missing is no run: it has no config.yaml" in error and "file is no run: it has no config.yaml" in error
 
 
+def test_a_folder_that_cannot_be_listed_is_named_and_the_others_reported(make, tmp_path, capsys, monkeypatch):
+    make("disco", 1)
+    closed, listed = tmp_path / "closed", os.scandir
+    closed.mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+
+    def refuse(path="."):
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    # For root, every folder is open.
+    monkeypatch.setattr("os.scandir", refuse)
+    status, text, _ = run_report(tmp_path, tmp_path, tmp_path / "loop")
+    assert status == 0 and "1 runs." in text and "| closed | left out: " in text and "| loop | left out: " in text
+    assert "closed is no run" in capsys.readouterr().err
+
+
 def test_folders_of_wandb_hydra_and_checkpoints_are_no_runs(make, tmp_path, capsys):
     run = make("disco", 1)
-    wandb = {"_wandb": {"value": {}}, "trainer": {"value": {"default_local_dir": "x"}}, "seed": {"value": 1}}
+    wandb = {"seed": {"desc": None, "value": 1}, "trainer": {"desc": None, "value": {"default_local_dir": "x"}}}
     settings = (run / runs.CONFIG_FILE).read_text()
     for folder, text in {
         "wandb/run-20260101_000000-abc/files": json.dumps(wandb),

@@ -13,7 +13,7 @@ from scipy import stats
 
 from verl_ext.report import __main__ as report
 from verl_ext.report.read import POOLED, Run, read_answers, read_run, read_runs
-from verl_ext.report.tables import pass_at_k, pass_k_table, pass_k_tables, without_samples
+from verl_ext.report.tables import difficulty_table, pass_at_k, pass_k_table, pass_k_tables, without_samples
 
 
 def store(run: Path, step: int, counts: list[tuple], verl: bool = True) -> Path:
@@ -176,6 +176,22 @@ def test_graded_scores_have_no_pass_at_k_and_it_is_said(make):
     assert list(pass_k_table([run], 2).columns) == ["seeds", other]
     (fault,) = run.faults
     assert f"scores of {graded} are graded (0.25)" in fault
+
+
+def test_scores_of_minus_1_are_graded_and_have_no_gain_by_difficulty(make, tmp_path):
+    folder = make("disco", 1)
+    for step in (0, 20):
+        file = store(folder, step, [("a", 4, 1, "x"), ("b", 4, step // 5, "y")])
+        lines = [json.loads(line) for line in file.read_text().split("\n") if line]
+        for line in lines:
+            if line["data_source"] == "x":
+                line |= {"acc": None, "score": 2 * line["score"] - 1}
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = only(folder)
+    table = difficulty_table([run])
+    assert table.to_dict() == {"0": {"disco": 1.0}}
+    assert list(pass_k_table([run], 2).columns) == ["seeds", "y"]
+    assert ["scores of x are graded (-1)" in fault for fault in run.faults] == [True, True]
 
 
 def test_score_stands_in_for_acc(make):
