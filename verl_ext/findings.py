@@ -1,0 +1,75 @@
+"""What a check finds, how checks are run, and what several of them need."""
+
+import contextlib
+import difflib
+import importlib.metadata as metadata
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; wrong if it has a ``problem``, and then ``fix`` says what to do.
+
+    A ``warning`` is a problem that need not be one.
+    """
+
+    name: str
+    value: str
+    problem: str = ""
+    fix: str = ""
+    warning: bool = False
+
+
+def run_checks(
+    checks: Iterable[Callable[..., Iterator[Finding]]], *arguments: Any, hint: str = ""
+) -> Iterator[Finding]:
+    """Yield the findings of all checks, quietly; a check that fails is a finding itself, whose fix has the ``hint``."""
+    for check in checks:
+        found = []
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                for finding in check(*arguments):
+                    found.append(finding)
+        except Exception as e:
+            name = check.__name__.removeprefix("check_")
+            problem = f"checking {name} failed: {type(e).__name__}: {first_lines(e)}"
+            found.append(Finding(name, "", problem, f"fix the error above{hint}"))
+        yield from found
+
+
+def first_lines(e: Exception) -> str:
+    """The first three lines of an error's message, as one."""
+    return " ".join(" ".join(str(e).split("\n")[:3]).split())
+
+
+def by_nearness(name: str, choices: Iterable[str]) -> list[str]:
+    """All choices, those most like ``name`` first."""
+    return sorted(map(str, choices), key=lambda choice: (-_likeness(str(name), choice), choice))
+
+
+def nearest(name: str, choices: Iterable[str], cutoff: float = 0.65) -> list[str]:
+    """Up to three choices that are like ``name``, the most alike first."""
+    return [c for c in by_nearness(name, choices) if _likeness(str(name), c) >= cutoff][:3]
+
+
+def _likeness(name: str, choice: str) -> float:
+    ratio = difflib.SequenceMatcher(None, name.lower(), choice.lower()).ratio()
+    words, others = set(name.split("_")), set(choice.split("_"))
+    # batch_size for train_batch_size, temp for temperature.
+    part = words < others or (len(name) > 2 and choice.startswith(name))
+    return max(ratio, 0.7) if part else ratio
+
+
+def version_of(*distributions: str) -> str | None:
+    """Version of the first of these distributions that is installed, with its name if it is not the first."""
+    for name in distributions:
+        try:
+            return metadata.version(name) + (f" ({name})" if name != distributions[0] else "")
+        except metadata.PackageNotFoundError:
+            pass
+    return None
