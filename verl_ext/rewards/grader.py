@@ -1,12 +1,13 @@
-"""Whether two mathematical answers are equal, by math-verify, in a process of its own that can be stopped.
+"""Whether two mathematical answers are equal (:mod:`verl_ext.rewards.equality`), in a process that can be stopped.
 
-math-verify parses LaTeX into SymPy and simplifies. On what a model writes that can take hours, gigabytes, or the whole
-process with it. :class:`Grader` runs ``python -m verl_ext.rewards.grader``, which reads one JSON object a line and
-answers with another, and kills it when it is late. A child that dies costs the answer it was at; the next one starts
-another child.
+math-verify parses LaTeX into SymPy, which simplifies and evaluates. On what a model writes that can take hours,
+gigabytes, or the whole process with it. :class:`Grader` runs ``python -m verl_ext.rewards.grader``, which reads one
+JSON object per line and answers with another, and kills it when it is late. A child that dies costs the answer it was
+at; the next one starts another child.
 """
 
 import json
+import logging
 import os
 import re
 import selectors
@@ -15,7 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+
+from verl_ext.rewards.normalise import key, normalise
 
 START_SECONDS = 120.0
 """What a child gets for its imports, which take one to two seconds on an idle machine."""
@@ -24,67 +29,32 @@ ANSWERS_PER_CHILD = 1000
 """Then another takes its place, for caches grow."""
 
 
+BY_WEIGHT = ("grader error", "memory", "unreadable", "wrong")
+"""Where several truths fail for several reasons, the first of these is told."""
+
+logger = logging.getLogger(__name__)
+
 INTEGER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)")
 
 
 def plainly_equal(answer: str, truth: str) -> bool | None:
     """Whether two answers are equal, where that is plain to see; None where it takes mathematics.
 
-    They are when they are the same text, but for spaces, dollar signs, ``\\text{}`` and a full stop, or one integer.
+    They are when they are one integer, or the same text but for what :mod:`verl_ext.rewards.normalise` takes away.
     """
-    answer, truth = plain(answer), plain(truth)
+    answer, truth = answer.strip(), truth.strip()
     if answer == truth:
         return True
     if INTEGER.fullmatch(answer) and INTEGER.fullmatch(truth):
         # As text: Python refuses integers of thousands of digits.
         return whole_number(answer) == whole_number(truth)
-    return None
+    return True if key(normalise(answer)) == key(normalise(truth)) else None
 
 
 def whole_number(text: str) -> str:
     """An integer without commas and leading zeros."""
     digits = text.lstrip("-").replace(",", "").lstrip("0")
     return "-" * (text[0] == "-" and bool(digits)) + digits
-
-
-def plain(text: str) -> str:
-    """An answer without what changes nothing but its looks: spaces, dollar signs, sizes, a full stop, ``\\text{}``."""
-    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;:]|[$~]", "", text)
-    # But not between digits: 3 1/2 is not 31/2.
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
-    return text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").rstrip(".")
-
-
-def answers_equal(answer: str, truth: str) -> bool:
-    """Whether ``answer`` is mathematically equal to ``truth``; both as they stand in a box.
-
-    As math-verify has it, with two repairs: 4.5e33 is a number, and numbers that agree to 6 decimals must agree to 5
-    digits as well, so that 0 is not 6.63e-34.
-
-    Without any bound on time or memory, in this process: for :class:`Grader`'s child.
-
-    Raises:
-        ValueError: math-verify reads no mathematics in ``truth`` or in ``answer``.
-    """
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # LaTeX alone: math-verify's other way to read a number calls SymPy's parse_expr, which evaluates Python.
-    how = [LatexExtractionConfig(boxed_match_priority=0)]
-    sides = []
-    for name, text in (("truth", truth), ("answer", answer)):
-        text = re.sub(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE]([-+]?\d+)(?!\w)", r"\1 \\times 10^{\2}", text)
-        # Its own time limits need the main thread's alarm, which is ours.
-        sides.append(parse(f"\\boxed{{{text}}}", how, parsing_timeout=None))
-        if not sides[-1]:
-            raise ValueError(f"no mathematics in the {name}")
-    if not verify(*sides, timeout_seconds=None):
-        return False
-    a, b = (side[0] for side in sides)
-    if getattr(a, "is_real", False) and a.is_number and getattr(b, "is_real", False) and b.is_number:
-        a, b = a.evalf(15), b.evalf(15)
-        return bool(abs(a - b) <= 1e-5 * max(abs(a), abs(b)))
-    return True
 
 
 class Grader:
@@ -108,8 +78,9 @@ class Grader:
             timeout: seconds for this answer, the start of a child not counted.
 
         Returns:
-            (True, "") or (False, reason); reasons are "wrong", "unreadable" (nothing that math-verify can read),
-            "memory", "timeout" and "grader died".
+            (True, "") or (False, reason); reasons are "wrong", "unreadable" (no mathematics that can be compared),
+            "grader error" (a fault of ours or of a library, with its text in the log), "memory", "timeout" and
+            "grader died".
         """
         child = self._start()
         try:
@@ -125,6 +96,8 @@ class Grader:
             self.close()
             return False, "grader died"
         result = json.loads(reply)
+        if result["error"]:
+            log_once(result["error"], answer)
         self._graded += 1
         if result["reason"] == "memory" or self._graded >= ANSWERS_PER_CHILD:
             self.close()
@@ -149,6 +122,8 @@ class Grader:
             except TimeoutError:
                 ready = b""
             if not ready:
+                with suppress(subprocess.TimeoutExpired):
+                    self._child.wait(1)
                 code = self._child.poll()
                 self.close()
                 raise RuntimeError(
@@ -185,6 +160,12 @@ class Grader:
             child.stdout.close()
 
 
+@lru_cache(maxsize=100)
+def log_once(error: str, answer: str) -> None:
+    """Warn of an error, with the answer at which it was met first."""
+    logger.warning("grading failed: %s; answer: %.200r", error, answer)
+
+
 def limit_memory(memory_mb: int) -> None:
     """Let this process allocate ``memory_mb`` MiB more than it has, and write no file."""
     import resource
@@ -202,7 +183,9 @@ def main() -> None:
     # Nothing that a library prints may pass for a verdict.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    answers_equal("1", "1")
+    from verl_ext.rewards.equality import Unreadable, answers_equal
+
+    answers_equal("2", "\\frac{4}{2}")
     if sys.platform == "linux":
         limit_memory(int(sys.argv[1]))
     print("ready", file=out)
@@ -210,20 +193,23 @@ def main() -> None:
         request = json.loads(line)
         # The parent kills sooner; this is for a child whose parent was killed meanwhile.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"] + 1)
-        equal, reason = False, "unreadable"
+        reasons, error = set(), ""
         for truth in request["truths"]:
             try:
-                equal = answers_equal(request["answer"], truth)
-                reason = "" if equal else "wrong"
+                reason = "" if answers_equal(request["answer"], truth) else "wrong"
             except MemoryError:
                 reason = "memory"
-            except Exception:
-                # Whatever a parser raises on what a model wrote.
-                pass
-            if equal:
+            except (Unreadable, RecursionError):
+                reason = "unreadable"
+            except Exception as e:
+                # Whatever a library raises on what a model wrote is a fault to look into.
+                reason, error = "grader error", f"{type(e).__name__}: {str(e)[:200]}"
+            reasons.add(reason)
+            if not reason:
                 break
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps({"equal": equal, "reason": reason}), file=out)
+        reason = next(r for r in ("", *BY_WEIGHT) if r in reasons)
+        print(json.dumps({"equal": not reason, "reason": reason, "error": error}), file=out)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,25 @@ For verl's custom reward function::
 Source of the rule: DisCO (arXiv 2505.12366), whose reward looks for a boxed answer after ``</think>``.
 """
 
+import json
 import numbers
 import os
 import queue
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from decimal import Decimal
 from typing import Any
 
 from verl_ext.rewards.grader import Grader, plainly_equal
 
 THINK_END = "</think>"
-BOX = re.compile(r"\\f?boxed\s*\{")
+BOX = re.compile(r"\\(?:f?boxed|fbox)\s*\{")
+UNBRACED = re.compile(r"\\(?:f?boxed|fbox)\s*(-?\d[\d.,/]*|[A-Za-z](?![A-Za-z]))")
+BETWEEN = re.compile(r"(?:[\s$,;&]|\\(?:[,;:!() ]|quad|qquad|text)|[{}]|and|or)*", re.IGNORECASE)
+"""What may stand between boxes that are one answer together."""
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 LONGEST_ANSWER = 2000
 """Characters. The longest ground truth of the six benchmarks has 230."""
@@ -35,6 +41,7 @@ FAILURES = (
     "too long",
     "wrong",
     "unreadable",
+    "grader error",
     "memory",
     "timeout",
     "grader died",
@@ -56,8 +63,8 @@ def compute_score(
 ) -> dict[str, Any]:
     """1.0 when the last ``\\boxed{}`` after the last ``</think>`` equals one of the ground truths, else 0.0.
 
-    Equal is equal as text (but for spaces and the like), as integers or, by math-verify, as mathematics. May be called
-    from any thread and process; each process of verl's reward loop grades in children of its own.
+    Equal is equal as text (but for its spelling), as integers or as mathematics (:mod:`verl_ext.rewards.equality`).
+    May be called from any thread and process; each process of verl's reward loop grades in children of its own.
 
     Args:
         data_source: not read.
@@ -105,7 +112,9 @@ def compute_score(
 def boxed_answer(text: str, require_think: bool = True) -> tuple[str, str]:
     """The text in the last box after the last ``</think>``, and a reason when there is none.
 
-    Linear in the text's length, whatever its braces.
+    Boxes with nothing but a comma, "and" or "or" between them are one list: ``\\boxed{1} and \\boxed{2}`` is 1, 2.
+    ``\\fbox{5}`` is a box, and so is ``\\boxed 5`` where no box has braces. Linear in the text's length, whatever its
+    braces.
 
     Returns:
         (answer, "") or ("", reason), reason in "no </think>", "no box", "box not closed", "empty box", "too long".
@@ -113,23 +122,36 @@ def boxed_answer(text: str, require_think: bool = True) -> tuple[str, str]:
     _, found, rest = text.rpartition(THINK_END)
     if require_think and not found:
         return "", "no </think>"
-    start = None
-    for box in BOX.finditer(rest):
-        start = box.end()
-    if start is None:
-        return "", "no box"
-    depth, i = 1, start
-    for match in re.finditer(r"\\.|[{}]", rest[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            i = start + match.start()
+    starts = list(BOX.finditer(rest))
+    if not starts:
+        bare = UNBRACED.findall(rest)
+        return (bare[-1].rstrip(".,"), "") if bare else ("", "no box")
+    parts, after = [], None
+    for box in reversed(starts):
+        end = closing_brace(rest, box.end(), after)
+        if end is None:
+            if after is None:
+                return "", "box not closed"
             break
-    else:
-        return "", "box not closed"
-    answer = rest[start:i].strip()
+        if after is not None and (end >= after or not BETWEEN.fullmatch(rest, end + 1, after)):
+            break
+        if part := rest[box.end() : end].strip():
+            parts.insert(0, part)
+        after = box.start()
+    answer = ", ".join(parts)
     if not answer:
         return "", "empty box"
     return (answer, "") if len(answer) <= LONGEST_ANSWER else ("", "too long")
+
+
+def closing_brace(text: str, start: int, end: int | None) -> int | None:
+    """Where the group closes that opens before ``start``, if it does before ``end``."""
+    depth = 1
+    for match in BRACE.finditer(text, start, len(text) if end is None else end):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.start()
+    return None
 
 
 def is_truncated(failure: str, extra_info: dict | None) -> bool:
@@ -148,17 +170,27 @@ def ground_truths(value: Any) -> list[str]:
     """
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, str) and value.lstrip().startswith('["'):
+        # A list as JSON text, as some data sets have it. [1, 2] without quotes is an interval.
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
     values = value if isinstance(value, (list, tuple)) else [value]
     truths = []
     for x in values:
-        if isinstance(x, bool) or not isinstance(x, (str, numbers.Real)) or x != x:
-            raise ValueError(f"a ground truth must be text or a number, got {x!r}")
-        text = str(int(x)) if not isinstance(x, str) and float(x).is_integer() else str(x).strip()
-        if text:
+        if isinstance(x, bool) or not isinstance(x, (str, numbers.Real, Decimal)) or x != x:
+            raise ValueError(f"a ground truth must be text or a number, got {str(x)[:80]}")
+        if text := x.strip() if isinstance(x, str) else number_text(x):
             truths.append(text)
     if not truths:
         raise ValueError(f"no ground truth: {value!r}")
     return truths
+
+
+def number_text(x: numbers.Real | Decimal) -> str:
+    """A number's digits; whole ones without ``.0``, and of any size."""
+    if isinstance(x, numbers.Integral):
+        return str(Decimal(int(x)))
+    return str(x).removesuffix(".0")
 
 
 # Graders of this process ---------------------------------------------------------------------------------------------
