@@ -123,7 +123,7 @@ def test_reasons_are_counted_and_shown(prepare, tmp_path):
         {"problem": "Empty?", "answer": " "},
         {"problem": "  ", "answer": "1"},
         {"problem": "Crossed?", "answer": "Since he is fifth, four people crossed before him. Therefore 4 people."},
-        {"problem": "One?\nPut your final answer within \\boxed{}.", "answer": ["1", "the answer is one", "1} {2"]},
+        {"problem": "One?\nPut your final answer within \\boxed{}.", "answer": ["1", "the answer is one", "}1{"]},
         {"problem": "Two? Put your final answer within \\boxed{}.", "answer": "2"},
     ]
     path = tmp_path / "mine.json"
@@ -138,8 +138,8 @@ def test_reasons_are_counted_and_shown(prepare, tmp_path):
         "1 noted: without one of its answers: answer is a text, not a bare answer (first: mine.json, row 4: the" in out
     )
     assert (
-        "1 noted: without one of its answers: not graded right in its own box: braces do not match "
-        "(first: mine.json, row 4: 1} {2)" in out
+        "1 noted: without one of its answers: not graded right in its own box: empty box (first: mine.json, row 4: }1{)"
+        in out
     )
     written = rows_of(prepare.out / "train.parquet")
     assert [list(row["reward_model"]["ground_truth"]) for row in written] == [["1"], ["2"]]
@@ -152,11 +152,12 @@ def test_each_answer_is_graded_against_itself_and_once(monkeypatch):
     def grade(source, text, truths, require_think):
         graded.append(text)
         assert source == "" and not require_think and text == f"\\boxed{{{truths[0]}}}"
-        return {"pred": truths[0], "failure": "timeout" if truths[0] == "hard" else ""}
+        return {"pred": truths[0].partition("}")[0], "failure": "timeout" if truths[0] == "hard" else ""}
 
     monkeypatch.setattr(prepare_data, "compute_score", grade)
-    assert prepare_data.self_graded(["1", "hard", "1", "2", "hard"]) == {"1": "", "hard": "timeout", "2": ""}
-    assert sorted(graded) == ["\\boxed{1}", "\\boxed{2}", "\\boxed{hard}"]
+    failures = prepare_data.self_graded(["1", "hard", "1", "2} {3", "hard"])
+    assert failures == {"1": "", "hard": "timeout", "2} {3": "braces do not match"}
+    assert sorted(graded) == ["\\boxed{1}", "\\boxed{2} {3}", "\\boxed{hard}"]
 
 
 def test_system_messages_and_verls_own_rows_are_one_schema(prepare, tmp_path):
