@@ -49,7 +49,7 @@ class Checkpoint:
 
 
 def find_checkpoints(run: Path, megatron: bool) -> list[Checkpoint]:
-    """The checkpoints in ``run`` by step, whole or not. Folders with other names than verl's are left alone."""
+    """Find the checkpoints in ``run``, by step, whole or not. Folders with other names than verl's are left alone."""
     fault = megatron_fault if megatron else fsdp_fault
     return sorted(
         (
@@ -62,7 +62,7 @@ def find_checkpoints(run: Path, megatron: bool) -> list[Checkpoint]:
 
 
 def fsdp_fault(actor: Path) -> str:
-    """Why a checkpoint of verl's FSDP engine is not whole; empty if it is."""
+    """Tell why a checkpoint of verl's FSDP engine is not whole; empty if it is."""
     try:
         files = shard_files(actor)
     except ValueError as e:
@@ -77,16 +77,19 @@ def fsdp_fault(actor: Path) -> str:
 
 
 def megatron_fault(actor: Path) -> str:
-    """Why a checkpoint of verl's Megatron engine is not whole; empty if it is."""
+    """Tell why a checkpoint of verl's Megatron engine is not whole; empty if it is."""
     try:
         read_json(actor / MEGATRON_MANIFEST)
     except ValueError as e:
         return str(e)
+    kinds = ("huggingface/*.safetensors", "huggingface/adapter/adapter_config.json", "dist_ckpt/.metadata")
+    if not any(file for kind in kinds for file in (actor / "model").glob(kind)):
+        return "model/ holds no weights"
     return _config_fault(actor / "model/huggingface")
 
 
 def shard_files(actor: Path) -> list[Path]:
-    """The files that should hold a checkpoint's shards, by rank; they need not be there.
+    """List the files that should hold a checkpoint's shards, by rank; they need not be there.
 
     Raises:
         ValueError: the number of ranks cannot be told.
@@ -114,7 +117,7 @@ def _config_fault(huggingface: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
         ValueError: one sentence: there is no such file, or no such object in it.
@@ -130,7 +133,28 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-class Shards(Mapping[str, torch.Tensor]):
+class LazyTensors(Mapping[str, torch.Tensor]):
+    """Tensors by name, each read when asked for and not before.
+
+    Args:
+        places: where each tensor is.
+    """
+
+    def __init__(self, places: Mapping[str, Any]):
+        self._places = places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        # Mapping's would read the tensor.
+        return name in self._places
+
+
+class Shards(LazyTensors):
     """Full tensors by name, put together from all ranks' shards when asked for. The files stay on the disk.
 
     Raises:
@@ -143,6 +167,7 @@ class Shards(Mapping[str, torch.Tensor]):
             if odd := shard.keys() ^ self._ranks[0].keys():
                 names = ", ".join(sorted(odd)[:3])
                 raise ValueError(f"ranks 0 and {rank} of {actor} hold other tensors: {names}")
+        super().__init__(self._ranks[0])
 
     @staticmethod
     def _load(file: Path) -> dict[str, torch.Tensor]:
@@ -150,16 +175,10 @@ class Shards(Mapping[str, torch.Tensor]):
             # Tensors and no other objects: an unpickled object could run code.
             shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as e:  # zip, pickle and torch each have their own.
-            raise ValueError(f"{file} cannot be read: {str(e).splitlines()[0]}") from None
+            raise ValueError(f"{file} cannot be read: {one_line(e)}") from None
         if not isinstance(shard, dict) or not all(isinstance(t, torch.Tensor) for t in shard.values()):
             raise ValueError(f"{file} holds something else than named tensors")
         return shard
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ranks[0])
-
-    def __len__(self) -> int:
-        return len(self._ranks[0])
 
     def meta(self, name: str) -> torch.Tensor:
         """Shape and type of a tensor, without its values."""
@@ -184,7 +203,7 @@ class Shards(Mapping[str, torch.Tensor]):
 
 
 def _join(parts: list[DTensor], ranks: torch.Tensor, placements: list[Any], name: str) -> torch.Tensor:
-    """The tensor of which the ranks in ``ranks``, an array with a dimension per placement, hold parts."""
+    """Join the tensor of which the ranks in ``ranks``, an array with a dimension per placement, hold parts."""
     if not placements:
         return parts[int(ranks)].to_local()
     placement, *inner = placements
@@ -195,23 +214,18 @@ def _join(parts: list[DTensor], ranks: torch.Tensor, placements: list[Any], name
     return torch.cat([_join(parts, below, inner, name) for below in ranks], dim=placement.dim)
 
 
-class Renamed(Mapping[str, torch.Tensor]):
+class Renamed(LazyTensors):
     """The tensors of another mapping under other names: ``names`` gives the other mapping's by ours."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], names: dict[str, str]):
-        self._tensors, self._names = tensors, names
+        super().__init__(names)
+        self._tensors = tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return self._tensors[self._places[name]]
 
 
-class SafeTensors(Mapping[str, torch.Tensor]):
+class SafeTensors(LazyTensors):
     """The weights in a Hugging Face folder by name, each read when asked for; none where it has no safetensors.
 
     Raises:
@@ -221,39 +235,35 @@ class SafeTensors(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path, stem: str = "model"):
         files, index = [folder / f"{stem}.safetensors"], folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            places = read_json(index).get("weight_map")
-            if not isinstance(places, dict):
+            file_of = read_json(index).get("weight_map")
+            if not isinstance(file_of, dict):
                 raise ValueError(f"{index} has no weight_map")
-            files = [folder / str(name) for name in sorted(set(places.values()))]
-        self._files = {}
+            files = [folder / name for name in sorted({str(name) for name in file_of.values()})]
+        places: dict[str, Any] = {}
         for file in files:
             if file.is_file() or index.is_file():
                 try:
                     tensors = safe_open(file, "pt")
                 except (SafetensorError, OSError) as e:
                     raise ValueError(f"{file} cannot be read: {e}") from None
-                self._files |= dict.fromkeys(tensors.keys(), tensors)
+                places |= dict.fromkeys(tensors.keys(), tensors)
+        super().__init__(places)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+        return self._places[name].get_tensor(name)
 
     def sizes(self) -> dict[str, int]:
-        """The number of values of each tensor."""
-        return {n: math.prod(f.get_slice(n).get_shape()) for n, f in self._files.items()}
+        """Count the values of each tensor."""
+        return {n: math.prod(f.get_slice(n).get_shape()) for n, f in self._places.items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The type of each tensor."""
-        return {n: f.get_slice(n)[:0].dtype for n, f in self._files.items()}
+        """Tell the type of each tensor."""
+        slices = {n: f.get_slice(n) for n, f in self._places.items()}
+        return {n: (s[:0] if s.get_shape() else self[n]).dtype for n, s in slices.items()}
 
 
-def widest_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
-    """The type that holds all values of these tensors of weights.
+def floating_dtypes(dtypes: Mapping[str, torch.dtype]) -> set[torch.dtype]:
+    """Pick the types of weights among those of these tensors.
 
     Raises:
         ExportError: a tensor has a type that weights are not exported in.
@@ -262,10 +272,19 @@ def widest_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     for name, dtype in floating.items():
         if dtype not in DTYPES.values():
             raise ExportError(f"{name} is {name_of(dtype)}; only {', '.join(DTYPES)} can be exported")
-    found = set(floating.values())
-    return found.pop() if len(found) == 1 else torch.float32
+    return set(floating.values())
+
+
+def widest(dtypes: set[torch.dtype]) -> torch.dtype:
+    """Choose the type that holds the values of all of them."""
+    return next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
 
 
 def name_of(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def one_line(error: Exception) -> str:
+    """Cut an error's text to the start of one line."""
+    return " ".join(str(error).split())[:300]

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from verl_ext.checkpoints import DTYPES, Checkpoint, ExportError, find_checkpoints
+from verl_ext.checkpoints import DTYPES, Checkpoint, ExportError, find_checkpoints, one_line
 from verl_ext.report.read import read_run
 from verl_ext.runs import CHECKPOINT_FILE, CONFIG_FILE, read_settings
 from verl_ext.trained_model import export_model
@@ -83,8 +83,11 @@ def export(
     for fault in found.faults if found else ():
         print(f"note: {fault}", file=sys.stderr)
     evaluations = found.pass_at.get(1, pd.DataFrame()) if found else pd.DataFrame()
-    checkpoint = choose(run, settings["actor_rollout_ref.actor.strategy"] == "megatron", evaluations, step)
-    out = (out or run / "export" / f"global_step_{checkpoint.step}").resolve()
+    try:
+        checkpoint = choose(run, settings["actor_rollout_ref.actor.strategy"] == "megatron", evaluations, step)
+        out = (out or run / "export" / f"global_step_{checkpoint.step}").resolve()
+    except (OSError, RuntimeError) as e:  # no right to read, a loop of links
+        raise ExportError(f"a folder cannot be read: {one_line(e)}") from None
     if out.is_relative_to(checkpoint.folder.parent.resolve()):
         raise ExportError(f"--out={out} is inside a checkpoint, which verl may remove; choose another folder")
     unfinished = out.with_name(out.name + ".unfinished")
@@ -96,8 +99,7 @@ def export(
     except ExportError:
         raise
     except Exception as e:  # transformers, tokenizers, peft and safetensors each raise their own
-        text = " ".join(str(e).split())
-        raise ExportError(f"{checkpoint.folder} cannot be exported: {type(e).__name__}: {text[:500]}") from e
+        raise ExportError(f"{checkpoint.folder} cannot be exported: {type(e).__name__}: {one_line(e)}") from e
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"step {checkpoint.step}", *told, sep="\n")
@@ -105,7 +107,7 @@ def export(
 
 
 def choose(run: Path, megatron: bool, evaluations: pd.DataFrame, step: int | None) -> Checkpoint:
-    """The checkpoint of ``step``, or the best of the whole ones. Those that are not whole are named on stderr.
+    """Choose the checkpoint of ``step``, or the best of the whole ones. Others are named on stderr.
 
     Args:
         megatron: the run's engine is Megatron.
@@ -156,10 +158,11 @@ def make_folder(out: Path, unfinished: Path) -> None:
 
 
 def best_step(evaluations: pd.DataFrame, steps: list[int]) -> int:
-    """The checkpoint of ``steps`` with the highest mean pass@1 over benchmarks; the last where none was evaluated.
+    """Choose the checkpoint with the highest mean pass@1 over benchmarks, or the last where none was evaluated.
 
     Args:
-        evaluations: pass@1, a row a step, a column a benchmark.
+        evaluations: pass@1, one row per step, one column per benchmark.
+        steps: of the whole checkpoints, in order.
     """
     # A mean over fewer benchmarks is not comparable.
     mean = evaluations.dropna().mean(axis=1)
@@ -168,7 +171,7 @@ def best_step(evaluations: pd.DataFrame, steps: list[int]) -> int:
 
 
 def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, weights: list[str]) -> str:
-    """Markdown with the front matter that the hub reads.
+    """Write Markdown with the front matter that the hub reads.
 
     Args:
         settings: of the run, by full name.
@@ -177,7 +180,7 @@ def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, w
         weights: sentences on the exported weights, see :func:`~verl_ext.trained_model.export_model`.
     """
     base = str(settings["actor_rollout_ref.model.path"])
-    algorithm = settings.get("verl_ext.algorithm", "ppo")
+    algorithm = str(settings.get("verl_ext.algorithm", "ppo"))
     shown = {name: settings[name] for name in SHOWN if name in settings}
     shown |= {n: v for n, v in settings.items() if n.startswith(f"{algorithm}.") and not n.endswith("_target_")}
     facts = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -202,7 +205,7 @@ def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, w
 
 
 def cell(value: Any) -> str:
-    """A setting's value in one cell of a Markdown table."""
+    """Write a setting's value as one cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
 

@@ -1,12 +1,13 @@
 """Proof that an exported folder holds the trained model: its files, its weights, its log-probabilities."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from verl_ext.checkpoints import ExportError, SafeTensors, name_of
+from verl_ext.checkpoints import ExportError, SafeTensors, name_of, one_line
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """By how much a token's log-probability may be off, by the type that the weights are rounded to."""
@@ -19,17 +20,37 @@ PROMPTS = (
 """Texts whose log-probabilities are compared."""
 
 
+@dataclass
+class LogProbs:
+    """A checkpoint's log-probabilities of the prompts' tokens.
+
+    Args:
+        values: one per token.
+        effect: by how much they change without the adapter, at most; None where there is none.
+    """
+
+    values: torch.Tensor
+    effect: float | None = None
+
+
 def tokens_of_prompts(folder: Path, trust_remote_code: bool) -> list[torch.Tensor]:
-    """The prompts as batches of one row, by the tokenizer in ``folder``."""
+    """Turn the prompts into batches of one row, by the tokenizer in ``folder``.
+
+    Raises:
+        ExportError: there is none that can be loaded.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return [torch.tensor([ids]) for p in PROMPTS if len(ids := tokenizer(p).input_ids) > 1]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return [torch.tensor([ids]) for p in PROMPTS if len(ids := tokenizer(p).input_ids) > 1]
+    except Exception as e:  # tokenizers raise what they meet
+        raise ExportError(f"the checkpoint's tokenizer cannot be loaded: {type(e).__name__}: {one_line(e)}") from e
 
 
 @torch.no_grad()
 def log_probs(model: Any, prompts: list[torch.Tensor]) -> torch.Tensor:
-    """The log-probability of each token of the prompts but the first ones."""
+    """Compute the log-probability of each token of the prompts but the first ones."""
     model.eval()
     found = []
     for ids in prompts:
@@ -38,8 +59,8 @@ def log_probs(model: Any, prompts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(found)
 
 
-def log_probs_of_checkpoint(model: Any, prompts: list[torch.Tensor]) -> tuple[torch.Tensor | None, float | None, str]:
-    """The checkpoint's log-probabilities, by how much its adapter changes them, and why there are none.
+def log_probs_of_checkpoint(model: Any, prompts: list[torch.Tensor]) -> tuple[LogProbs | None, str]:
+    """Compute the checkpoint's log-probabilities, or say why there are none.
 
     Raises:
         ExportError: they are not finite.
@@ -47,30 +68,28 @@ def log_probs_of_checkpoint(model: Any, prompts: list[torch.Tensor]) -> tuple[to
     try:
         expected = log_probs(model, prompts)
     except Exception as e:  # a model may need an accelerator's kernels
-        return None, None, f"the model does not run on a CPU ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        return None, f"the model does not run on a CPU ({type(e).__name__}: {one_line(e)})"
     if not expected.isfinite().all():
         raise ExportError("the checkpoint's log-probabilities are not finite: its training has diverged")
     if not hasattr(model, "peft_config"):
-        return expected, None, ""
+        return LogProbs(expected), ""
     with model.disable_adapter():
-        return expected, float((log_probs(model, prompts) - expected).abs().max()), ""
+        return LogProbs(expected, float((log_probs(model, prompts) - expected).abs().max())), ""
 
 
-def compare_log_probs(
-    expected: torch.Tensor, found: torch.Tensor, effect: float | None, dtype: torch.dtype
-) -> list[str]:
-    """Sentences on how far the exported model's log-probabilities are from the checkpoint's.
+def compare_log_probs(expected: LogProbs, found: torch.Tensor, dtype: torch.dtype) -> list[str]:
+    """Say how far the exported model's log-probabilities are from the checkpoint's.
 
     Raises:
         ExportError: too far.
     """
-    worst = float((found - expected).abs().max())
+    worst, effect = float((found - expected.values).abs().max()), expected.effect
     if not worst <= TOLERANCE[dtype]:
         raise ExportError(
             f"the exported model's log-probabilities are off by {worst:.3g} from the checkpoint's; "
             f"at most {TOLERANCE[dtype]} was expected in {name_of(dtype)}"
         )
-    told = f"Log-probabilities of {len(expected)} tokens are the checkpoint's within {worst:.2g}, run by transformers"
+    told = f"Log-probabilities of {len(found)} tokens are the checkpoint's within {worst:.2g}, run by transformers"
     if effect is None:
         return [told + "."]
     told = [told + f"; without the adapter they change by up to {effect:.2g}."]
@@ -80,7 +99,7 @@ def compare_log_probs(
 
 
 def compare_files(out: Path, model: Any, dtype: torch.dtype) -> str:
-    """A sentence on the files' tensors being the model's.
+    """Read the files back and compare their tensors with the model's.
 
     Raises:
         ExportError: they are not, or hold values that are not finite.
@@ -109,7 +128,7 @@ def compare_with_base(
     rounding: list[torch.dtype],
     trained: set[str],
 ) -> list[str]:
-    """Sentences on which tensors differ from the model that training started from.
+    """Say which tensors differ from the model that training started from.
 
     Args:
         path: its name in the settings.

@@ -26,11 +26,13 @@ from verl_ext.checkpoints import (
     Renamed,
     SafeTensors,
     Shards,
+    floating_dtypes,
     name_of,
     read_json,
-    widest_dtype,
+    widest,
 )
 from verl_ext.export_checks import (
+    LogProbs,
     compare_files,
     compare_log_probs,
     compare_with_base,
@@ -42,6 +44,8 @@ from verl_ext.export_checks import (
 MODEL = "actor_rollout_ref.model."
 LORA_NOTE = "lora_train_meta.json"
 """What verl notes beside a checkpoint about the adapter that it trained."""
+FILE_SIZE = 5 * 10**9
+"""Bytes of weights in a file, at most. safetensors holds as much in memory while it writes."""
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 LORA_B = re.compile(r"base_model\.model\.(.+)\.lora_(?:B\.[^.]+\.weight|embedding_B\.[^.]+)")
 
@@ -52,15 +56,20 @@ class Source:
 
     Args:
         model: a transformers model, or a peft model around one.
-        dtype: the widest of the weights in the checkpoint.
+        dtypes: of the weights in the checkpoint.
         frozen: the weights under an adapter by name, as far as the checkpoint has them.
         scratch: where tensors are held that do not fit into memory; None if all do.
     """
 
     model: Any
-    dtype: torch.dtype
+    dtypes: set[torch.dtype]
     frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
     scratch: "Scratch | None" = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that holds all of the checkpoint's values."""
+        return widest(self.dtypes)
 
 
 def export_model(
@@ -89,7 +98,15 @@ def export_model(
             source = read_megatron(checkpoint, settings, trust_remote_code)
         else:
             return merge_megatron(checkpoint, out, settings, dtype, trust_remote_code)
-        return write(source, checkpoint, out, settings, dtype or source.dtype, trust_remote_code)
+        dtype = dtype or source.dtype
+        told, expected = write(source, checkpoint, out, settings, dtype, trust_remote_code)
+        if expected is None:
+            return told
+        # Two models at a time would not fit.
+        del source
+        gc.collect()
+        found = log_probs(load(out, trust_remote_code), tokens_of_prompts(out, trust_remote_code))
+        return told + compare_log_probs(expected, found, dtype)
 
 
 def read_fsdp(
@@ -99,12 +116,12 @@ def read_fsdp(
     scratch: Path,
     trust_remote_code: bool,
 ) -> Source:
-    """The model in the shards of verl's FSDP engine; see :func:`export_model`."""
+    """Read the model from the shards of verl's FSDP engine; see :func:`export_model`."""
     from accelerate import init_empty_weights
     from peft import get_peft_model
 
     shards = Shards(checkpoint.folder)
-    widest = widest_dtype({n: shards.meta(n).dtype for n in shards})
+    dtypes = floating_dtypes({n: shards.meta(n).dtype for n in shards})
     adapter = adapter_config(checkpoint, settings) if any("lora_" in name for name in shards) else None
     if adapter and all("lora_" in name for name in shards):
         # actor.checkpoint.save_lora_only
@@ -112,7 +129,7 @@ def read_fsdp(
         expected = {n: t for n, t in model.state_dict().items() if "lora_" in n}
         check_names(expected, shards)
         model.load_state_dict({n: shards[n].float() for n in shards}, strict=False)
-        return Source(model, widest)
+        return Source(model, dtypes)
 
     config, auto_class = model_class(checkpoint.huggingface, trust_remote_code)
     with init_empty_weights():
@@ -120,12 +137,15 @@ def read_fsdp(
         base = model
         if adapter:
             model = get_peft_model(model, adapter)
+    if any(hasattr(e, "base_layer") for e in (base.get_input_embeddings(), base.get_output_embeddings())):
+        # One of the two tables has an adapter, so they are no longer the same.
+        base.config.tie_word_embeddings = False
     base.tie_weights()
     tied: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         tied.setdefault(id(tensor), []).append(name)
     check_names(model.state_dict(), shards, [names for names in tied.values() if len(names) > 1])
-    store = Scratch.where_needed(scratch, sum(shards.meta(n).numel() for n in shards), dtype or widest)
+    store = Scratch.where_needed(scratch, sum(shards.meta(n).numel() for n in shards), dtype or widest(dtypes))
     state = {}
     for names in tied.values():
         first, *others = [n for n in names if n in shards]
@@ -141,14 +161,14 @@ def read_fsdp(
             n.removeprefix("base_model.model.").replace(".base_layer.", "."): n for n in shards if "lora_" not in n
         }
         frozen = Renamed(shards, plain)
-    return Source(model, widest, frozen, store)
+    return Source(model, dtypes, frozen, store)
 
 
 def read_megatron(checkpoint: Checkpoint, settings: Mapping[str, Any], trust_remote_code: bool) -> Source:
-    """The model in the Hugging Face folder of verl's Megatron engine, with its adapter; see :func:`export_model`."""
+    """Read the model, and its adapter, from what verl's Megatron engine saves for others; see :func:`export_model`."""
     if not uses_adapter(checkpoint):
         saved = SafeTensors(checkpoint.huggingface)
-        return Source(load(checkpoint.huggingface, trust_remote_code), widest_dtype(saved.dtypes()))
+        return Source(load(checkpoint.huggingface, trust_remote_code), floating_dtypes(saved.dtypes()))
     from peft import PeftModel
 
     folder = checkpoint.huggingface / "adapter"
@@ -158,11 +178,11 @@ def read_megatron(checkpoint: Checkpoint, settings: Mapping[str, Any], trust_rem
             "train with actor_rollout_ref.actor.megatron.vanilla_mbridge=False, which saves it for peft as well"
         )
     model = PeftModel.from_pretrained(load_base(settings, trust_remote_code), str(folder))
-    return Source(model, widest_dtype(SafeTensors(folder, "adapter_model").dtypes()))
+    return Source(model, floating_dtypes(SafeTensors(folder, "adapter_model").dtypes()))
 
 
 def uses_adapter(checkpoint: Checkpoint) -> bool:
-    """Whether a Megatron checkpoint is of a run with an adapter."""
+    """Tell whether a Megatron checkpoint is of a run with an adapter."""
     backend = read_json(checkpoint.folder / MEGATRON_MANIFEST).get("backend")
     return isinstance(backend, dict) and backend.get("peft") is True
 
@@ -174,8 +194,7 @@ def merge_megatron(
     trained = settings.get("actor_rollout_ref.actor.megatron.dtype", "bfloat16")
     if dtype not in (None, torch.bfloat16) or (dtype is None and trained != "bfloat16"):
         raise ExportError(
-            f"verl's merger writes Megatron's shards in bfloat16 alone, and {trained} was trained with; "
-            "give --dtype bfloat16 to round to it"
+            f"verl's merger writes Megatron's shards in bfloat16 alone (trained in {trained}); give --dtype bfloat16"
         )
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "megatron"]
     command += ["--local_dir", str(checkpoint.folder), "--target_dir", str(out)]
@@ -198,21 +217,26 @@ def write(
     settings: Mapping[str, Any],
     dtype: torch.dtype,
     trust_remote_code: bool,
-) -> list[str]:
-    """Merge, round and save the model of a checkpoint, then check what was written; see :func:`export_model`."""
+) -> tuple[list[str], LogProbs | None]:
+    """Merge, round and save the model of a checkpoint, and compare the tensors in the files.
+
+    Returns:
+        Sentences for the card, and the checkpoint's log-probabilities, unless a sentence says why there are none.
+    """
     not_these = shutil.ignore_patterns(*WEIGHT_FILES, "config.json", "adapter")
     shutil.copytree(checkpoint.huggingface, out, dirs_exist_ok=True, ignore=not_these)
     prompts = tokens_of_prompts(out, trust_remote_code)
     model, store = source.model, source.scratch
     if store:
-        expected, effect = None, None
+        expected = None
         not_compared = f"the model needs more than the {store.available / 2**30:.1f} GiB of memory that are free"
     else:
-        expected, effect, not_compared = log_probs_of_checkpoint(model, prompts)
+        expected, not_compared = log_probs_of_checkpoint(model, prompts)
 
     told = [f"{name_of(dtype)}, as in the checkpoint."]
-    if dtype != source.dtype:
-        told = [f"{name_of(dtype)}, as asked for; the checkpoint's are {name_of(source.dtype)}."]
+    if source.dtypes != {dtype}:
+        why = "as asked for" if dtype != source.dtype else "which holds all values"
+        told = [f"{name_of(dtype)}, {why}; the checkpoint's are {' and '.join(sorted(map(name_of, source.dtypes)))}."]
     trained: set[str] = set()
     if hasattr(model, "peft_config"):
         trained = trained_by_adapter(model)
@@ -220,7 +244,7 @@ def write(
         model = model.merge_and_unload()
     for tensor in model.state_dict(keep_vars=True).values():
         tensor.data = hold(tensor.data, dtype, store)
-    model.save_pretrained(out, max_shard_size="5GB")
+    model.save_pretrained(out, max_shard_size=FILE_SIZE)
     # transformers derives one from the model's configuration; the model's own says more.
     if (checkpoint.huggingface / "generation_config.json").is_file():
         shutil.copy(checkpoint.huggingface / "generation_config.json", out)
@@ -230,19 +254,14 @@ def write(
     told += compare_with_base(out, path, base_folder(settings), source.frozen, [source.dtype, dtype], trained)
     if expected is None:
         told.append(f"Log-probabilities were not compared: {not_compared}.")
-        return told
-    del model, source
-    gc.collect()
-    found = log_probs(load(out, trust_remote_code), prompts)
-    told += compare_log_probs(expected, found, effect, dtype)
-    return told
+    return told, expected
 
 
 # -- What is in a checkpoint
 
 
 def adapter_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Any:
-    """peft's configuration of the adapter that verl's FSDP engine trained.
+    """Make peft's configuration of the adapter that verl's FSDP engine trained.
 
     Raises:
         ExportError: the adapter that training started from is not on this machine, or the settings contradict what
@@ -280,7 +299,11 @@ def adapter_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Any:
 
 
 def model_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    """The configuration in ``folder`` and the class of transformers that verl loads such models with."""
+    """Read the configuration in ``folder`` and look up the class with which verl loads such models.
+
+    Raises:
+        ExportError: it names no class.
+    """
     from transformers import AutoConfig
     from verl.utils.model import get_hf_auto_model_class
 
@@ -291,7 +314,7 @@ def model_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def load(folder: Path, trust_remote_code: bool) -> Any:
-    """The model in a Hugging Face folder, in float32.
+    """Load the model in a Hugging Face folder, in float32.
 
     Raises:
         ExportError: tensors are missing or unknown, or they do not fit into memory.
@@ -310,7 +333,7 @@ def load(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def base_folder(settings: Mapping[str, Any]) -> Path | None:
-    """The folder of the model that training started from, or None where it is not on this machine."""
+    """Find the folder of the model that training started from; None where it is not on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -324,7 +347,7 @@ def base_folder(settings: Mapping[str, Any]) -> Path | None:
 
 
 def load_base(settings: Mapping[str, Any], trust_remote_code: bool) -> Any:
-    """The model that training started from, in float32.
+    """Load the model that training started from, in float32.
 
     Raises:
         ExportError: it is not on this machine.
@@ -365,15 +388,15 @@ class Scratch:
 
     @classmethod
     def where_needed(cls, folder: Path, values: int, dtype: torch.dtype) -> "Scratch | None":
-        """A scratch folder, or None if a model of so many values fits into memory in float32.
+        """Make a scratch folder, unless a model of so many values fits into memory in float32.
 
         Raises:
             ExportError: it does not fit on the disk either.
         """
-        needed, available = int(4.5 * values), available_memory()
+        needed, available = 4 * values + min(4 * values, FILE_SIZE), available_memory()
         if needed <= available:
             return None
-        needed += 2 * dtype.itemsize * values
+        needed = (4 + 2 * dtype.itemsize) * values
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
             raise ExportError(
@@ -384,14 +407,14 @@ class Scratch:
         return cls(folder, available)
 
     def copy(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A copy whose values are in a file."""
+        """Copy a tensor into a file."""
         file = self.folder / str(next(self._numbers))
         held = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=dtype)
         return held.view(tensor.shape).copy_(tensor)
 
 
 def hold(tensor: torch.Tensor, dtype: torch.dtype, scratch: Scratch | None) -> torch.Tensor:
-    """A copy, in ``dtype`` where it holds floating-point numbers, in ``scratch`` where there is one."""
+    """Copy a tensor, to ``dtype`` where it holds floating-point numbers, into ``scratch`` where there is one."""
     dtype = dtype if tensor.is_floating_point() else tensor.dtype
     if scratch and tensor.numel():
         return scratch.copy(tensor, dtype)
@@ -399,7 +422,7 @@ def hold(tensor: torch.Tensor, dtype: torch.dtype, scratch: Scratch | None) -> t
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group."""
+    """Count the bytes that this process may still take, of the machine and of its control group."""
     available, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())
@@ -414,7 +437,7 @@ def available_memory() -> int:
 
 
 def trained_by_adapter(model: Any) -> set[str]:
-    """Names of the weights that an adapter changes, by their names without it.
+    """List the weights that an adapter changes, by their names without it.
 
     Raises:
         ExportError: it changes none.
@@ -438,8 +461,8 @@ def save_adapter(model: Any, base: str, folder: Path) -> str:
     config.save_pretrained(folder)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_file({n: t.contiguous() for n, t in state.items()}, folder / "adapter_model.safetensors")
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    kinds = sorted({name.rpartition(".")[2] for name in targets or config.target_parameters})
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
+    kinds = sorted({name.rpartition(".")[2] for name in targets} | set(config.target_parameters or []))
     return (
         f"The adapter (rank {config.r}, alpha {config.lora_alpha}, on {', '.join(kinds)}) is merged into them; "
         f"it also stands alone in `{folder.name}/`."

@@ -203,9 +203,12 @@ def test_megatrons_checkpoints_are_whole_with_their_table_of_contents(run, expor
     assert "has no whole checkpoint (step 10: ckpt_contents.json is missing" in refused(run)
     actor = run / "global_step_10/actor"
     (actor / "ckpt_contents.json").write_text("{}")
-    assert "config.json is missing" in refused(run, "--step", 10)
+    assert "model/ holds no weights" in refused(run, "--step", 10)
     (actor / "model/huggingface").mkdir(parents=True)
     (actor / "model/huggingface/config.json").write_text("{}")
+    assert "model/ holds no weights" in refused(run, "--step", 10)
+    (actor / "model/dist_ckpt").mkdir()
+    (actor / "model/dist_ckpt/.metadata").touch()
     assert export.main([str(run)]) == 0
     assert exported[0][0].megatron and exported[0][0].huggingface == actor / "model/huggingface"
 
@@ -251,6 +254,8 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(run, exported, refused,
     assert "is a file" in refused(run, "--out", tmp_path / "link")
     assert "cannot be written: Not a directory" in refused(run, "--out", tmp_path / "file/below")
     assert "cannot be written: File name too long" in refused(run, "--out", tmp_path / ("x" * 300))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "loop" in refused(run, "--out", tmp_path / "loop")
     assert "is not empty" in refused(run, "--out", run)
     assert "is inside a checkpoint" in refused(run, "--out", run / "global_step_20/actor/huggingface/out")
     (tmp_path / "out.unfinished").mkdir()

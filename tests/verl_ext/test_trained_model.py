@@ -6,6 +6,7 @@ The checkpoints are written as verl's FSDP engine writes them: per rank one dict
 import json
 import subprocess
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qw
 from verl_ext import export_checks, trained_model
 from verl_ext.arithmetic.model import build_tokenizer
 from verl_ext.checkpoints import Checkpoint, ExportError, Shards
+from verl_ext.export_checks import LogProbs
 from verl_ext.trained_model import export_model
 
 SIZES = dict(
@@ -29,6 +31,7 @@ SIZES = dict(
     max_position_embeddings=128,
 )
 RANK, ALPHA = 4, 10
+NORM = "model.norm.weight"
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
@@ -182,6 +185,13 @@ def test_shards_are_put_together_as_verls_merger_does_it(checkpoint):
         actor.parent.rename(actor.parent.with_name(f"{world} ranks"))
 
 
+def test_tensors_are_read_only_when_asked_for(checkpoint, monkeypatch):
+    shards = Shards(checkpoint(tiny(2).state_dict(), tiny(2)).folder)
+    monkeypatch.setattr(Shards, "__getitem__", lambda self, name: pytest.fail(f"{name} was read"))
+    assert NORM in shards and "other" not in shards and not {NORM} - shards.keys() and len(shards) == 25
+    assert shards.meta(NORM).shape == (32,)
+
+
 def test_rounding_is_done_on_demand_once_and_named(base, checkpoint, tmp_path):
     state, merged = with_adapter(tiny(1))
     found, told = run(checkpoint(state, tiny(1)), tmp_path / "out", settings(base), torch.bfloat16)
@@ -312,13 +322,32 @@ def test_files_that_are_not_what_was_merged_are_noticed(base, tmp_path):
 
 
 def test_rounding_away_what_training_did_is_a_warning():
-    expected = torch.tensor([-1.0, -2.0])
-    told = export_checks.compare_log_probs(expected, expected + 0.01, 0.002, torch.bfloat16)
-    assert told[-1].startswith("Warning: rounding to bfloat16 changes them by more than training did")
-    assert len(export_checks.compare_log_probs(expected, expected + 0.01, 0.02, torch.bfloat16)) == 1
-    for found in (expected + 0.6, expected * float("nan")):
+    values = torch.tensor([-1.0, -2.0])
+    rounded = [
+        export_checks.compare_log_probs(LogProbs(values, e), values + 0.01, torch.bfloat16) for e in (0.002, 0.02)
+    ]
+    assert rounded[0][-1].startswith("Warning: rounding to bfloat16 changes them by more than training did")
+    assert len(rounded[1]) == 1
+    for found in (values + 0.6, values * float("nan")):
         with pytest.raises(ExportError, match="off by"):
-            export_checks.compare_log_probs(expected, found, None, torch.bfloat16)
+            export_checks.compare_log_probs(LogProbs(values), found, torch.bfloat16)
+
+
+def test_a_model_that_needs_an_accelerator_is_compared_by_its_tensors(base, checkpoint, tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("no kernel for\nthe CPU")
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", fail)
+    _, told = run(checkpoint(tiny(2).state_dict(), tiny(2)), tmp_path / "out", settings(base))
+    assert "not compared: the model does not run on a CPU (RuntimeError: no kernel for the CPU)." in told
+    assert "Each of the 24 tensors in the files is the checkpoint's" in told
+
+
+def test_memory_that_is_needed_is_compared_with_what_is_free(tmp_path, monkeypatch):
+    assert 2**20 < trained_model.available_memory() <= psutil.virtual_memory().total
+    monkeypatch.setattr(trained_model, "available_memory", lambda: 8 * 10**6)
+    assert trained_model.Scratch.where_needed(tmp_path / "scratch", 10**6, torch.float32) is None
+    assert trained_model.Scratch.where_needed(tmp_path / "scratch", 10**6 + 1, torch.float32).folder.is_dir()
 
 
 def test_without_the_base_model_the_card_says_so(checkpoint, tmp_path):
@@ -345,11 +374,64 @@ def test_a_damaged_base_model_is_named_and_no_obstacle(base, checkpoint, tmp_pat
     assert "Not compared with the base model" in told and "model.safetensors cannot be read" in told
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_of_two_tied_tables_unties_them(base, checkpoint, tmp_path, target):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", target], init_lora_weights=False)
+    model = get_peft_model(tiny(1), config)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    found, told = run(checkpoint(state, tiny(1)), tmp_path / "out", settings(base, target_modules=["q_proj", target]))
+    embed, head = found["model.embed_tokens.weight"], found["lm_head.weight"]
+    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(head, before) != (target == "lm_head") and torch.equal(embed, before) == (target == "lm_head")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_adapter_on_bare_parameters_is_merged(checkpoint, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    torch.manual_seed(1)
+    start = Qwen3MoeForCausalLM(config)
+    start.config.architectures = ["Qwen3MoeForCausalLM"]
+    start.save_pretrained(tmp_path / "base")
+    targets = dict(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    model = get_peft_model(start, LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights=False, **targets))
+    saved = checkpoint({n: t.clone() for n, t in model.state_dict().items()}, start)
+    _, told = run(saved, tmp_path / "out", settings(tmp_path / "base", **targets))
+    # In each of two layers: the queries, and one matrix per expert.
+    assert "10 of 45 tensors differ" in told and "on mlp.experts.down_proj, q_proj" in told and "Warning" not in told
+
+
+def test_types_that_differ_become_the_one_that_holds_all(base, checkpoint, tmp_path):
+    state = tiny(2, dtype=torch.bfloat16).state_dict() | {NORM: torch.rand(32)}
+    found, told = run(checkpoint(state, tiny(2)), tmp_path / "out", settings(base))
+    assert all(t.dtype == torch.float32 and torch.equal(t, state[n].float()) for n, t in found.items())
+    assert "float32, which holds all values; the checkpoint's are bfloat16 and float32." in told
+
+
+@pytest.mark.parametrize("text", [None, "{}", "x"])
+def test_a_tokenizer_that_cannot_be_loaded_is_named(base, checkpoint, tmp_path, text):
+    saved = checkpoint(tiny(2).state_dict(), tiny(2))
+    (saved.huggingface / "tokenizer.json").unlink()
+    if text:
+        (saved.huggingface / "tokenizer.json").write_text(text)
+    with pytest.raises(ExportError, match="the checkpoint's tokenizer cannot be loaded: "):
+        run(saved, tmp_path / "out", settings(base))
+
+
+def test_weights_beside_the_configuration_are_not_exported(base, checkpoint, tmp_path):
+    """As actor.checkpoint.save_contents=[model,hf_model] leaves them, in bfloat16."""
+    saved = checkpoint(tiny(2).state_dict(), tiny(2))
+    tiny(3).save_pretrained(saved.huggingface, max_shard_size="50KB")
+    found, _ = run(saved, tmp_path / "out", settings(base))
+    assert [f.name for f in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+    assert torch.equal(found[NORM], tiny(2).state_dict()[NORM])
+
+
 def without(state, name):
     return {n: t for n, t in state.items() if n != name}
-
-
-NORM = "model.norm.weight"
 
 
 @pytest.mark.parametrize(
