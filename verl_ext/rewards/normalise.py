@@ -83,9 +83,9 @@ def _rule(pattern: str, replacement, before: str, after: str, flags: int = 0) ->
 RULES = [
     # Mark-up -----------------------------------------------------------------------------------------------------
     _rule(r"\*\*([^*]+)\*\*$|^`([^`]*)`$", lambda m: m[1] or m[2], "**73**", "73"),
-    _rule(r"\\(?:text)?color\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}", "", r"{\color{blue}45}", "45"),
+    _rule(r"\\(?:text)?color\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}", "", r"{\color{blue}45}", "{45}"),
     _rule(r"\\(?:boxed|fbox|underline|boldsymbol|bm|mathbf|mathit|mathsf|mathnormal|displaystyle|textstyle|limits|"
-          r"nolimits|hfill)" + END, "", r"\boldsymbol{45}", "45"),
+          r"nolimits|hfill)" + END, "", r"\boldsymbol{45}", "{45}"),
     _rule(r"\\(?:[bB]igg?[lrm]?|left|right|middle)(?![a-zA-Z])\s*\.?", "", r"\left[1,2\right)", "[1,2)"),
     _rule(r"\\[hv]?phantom\s*\{[^{}]*\}", "", r"5\phantom{0}", "5"),
     _rule(r"\{\s*\\rm\s+([^{}]*)\}", r"\\text{\1}", r"5{\rm cm}", r"5\text{cm}"),
@@ -110,11 +110,11 @@ RULES = [
     # Money --------------------------------------------------------------------------------------------------------
     _rule(r"(?:\b(?:US|HK|NT)\s*)?\\?\$|^\s*(?:Rs\.?|USD|EUR|RMB)\s*(?=\d)", "", r"\$5", "5"),
     # Spaces -------------------------------------------------------------------------------------------------------
-    _rule(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)\s*(?=\d{3}(?!\d))", ",", r"20,\!000", "20000"),
+    _rule(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)\s*(?=\d{3}(?!\d))", ",", "1{,}234", "1,234"),
     _rule(r"\\\(|\\\)|\\\[|\\\]", " ", r"\(5\)", "5"),
     _rule(r"\\!", "", r"\sqrt{\!2}", r"\sqrt{2}"),
     _rule(r"(?<!\\)\\[,;:> ]|(?<!\\)~|\\hspace\*?\s*\{[^{}]*\}|\\\\\s*$|\\(?:thinspace|enspace|space)" + END, " ",
-          r"45 \\", "45"),
+          r"2\;x", "2x"),
     _rule(r"\\q?quad\s*(?=\\text|$)", " ", r"5\quad\text{cm}", r"5\text{cm}"),
     # Symbols of several names -------------------------------------------------------------------------------------
     _rule(r"\\(?:[dtc]frac)" + END, r"\\frac", r"\dfrac{1}{2}", r"\frac{1}{2}"),
@@ -147,14 +147,14 @@ RULES = [
     _rule(r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", "(0,1) U (2,3)", r"(0,1) \cup (2,3)"),
     _rule(r"\\backslash" + END, r"\\setminus ", r"\mathbb{R}\backslash\{0\}", r"\mathbb{R}\setminus \{0\}"),
     # 4.9.3's grammar knows it as a function alone.
-    _rule(r"\\gamma" + END, r"\\text{gamma}", r"2\gamma", r"2\text{gamma}"),
+    _rule(r"\\gamma" + END, r"\\varsigma ", r"2\gamma", r"2\varsigma"),
     _rule(r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*\\prime" + END, lambda m: "'" * (m[1] or "1").count("\\") or "'",
           r"f^{\prime\prime}", "f''"),
     # What stands in a subscript is a name.
     _rule(r"((?<![A-Za-z])[A-Za-z]\s*_\s*\{[^{}\\]*)\\([A-Za-z]+)\s*(?=[^{}\\]*\})", r"\1\2", r"I_{\max}", r"I_{max}"),
     # The grammar's own E takes no subscript.
     _rule(START + r"E(?=\s*_)", r"\\text{E}", "E_0", r"\text{E}_0"),
-    _rule(r"\\hbar" + END, r"\\text{hbar}", r"\hbar", r"\text{hbar}"),
+    _rule(r"\\hbar" + END, r"\\varrho ", r"\hbar", r"\varrho"),
     _rule(r"\(?\s*(?:\\pmod|\\bmod|\\mod" + END + r"|\bmod)\s*\{?\s*(\w+)\s*\}?\s*\)?", r" \\pmod{\1}",
           r"x \equiv 1 (mod 4)", r"x \equiv 1 \pmod{4}"),
     # Percent, degrees, ordinals, large numbers --------------------------------------------------------------------
@@ -167,7 +167,7 @@ RULES = [
           r"\^?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}|(?:st|nd|rd|th)" + END + ")", "", r"5^{\text{th}}", "5"),
     _rule(r"\\text\s*\{\s*(thousand|million|billion|trillion)s?\s*", r" \1 \\text{", r"2\text{ million}",
           r"2 \times 10^{6}"),
-    _rule(r"\\text\s*\{\s*\}", "", r"5\text{ }", "5"),
+    _rule(r"\\text\s*\{\s*\}", "", r"3\text{ million}", r"3 \times 10^{6}"),
     _rule(r"(?<=\d)\s*(thousand|million|billion|trillion)s?" + END, lambda m: rf" \times 10^{{{POWERS[m[1]]}}}",
           "1 million", r"1 \times 10^{6}"),
     # Numbers ------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ RULES = [
           r"2\frac13", r"(2+\frac{1}{3})"),
     _rule(r"(?<![\d])\.(?=\d)", "0.", ".5", "0.5"),
     # The end ------------------------------------------------------------------------------------------------------
-    _rule(r"(?:[\s.,;:]|\\\\)+(?=\}?$)", "", r"7\text{ hours.}", r"7\text{ hours}"),
+    _rule(r"(?:[\s.,;:]|\\\\)+(?=\}?$)|\\\s*$", "", r"7\text{ hours.}", r"7\text{ hours}"),
     _rule(r"^\s+|\s+(?=\s)|\s+$", "", " a  b ", "a b"),
 ]  # fmt: skip
 
