@@ -46,13 +46,12 @@ def resolved(composition: Composition) -> DictConfig:
         ValueError: a setting that the run needs has no value.
         omegaconf.errors.OmegaConfBaseException: an interpolation does not resolve.
     """
+    for setting in walk(OmegaConf.to_container(composition.config, resolve=False)):
+        # A rollout engine of a reward model that is not used, and the like, may be missing.
+        if setting.value == "???" and not setting.name.startswith(("reward.", "distillation.", "critic.model")):
+            raise ValueError(f"{setting.name} is not set; give {setting.name}=...")
     config = composition.config.copy()
     OmegaConf.resolve(config)
-    missing = sorted(OmegaConf.missing_keys(config))
-    # A rollout engine of a reward model that is not used, and the like.
-    missing = [name for name in missing if not name.startswith(("reward.", "distillation.", "critic.model"))]
-    if missing:
-        raise ValueError(f"{missing[0]} is not set; give {missing[0]}=...")
     return config
 
 

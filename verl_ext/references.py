@@ -26,11 +26,16 @@ CLASSES = (
     "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
     "actor_rollout_ref.rollout.checkpoint_manager_class",
     "trainer.checkpoint_callback_class",
-    "verl_ext.actor_worker_class",
     "verl_ext.validator",
     "verl_ext.prepare",
 )
 """Settings with the full name of a class or function."""
+
+MODULES = (
+    "actor_rollout_ref.model.external_lib",
+    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module",
+)
+"""Settings with modules that verl imports."""
 
 FILES = (
     "actor_rollout_ref.rollout.multi_turn.tool_config_path",
@@ -78,9 +83,8 @@ def check_references(config: DictConfig) -> Iterator[Finding]:
         if full_name := OmegaConf.select(config, name):
             module, _, attribute = str(full_name).rpartition(".")
             yield from _wrong_object(name, f"pkg://{module}", attribute)[1]
-    modules = (config.actor_rollout_ref.model.get("external_lib"), "actor_rollout_ref.model.external_lib")
-    engine = "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module"
-    for value, name in (modules, (OmegaConf.select(config, engine), engine)):
+    for name in MODULES:
+        value = OmegaConf.select(config, name)
         for module in [value] if isinstance(value, str) else value or []:
             if _find_spec(module) is None:
                 yield Finding("modules", "", f"{name}={module}: there is no such module", "install it, or fix the name")

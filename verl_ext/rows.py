@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,8 +45,9 @@ class Data:
             if not any(names):
                 found.append(DataFile(split, "", problem="no file is named"))
             for name in filter(None, names):
-                file = read.setdefault(str(name), _read(split, str(name), self.config.prompt_key))
-                found.append(DataFile(split, file.name, file.frame, file.features, file.problem, file.remote))
+                if name not in read:
+                    read[name] = _read(split, str(name), self.config.prompt_key)
+                found.append(replace(read[name], split=split))
         return found
 
     def rows(self, split: str) -> int:
@@ -208,11 +209,11 @@ def _unlike(files: list[DataFile]) -> Iterator[Finding]:
     """verl joins the files of a split, so they need the same types in the same columns."""
     import datasets
 
-    for file in files[1:]:
+    # One row each: datasets leaves empty ones out.
+    first, *others = [datasets.Dataset.from_list([dict.fromkeys(f.features)], f.features) for f in files] or [None]
+    for file, other in zip(files[1:], others, strict=True):
         try:
-            datasets.concatenate_datasets(
-                [datasets.Dataset.from_dict({k: [] for k in f.features}, f.features) for f in (files[0], file)]
-            )
-        except (ValueError, TypeError) as e:
+            datasets.concatenate_datasets([first, other])
+        except ValueError as e:
             problem = f"data.{file.split}_files: {file.name} and {files[0].name} cannot be joined: {first_lines(e)}"
             yield Finding(f"{file.split} data", "", problem, "prepare them alike")

@@ -59,9 +59,9 @@ def check_unread(composition: Composition) -> Iterator[Finding]:
         name, key = setting.name, setting.name.rpartition(".")[2]
         if name in known or key == "_target_" or name.startswith(closed or "\n"):
             continue
-        if _is_word(name, interpolated) or _is_word(key, users):
+        if re.search(rf"(?:\$\{{|select:\s*){re.escape(name)}(?!\w)", interpolated) or _is_word(key, users):
             closed += (f"{name}.",)
-        elif name.partition(".")[0] not in plain and name in _names_of_groups():
+        elif name.partition(".")[0] in _own_nodes() and name in _names_of_groups():
             if not isinstance(setting.value, dict):
                 problem = f"{name} is read by nothing in this run, but with another algorithm or experiment"
                 yield Finding(name, "", problem, "leave it out, or choose what has it", warning=True)
@@ -80,7 +80,7 @@ def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
         return True
     if parent in RAY_NAMES:
         return key in RAY_NAMES[parent]()
-    if key in hints(owner):
+    if key in hints(owner) or (parts[0] == "verl_ext" and name in _names_of_groups()):
         return True
     node = OmegaConf.select(plain, parent) if parent else plain
     # What a dataclass does not have can be read only before it is made, from a node of that name.
@@ -191,6 +191,14 @@ def _names_of_groups() -> set[str]:
     """Our config groups, and what their options set: only some runs have ``disco.delta``."""
     found = set().union(*(names(OmegaConf.load(f)) for f in GROUPS.rglob("*.yaml"))) - {"defaults"}
     return found | {folder.name for folder in GROUPS.iterdir() if folder.is_dir()}
+
+
+@cache
+def _own_nodes() -> set[str]:
+    """Top-level nodes that our options bring and verl has not."""
+    verl = Path(next(iter(importlib.util.find_spec("verl").submodule_search_locations))) / "trainer/config"
+    stock = {str(key) for key in OmegaConf.load(verl / "ppo_trainer.yaml")} | {d.name for d in verl.iterdir()}
+    return {name.partition(".")[0] for name in _names_of_groups()} - stock - {"verl_ext"}
 
 
 def _ray_names(parent: str) -> set[str]:

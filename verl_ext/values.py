@@ -9,6 +9,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from typing import Any, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
@@ -199,12 +200,13 @@ RANGES: list[tuple[str, tuple[str, Callable[[Any], bool]]]] = [
 
 def out_of_range(name: str, value: Any) -> str:
     """What the setting wants instead, by its name; nothing if this will do."""
-    if value is None:
-        return ""
-    for pattern, (wanted, fits) in RANGES:
-        if re.fullmatch(pattern, name):
-            return "" if fits(value) else wanted
-    return ""
+    rule = _range_of(name)
+    return "" if value is None or rule is None or rule[1](value) else rule[0]
+
+
+@cache
+def _range_of(name: str) -> tuple[str, Callable[[Any], bool]] | None:
+    return next((rule for pattern, rule in RANGES if re.fullmatch(pattern, name)), None)
 
 
 # Modes ----------------------------------------------------------------------------------------------------------------
@@ -212,20 +214,24 @@ def out_of_range(name: str, value: Any) -> str:
 
 def no_choice(setting: Setting, value: Any) -> str:
     """Which values the setting may have, nearest first, if it is none of them; nothing if this will do."""
-    for pattern, choices_of, closed in MODES:
-        if not re.fullmatch(pattern, setting.name):
-            continue
-        choices = choices_of(setting)
-        values = value.split(",") if isinstance(value, str) and pattern in LISTED else value
-        values = values if isinstance(values, list) or OmegaConf.is_list(values) else [values]
-        for one in values:
-            one = one.strip() if isinstance(one, str) else one
-            named = [str(c) for c in choices if c is not None]
-            if not choices or one in choices or str(one) in named or not (closed or nearest(str(one), named)):
-                continue
-            shown = ", ".join(by_nearness(str(one), dict.fromkeys(named))) + (" or null" if None in choices else "")
+    found = _mode_of(setting.name)
+    if found is None:
+        return ""
+    pattern, choices_of, closed = found
+    choices = choices_of(setting)
+    named = list(dict.fromkeys(str(c) for c in choices if c is not None))
+    values = value.split(",") if isinstance(value, str) and pattern in LISTED else value
+    for one in values if isinstance(values, list) or OmegaConf.is_list(values) else [values]:
+        one = one.strip() if isinstance(one, str) else one
+        if choices and one not in choices and str(one) not in named and (closed or nearest(str(one), named)):
+            shown = ", ".join(by_nearness(str(one), named)) + (" or null" if None in choices else "")
             return f"one of {shown}" if len(choices) > 1 else shown
     return ""
+
+
+@cache
+def _mode_of(name: str) -> tuple[str, Callable[[Setting], Collection], bool] | None:
+    return next((mode for mode in MODES if re.fullmatch(mode[0], name)), None)
 
 
 def _registry(module: str, path: str) -> Callable[[Setting], Collection[str]]:
@@ -262,6 +268,16 @@ def _optimizers(setting: Setting) -> Collection[str]:
         return ()
     module = importlib.import_module(str(setting.siblings["optimizer_impl"]))
     return [n for n, x in vars(module).items() if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)]
+
+
+def _loggers(setting: Setting) -> Collection[str]:
+    # The last is an old name that verl takes all the same.
+    return [*_registry("verl.utils.tracking", "Tracking.supported_backend")(setting), "tracking"]
+
+
+def _schedules(setting: Setting) -> Collection[str]:
+    fsdp = getattr(setting.owner, "__name__", "") == "FSDPOptimizerConfig"
+    return ("constant", "cosine") if fsdp else ("constant", "cosine", "linear", "inverse-square-root")
 
 
 def _strategies(setting: Setting) -> Collection[str]:
@@ -317,7 +333,7 @@ MODES: list[tuple[str, Callable[[Setting], Collection], bool]] = [
     (r"trainer\.v1\.sampler\.max_off_policy_strategy", _of("drop", "wait"), True),
     (r"trainer\.resume_mode", _of("auto", "disable", "resume_path"), True),
     (r"trainer\.device", _of("cuda", "cpu", "npu", "xpu", "mlu", "musa", "gcu", "mps", "hpu"), False),
-    (r"trainer\.logger", _registry("verl.utils.tracking", "Tracking.supported_backend"), True),
+    (r"trainer\.logger", _loggers, True),
     (r"(actor_rollout_ref\.(actor|ref)|critic)\.strategy", _strategies, True),
     (r"actor_rollout_ref\.actor\.policy_loss\.loss_mode", _loss_modes, True),
     (r"actor_rollout_ref\.actor\.loss_agg_mode|critic\.loss_agg_mode", _of(*_AGGREGATIONS), True),
@@ -333,7 +349,7 @@ MODES: list[tuple[str, Callable[[Setting], Collection], bool]] = [
     ),
     (r"algorithm\.rollout_correction\.loss_type", _of("ppo_clip", "reinforce"), True),
     (r".*\.optim\.optimizer", _optimizers, True),
-    (r".*\.optim\.lr_scheduler_type", _of("constant", "cosine", "linear", "inverse-square-root"), True),
+    (r".*\.optim\.lr_scheduler_type", _schedules, True),
     (r".*\.optim\.lr_decay_style", _of("constant", "linear", "cosine", "inverse-square-root", "WSD"), True),
     (r".*\.optim\.lr_warmup_init_style|.*\.optim\.warmup_style", _of("constant", "cosine", None), True),
     (r".*\.(fsdp_config|fsdp)\.(model_dtype|dtype)|.*\.mixed_precision\..*_dtype", _precisions, True),

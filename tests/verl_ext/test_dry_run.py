@@ -1,5 +1,6 @@
 """``python -m verl_ext.doctor experiment``: passes what we ship, for any algorithm, and names what is wrong."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_evaluation_takes_a_model_and_nothing_else(data, model):
     # The model's own dataclass, too: it is here.
     assert int(found["dataclasses"].split()[0]) >= 7
     problems, _, _ = run("+experiment=evaluate", f"math.folder={data}")
-    assert problems == ["they do not compose: model is not set; give model=..."] or "model" in problems[0]
+    assert problems == ["the settings do not compose: model is not set; give model=..."]
 
 
 def test_the_quickstart_passes_too(tmp_path):
@@ -136,7 +137,7 @@ def test_the_quickstart_passes_too(tmp_path):
             [
                 "ulysses_sequence_parallel_size=4 does not divide 6 GPUs",
                 "tensor_model_parallel_size=8 does not divide the model's 12",
-                "unexpected keyword argument 'nonsense'",
+                "actor_rollout_ref.rollout.nonsense is read by nothing",
                 "data.train_files: there is no none.parquet",
             ],
         ),
@@ -149,7 +150,7 @@ def test_the_quickstart_passes_too(tmp_path):
                 "disco.tau",
             ],
         ),
-        (["nonsense=1"], ["they do not compose: Could not override 'nonsense'"]),
+        (["nonsense=1"], ["the settings do not compose: there is no setting nonsense"]),
         (["trainer.nnodes=???"], ["trainer.nnodes is not set"]),
     ],
 )
@@ -171,9 +172,13 @@ def test_what_megatron_cannot_split_is_named(data):
 @pytest.mark.parametrize(
     "change, problem",
     [
-        (lambda f: f.drop(columns="reward_model"), "it has no column reward_model"),
-        (lambda f: f.assign(reward_model=[{"style": "rule"}] * len(f)), "row 0 has no reward_model.ground_truth"),
-        (lambda f: f.assign(prompt="text"), "row 0: prompt is not a list of messages"),
+        (lambda f: f.drop(columns="reward_model"), " has no column reward_model"),
+        (lambda f: f.head(0), " has no rows"),
+        (
+            lambda f: f.assign(reward_model=[{"style": "rule"}] * len(f)),
+            ": row 0 has no reward_model.ground_truth (256 such rows)",
+        ),
+        (lambda f: f.assign(prompt="text"), ": row 0: prompt is not a list of messages (256 such rows)"),
     ],
 )
 def test_wrong_data_is_named(data, tmp_path, change, problem):
@@ -181,7 +186,97 @@ def test_wrong_data_is_named(data, tmp_path, change, problem):
     change(pd.read_parquet(data / "train.parquet")).to_parquet(file)
     experiment = "+experiment=deepseek_qwen_1_5b"
     problems, _, _ = run("algorithm=disco", experiment, f"math.folder={data}", f"data.train_files={file}")
-    assert problems == [problem]
+    assert problems == [f"data.train_files: {file}{problem}"]
+
+
+def test_wrong_values_are_all_named_and_nothing_is_built_on_them(data):
+    overrides = [
+        "trainer.n_gpus_per_node=0",
+        "trainer.nnodes=two",
+        "data.truncation=middel",
+        "++data.train_batchsize=1",
+    ]
+    overrides += ["actor_rollout_ref.model.path=/nope/model", "data.val_files=none.parquet"]
+    problems, _, found = run("algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides)
+    assert sorted(problems) == [
+        "actor_rollout_ref.model.path=/nope/model: there is no such folder, and it is no name on the hub",
+        "data.train_batchsize is read by nothing",
+        "data.truncation=middel is wrong",
+        "data.val_files: there is no none.parquet",
+        "trainer.n_gpus_per_node=0 is wrong",
+        "trainer.nnodes=two is wrong",
+    ]
+    assert "checks" not in found and found["further checks"].startswith("not made")
+
+
+def test_data_in_json_pass(data, tmp_path):
+    rows = pd.read_parquet(data / "train.parquet")
+    for name, lines in (("train.jsonl", True), ("train.json", False)):
+        rows.to_json(tmp_path / name, orient="records", lines=lines)
+        experiment = "+experiment=deepseek_qwen_1_5b"
+        problems, _, found = run(
+            "algorithm=disco", experiment, f"math.folder={data}", f"data.train_files={tmp_path / name}"
+        )
+        assert problems == [] and found["train data"].startswith(f"{tmp_path / name}: 256 rows")
+        assert found["steps"].startswith("1400, 700.0 passes")
+
+
+def test_adapters_need_no_vllm_here(data, monkeypatch):
+    from verl.workers.rollout.vllm_rollout import utils
+
+    def refuse(rank):
+        raise ValueError("vllm version None not supported and SGLang also not Found.")
+
+    monkeypatch.setattr(utils, "get_vllm_max_lora_rank", refuse)
+    monkeypatch.setattr(dry_run, "version_of", lambda *names: None)
+    problems, warnings, _ = run("algorithm=disco", "+experiment=deepseek_qwen_1_5b_lora", f"math.folder={data}")
+    assert problems == [] and "vllm is not installed here" in warnings
+
+
+def test_an_error_of_a_check_names_the_overrides(data, monkeypatch):
+    def check_luck(config, data):
+        raise ZeroDivisionError("integer modulo by zero")
+        yield
+
+    monkeypatch.setattr(dry_run, "CHECKS", [check_luck])
+    overrides = ["algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", "trainer.nnodes=2"]
+    (wrong,) = [f for f in dry_run.dry_run(overrides) if f.problem]
+    assert wrong.problem == "checking luck failed: ZeroDivisionError: integer modulo by zero"
+    assert wrong.fix == f"fix the error above; it may come from math.folder={data}, trainer.nnodes=2"
+
+
+def test_no_message_of_the_doctor_says_mend():
+    for file in Path(doctor.__file__).parent.glob("*.py"):
+        assert not re.search(r"\bmend", file.read_text()), file
+
+
+@pytest.mark.parametrize(
+    "overrides, problem, fix",
+    [
+        (["algorithm=disko"], "there is no algorithm=disko", "use one of disco, disco_b, cispo, "),
+        (["algorithm="], "there is no algorithm=", "use one of "),
+        (["+experiment=deepseek_qwen_1b"], "there is no experiment=deepseek_qwen_1b", "use one of deepseek_qwen_1_5b"),
+        (["model_engine=megatro"], "there is no model_engine=megatro", "use one of megatron, "),
+        (["data.train_batch_sizee=3"], "there is no setting data.train_batch_sizee", "nearest: data.train_batch_size"),
+        (["algorithm=disco", "disco.tauu=3"], "there is no setting disco.tauu", "nearest: disco.tau"),
+        (["algoritm=disco"], "there is no setting algoritm", "nearest: algorithm"),
+        (["experiment=qwen3_4b"], "the group experiment has no option yet", "write +experiment=qwen3_4b"),
+        (["+algorithm=disco"], "algorithm has a value already", "write algorithm=NAME, without the +"),
+        (["+data.train_batch_size=3"], "An item is already at 'data.train_batch_size'", "drop the +, or write ++data"),
+        (["data.cache_dir=/tmp"], "data.cache_dir is not in the configuration, though verl", "write +data.cache_dir"),
+        (["data.apply_chat_template_kwargs={a:1}"], "adds keys to data.apply_chat_template_kwargs", "write ++data"),
+        (["~data.seeed"], "'data.seeed' does not exist", "nearest: ~data.seed"),
+        (["trainer.nnodes"], "the override 'trainer.nnodes' cannot be read", "write name=value"),
+        (["trainer.logger=[console"], "the override 'trainer.logger=[console' cannot be read", "write name=value"),
+        (["algorithm=disco,ppo"], "Ambiguous value", "write a list as name=[a,b]"),
+    ],
+)
+def test_overrides_that_do_not_compose_are_one_finding(overrides, problem, fix):
+    (finding,) = dry_run.dry_run(overrides)
+    assert finding.problem.startswith("the settings do not compose: ") and problem in finding.problem
+    assert finding.fix.startswith(fix) and "\n" not in finding.problem
+    if "there is no algorithm" in problem:
+        assert set(finding.fix.removeprefix("use one of ").split(", ")) == set(hydra_config.describe_algorithms())
 
 
 def test_the_command(data, tmp_path):
