@@ -425,7 +425,7 @@ def convert(chosen: Chosen, split: str, suffix: str) -> tuple[list[dict[str, Any
         notes += [(f"without one of its answers: {e.reason}", e.shown) for e in left_out]
         drafts.append((number, where, messages, problem, truths, notes))
 
-    failures = self_graded(truth for *_, truths, _ in drafts for truth in truths)
+    failures, as_text = self_graded(truth for *_, truths, _ in drafts for truth in truths)
     rows = []
     for number, where, messages, problem, truths, notes in drafts:
         right = [truth for truth in truths if not failures[truth]]
@@ -433,7 +433,9 @@ def convert(chosen: Chosen, split: str, suffix: str) -> tuple[list[dict[str, Any
         if not right:
             report.add(report.rejected, wrong[0][0], where, wrong[0][1])
             continue
-        for what, shown in notes + [(f"without one of its answers: {reason}", truth) for reason, truth in wrong]:
+        notes += [(f"without one of its answers: {reason}", truth) for reason, truth in wrong]
+        notes += [("an answer that is right in its own spelling alone", truth) for truth in right if truth in as_text]
+        for what, shown in notes:
             report.add(report.notes, what, where, shown)
         rows.append(
             {
@@ -448,33 +450,43 @@ def convert(chosen: Chosen, split: str, suffix: str) -> tuple[list[dict[str, Any
     return rows, report
 
 
-def self_graded(truths: Iterable[str]) -> dict[str, str]:
+def self_graded(truths: Iterable[str]) -> tuple[dict[str, str], set[str]]:
     """Each truth, and why the grader does not take it, in a box, for right; empty where it does.
+
+    And those that the grader cannot read, so that no other spelling will be right.
 
     Raises:
         DataError: no grading process can be started.
     """
     different = list(dict.fromkeys(truths))
-    failures, told = {}, time.monotonic()
+    failures, as_text, told = {}, set(), time.monotonic()
 
-    def grade(truth: str) -> str:
+    def grade(truth: str) -> tuple[str, bool]:
         result = compute_score("", f"\\boxed{{{truth}}}", [truth], require_think=False)
         if result["failure"]:
-            return result["failure"]
-        # A box ends where braces match; math-verify may take the part in it for the whole.
-        return "" if result["pred"] == truth else "braces do not match"
+            return result["failure"], False
+        # A box ends where braces match; a part of the truth may be equal to all of it.
+        if result["pred"] != truth:
+            return "braces do not match", False
+        other = compute_score("", f"\\boxed{{{truth}}}", [ANOTHER], require_think=False)
+        return "", other["failure"] not in ("", "wrong")
 
     # It waits for child processes, two at a time.
     with ThreadPoolExecutor(4) as pool:
         try:
-            for truth, failure in zip(different, pool.map(grade, different), strict=True):
+            for truth, (failure, unread) in zip(different, pool.map(grade, different), strict=True):
                 failures[truth] = failure
+                as_text |= {truth} if unread else set()
                 if time.monotonic() - told > 10:
                     told = time.monotonic()
                     print(f"graded {len(failures)} of {len(different)} different answers", file=sys.stderr)
         except RuntimeError as e:
             raise DataError(str(e)) from e
-    return failures
+    return failures, as_text
+
+
+ANOTHER = "-987.5"
+"""What an answer is compared with to see whether it can be read."""
 
 
 def key_of(problem: str) -> str:

@@ -797,7 +797,9 @@ def singles_equal(answer: str, truth: str) -> bool:
     chains = [relation_chain(text) for text in (answer, truth)]
     if any(signs for _, signs in chains):
         return relations_equal(answer, truth)
-    if CLOCK.fullmatch(answer) and CLOCK.fullmatch(truth):
+    clocks = [text for text in (answer, truth) if CLOCK.fullmatch(text)]
+    if len(clocks) == 2 or any(text.endswith(":00") for text in clocks):
+        # No ratios.
         return False
     a, unit_a = without_unit(answer)
     b, unit_b = without_unit(truth)

@@ -150,14 +150,26 @@ def test_each_answer_is_graded_against_itself_and_once(monkeypatch):
     graded = []
 
     def grade(source, text, truths, require_think):
+        assert source == "" and not require_think
+        if truths == [prepare_data.ANOTHER]:
+            return {"pred": "", "failure": "unreadable" if "odd" in text else "wrong"}
         graded.append(text)
-        assert source == "" and not require_think and text == f"\\boxed{{{truths[0]}}}"
+        assert text == f"\\boxed{{{truths[0]}}}"
         return {"pred": truths[0].partition("}")[0], "failure": "timeout" if truths[0] == "hard" else ""}
 
     monkeypatch.setattr(prepare_data, "compute_score", grade)
-    failures = prepare_data.self_graded(["1", "hard", "1", "2} {3", "hard"])
-    assert failures == {"1": "", "hard": "timeout", "2} {3": "braces do not match"}
-    assert sorted(graded) == ["\\boxed{1}", "\\boxed{2} {3}", "\\boxed{hard}"]
+    failures, as_text = prepare_data.self_graded(["1", "hard", "1", "2} {3", "hard", "odd"])
+    assert failures == {"1": "", "hard": "timeout", "2} {3": "braces do not match", "odd": ""}
+    assert sorted(graded) == ["\\boxed{1}", "\\boxed{2} {3}", "\\boxed{hard}", "\\boxed{odd}"]
+    assert as_text == {"odd"}
+
+
+def test_answers_that_cannot_be_read_are_told(prepare, tmp_path):
+    rows = [{"problem": f"{answer}?", "answer": answer} for answer in ("1", "$t(0,4]$", r"\frac{1}{2}", r"\text{east}")]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    status, out, _ = prepare("--train", tmp_path / "mine.json", "--benchmarks")
+    assert status == 0 and "4 written" in out
+    assert "1 noted: an answer that is right in its own spelling alone (first: mine.json, row 1: $t(0,4]$)" in out
 
 
 def test_system_messages_and_verls_own_rows_are_one_schema(prepare, tmp_path):
