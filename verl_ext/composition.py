@@ -40,19 +40,21 @@ def of_job(config: DictConfig) -> Composition:
 
 
 def resolved(composition: Composition) -> DictConfig:
-    """The settings with all interpolations resolved.
+    """The settings as verl's trainer sees them: all interpolations resolved, old names of the reward's settings moved.
 
     Raises:
         ValueError: a setting that the run needs has no value.
         omegaconf.errors.OmegaConfBaseException: an interpolation does not resolve.
     """
+    from verl.experimental.reward_loop import migrate_legacy_reward_impl
+
     for setting in walk(OmegaConf.to_container(composition.config, resolve=False)):
         # A rollout engine of a reward model that is not used, and the like, may be missing.
-        if setting.value == "???" and not setting.name.startswith(("reward.", "distillation.", "critic.model")):
+        if setting.value == "???" and not setting.name.startswith(("reward", "distillation.", "critic.model")):
             raise ValueError(f"{setting.name} is not set; give {setting.name}=...")
     config = composition.config.copy()
     OmegaConf.resolve(config)
-    return config
+    return migrate_legacy_reward_impl(config)
 
 
 def names(config: DictConfig) -> set[str]:

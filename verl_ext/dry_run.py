@@ -92,7 +92,8 @@ def check_settings(config: DictConfig, data: Data) -> Iterator[Finding]:
         "actor_rollout_ref.model": local,
         "actor_rollout_ref.ref": reference,
         "critic": critic and local,
-        "reward": config.reward.reward_model.enable,
+        # verl makes none of it: RewardManagerConfig cannot be made.
+        "reward": False,
         "global_profiler": bool(config.global_profiler.tool),
     }
     for name, node in targets(config, {name for name, wanted in needed.items() if not wanted}):

@@ -107,7 +107,9 @@ def refuse_missing_reward(config: DictConfig) -> None:
     Raises:
         ValueError: names the setting, what was found and what would be right.
     """
-    node = OmegaConf.select(config, REWARD) or {}
+    # verl prefers its old name for the node, if anything is set there.
+    old = OmegaConf.select(config, "custom_reward_function") or {}
+    node = old if any(value is not None for value in old.values()) else OmegaConf.select(config, REWARD) or {}
     path, name = node.get("path"), str(node.get("name"))
     address = str(OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS", ""))
     # Behind Ray's client, files are the cluster's.
@@ -152,9 +154,9 @@ def _exists(path: str) -> bool:
 def _wrong_model(name: str, value: Any, holds: str) -> Iterator[Finding]:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if value is None or "://" in str(value):
-        if name.endswith("model.path") and value is None:
-            yield Finding("model", "", f"{name} is not set", "give a folder, or a name on the hub")
+    if not value and name.endswith("model.path"):
+        yield Finding("model", "", f"{name} is not set", "give a folder, or a name on the hub")
+    if not value or "://" in str(value):
         return
     path = Path(os.path.expanduser(str(value)))
     if path.is_dir():
@@ -192,7 +194,7 @@ def _wrong_object(name: str, path: str, attribute: str | None) -> tuple[Any, lis
 
     where, what = (f"{name}.path={path}", f"{name}.name") if name in OBJECTS else (f"{name}={path}", name)
     if name in CLASSES:
-        where = f"{name}={path.removeprefix('pkg://')}.{attribute}"
+        where = f"{name}={path.removeprefix('pkg://')}.{attribute}".replace("=.", "=")
     if _module_file(path) is None:
         problem = f"{where}: there is no such {'module' if path.startswith('pkg://') else 'file'}"
         return None, [Finding("modules", "", problem, "give an existing one: a Python file, or pkg://MODULE")]
@@ -211,7 +213,7 @@ def _wrong_object(name: str, path: str, attribute: str | None) -> tuple[Any, lis
     fix = f"nearest: {', '.join(near)}" if near else "give the name of a function or class in it"
     if found is not None:
         return None, [Finding("modules", "", f"{what}={attribute} of {path} cannot be called", fix)]
-    return None, [Finding("modules", "", f"{what}={attribute} is not in {path}", fix)]
+    return None, [Finding("modules", "", f"{what}={attribute or 'null'} is not in {path}", fix)]
 
 
 def _wrong_call(function: Any, kwargs: DictConfig | dict) -> Iterator[Finding]:

@@ -71,7 +71,7 @@ def check_data(data: Data) -> Iterator[Finding]:
     """Name the files that verl cannot read, and the rows that it cannot train on."""
     from verl_ext.rewards.math import ground_truths
 
-    graded_by_us = data.reward.custom_reward_function.get("path") == OUR_GRADER
+    graded_by_us = (data.reward.custom_reward_function or {}).get("path") == OUR_GRADER
     seen = set()
     for file in data.files:
         name, label = f"data.{file.split}_files", f"{file.split} data"

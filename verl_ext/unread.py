@@ -35,7 +35,7 @@ HANDED_ON = {
 }
 """Nodes whose keys belong to somebody else, besides ``override_...``."""
 
-REWARD_KWARGS = "reward.custom_reward_function.reward_kwargs"
+REWARD_KWARGS = "custom_reward_function.reward_kwargs"
 """Checked against the function's parameters, where the function is (:mod:`verl_ext.references`)."""
 
 PACKAGES = {"verl", "verl_ext", "recipe", "transfer_queue"}
@@ -65,6 +65,9 @@ def check_unread(composition: Composition) -> Iterator[Finding]:
             if not isinstance(setting.value, dict):
                 problem = f"{name} is read by nothing in this run, but with another algorithm or experiment"
                 yield Finding(name, "", problem, "leave it out, or choose what has it", warning=True)
+        elif near := _nearly(name, plain):
+            problem = f"{name} is handed on, and nothing here reads it, but for {near}"
+            yield Finding(name, "", problem, f"nearest: {near}", warning=True)
         elif not is_read(name, plain, setting.owner):
             closed += (f"{name}.",)
             near = suggestions(name, plain, setting.owner)
@@ -76,7 +79,7 @@ def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
     """Whether something reads this name, which ``plain`` has not; ``owner``: the dataclass that its node becomes."""
     parent, _, key = name.rpartition(".")
     parts = parent.split(".")
-    if name.startswith(REWARD_KWARGS) or any(p in HANDED_ON or p.startswith("override_") for p in parts):
+    if REWARD_KWARGS in name or any(p in HANDED_ON or p.startswith("override_") for p in parts):
         return True
     if parent in RAY_NAMES:
         return key in RAY_NAMES[parent]()
@@ -86,6 +89,19 @@ def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
     # What a dataclass does not have can be read only before it is made, from a node of that name.
     siblings = {str(k) for k in node} - {"_target_"} if isinstance(node, DictConfig) and owner is None else set()
     return any(_reads(_as_attributes(text), parts, key, siblings) for text in _sources() if key in text)
+
+
+def _nearly(name: str, plain: DictConfig) -> str | None:
+    """What has almost this name in a dictionary that is handed on, among what verl sets or reads there itself."""
+    parent, _, key = name.rpartition(".")
+    node, last = OmegaConf.select(plain, parent) if parent else None, parent.rpartition(".")[2]
+    if not (last in HANDED_ON or last.startswith("override_")):
+        return None
+    known = {str(k) for k in node} if isinstance(node, DictConfig) else set()
+    for text in filter(lambda text: last in text, _sources()):
+        known |= set(re.findall(rf"\b{last}\.(\w+)\b(?!\()", _as_attributes(text)))
+    near = nearest(key, known, 0.88)
+    return f"{parent}.{near[0]}" if near and key not in known else None
 
 
 def suggestions(name: str, plain: DictConfig, owner: type | None = None) -> list[str]:

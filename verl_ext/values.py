@@ -39,27 +39,22 @@ def check_values(composition: Composition) -> Iterator[Finding]:
             if isinstance(before, str) and "${" in before:
                 before = OmegaConf.select(composition.plain, setting.name)
         except (OmegaConfBaseException, TypeError, ValueError) as e:
-            yield Finding(
-                "values", "", f"{setting.name}={value} does not resolve: {first_lines(e)}", "fix the name in it"
-            )
+            problem = f"{setting.name}={setting.value} does not resolve: {first_lines(e)}"
+            yield Finding(setting.name, "", problem, "fix the name in it")
             continue
         wanted = out_of_range(setting.name, value) or wrong_type(setting, value, before)
-        if not wanted and not external and not re.search(rf"\b{re.escape(str(value))}\b", users):
+        judged = not external and (value is not None or before is not None)
+        if not wanted and judged and not re.search(rf"\b{re.escape(str(value))}\b", users):
             wanted = no_choice(setting, value)
         if wanted:
             yield Finding(setting.name, "", f"{setting.name}={_shown(value)} is wrong", f"use {wanted}")
 
 
 def _shown(value: Any) -> str:
-    return (
-        "null"
-        if value is None
-        else str(value).lower()
-        if isinstance(value, bool)
-        else repr(value)
-        if value == ""
-        else str(value)
-    )
+    """As one would write it in an override."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value) or "''"
 
 
 # Types ----------------------------------------------------------------------------------------------------------------
@@ -71,8 +66,8 @@ def wrong_type(setting: Setting, value: Any, before: Any) -> str:
     if not kinds and before is not None:
         kinds = {type(before)}
     if value is None:
-        nullable = not kinds or types.NoneType in kinds or before is None or NULLABLE.fullmatch(setting.name)
-        return "" if nullable or not kinds & {int, float} else "a number"
+        nullable = not kinds or types.NoneType in kinds or before in (None, {}) or NULLABLE.fullmatch(setting.name)
+        return "" if nullable or not kinds & {int, float, dict} else _said(kinds)
     if not kinds or object in kinds:
         return ""
     if isinstance(value, dict) or OmegaConf.is_dict(value):
@@ -93,10 +88,10 @@ SEVERAL = re.compile(r"data\.(train|val)_files|trainer\.logger")
 """Texts that may be lists of them."""
 
 NULLABLE = re.compile(
-    r"data\.seed|seed|trainer\.total_training_steps|trainer\.max_(actor|critic)_ckpt_to_keep|ray_kwargs\..*"
+    r"data\.seed|seed|reward\.custom_reward_function|trainer\.total_training_steps|trainer\.max_(actor|critic)_ckpt_to_keep|ray_kwargs\..*"
     r"|trainer\.v1\.sampler\.max_off_policy_threshold|data\.filter_overlong_prompts_workers|.*\.loss_scale_factor"
 )
-"""Numbers that may be null, although verl's value is none and no annotation says so."""
+"""What may be null, although verl's value is not and no annotation says so."""
 
 
 def _kinds(annotation: Any) -> set[type]:
@@ -156,7 +151,7 @@ RANGES: list[tuple[str, tuple[str, Callable[[Any], bool]]]] = [
         COUNT,
     ),
     (r"(.*\.)?rollout(\.val_kwargs)?\.n|.*\.rollout_n|.*\.ppo_epochs|.*parallel_size", COUNT),
-    (r".*\.(agent|reward)\.num_workers|reward\.num_workers|.*\.filter_overlong_prompts_workers", COUNT),
+    (r".*\.agent\.num_workers|reward(_model)?\.num_workers|.*\.filter_overlong_prompts_workers", COUNT),
     (r".*\.(entropy_from_logits_chunk_size|pad_to_length_bucket|parameter_sync_step|num_shards|group_size)", COUNT),
     (
         r".*\.(update_weights_bucket_megabytes|num_data_storage_units|total_storage_size|max_inflight_gen_batches)",
@@ -185,7 +180,10 @@ RANGES: list[tuple[str, tuple[str, Callable[[Any], bool]]]] = [
         r".*\.(clip_ratio|clip_ratio_low|clip_ratio_high|cliprange_value|kl_loss_coef|kl_coef|num_warmup_batches)",
         NOT_NEGATIVE,
     ),
-    (r".*\.(esi_redundant_time|penalty_factor|mtp_loss_scaling_factor|distillation_loss_coef)", NOT_NEGATIVE),
+    (
+        r"ray_kwargs\.ray_init\.num_[cg]pus|.*\.(esi_redundant_time|penalty_factor|mtp_loss_scaling_factor|distillation_loss_coef)",
+        NOT_NEGATIVE,
+    ),
     (
         r".*\.(temperature|repetition_penalty|lora_alpha|lora\.alpha|tau_pos|tau_neg|clip_ratio_c|gpu_memory|target_kl)",
         POSITIVE,
@@ -358,7 +356,11 @@ MODES: list[tuple[str, Callable[[Setting], Collection], bool]] = [
     (r".*\.checkpoint\.(save|load)_contents", _of("model", "optimizer", "extra", "hf_model", "hf"), True),
     (r".*\.override_config\.attn_implementation", _of(*_ATTENTION), False),
     (r"reward\.reward_manager\.source", _of("register", "importlib"), True),
-    (r"reward\.reward_manager\.name", _unless("source", _registry(*_REWARD_MANAGERS)), True),
+    (
+        r"reward\.reward_manager\.name|reward_model\.reward_manager",
+        _unless("source", _registry(*_REWARD_MANAGERS)),
+        True,
+    ),
     (r"global_profiler\.tool", _of("nsys", "npu", "torch", "torch_memory", "precision_debugger", None), True),
     (r"transfer_queue\.backend\.storage_backend", _registry(*_STORES), True),
 ]

@@ -221,6 +221,17 @@ def test_data_in_json_pass(data, tmp_path):
         assert found["steps"].startswith("1400, 700.0 passes")
 
 
+def test_the_rewards_old_names_are_checked_too(data):
+    """verl moves them, whole nodes at a time, before anything reads them."""
+    run_of = ["algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}"]
+    problems, _, _ = run(*run_of, "custom_reward_function.path=/nope.py")
+    assert problems == ["reward.custom_reward_function.path=/nope.py: there is no such file"]
+    problems, _, _ = run(*run_of, "custom_reward_function.path=pkg://verl_ext.rewards.math")
+    assert problems == ["reward.custom_reward_function.name=null is not in pkg://verl_ext.rewards.math"]
+    named = ["custom_reward_function.path=pkg://verl_ext.rewards.math", "custom_reward_function.name=compute_score"]
+    assert run(*run_of, *named)[0] == []
+
+
 def test_adapters_need_no_vllm_here(data, monkeypatch):
     from verl.workers.rollout.vllm_rollout import utils
 

@@ -126,6 +126,7 @@ ray_kwargs.ray_init.address=auto
 ray_kwargs.ray_init.runtime_env.env_vars.VERL_PLATFORM=cpu
 ray_kwargs.ray_init.runtime_env.working_dir=.
 reward.custom_reward_function.reward_kwargs.timeout=10
+custom_reward_function.reward_kwargs.timeout=10
 reward.reward_kwargs.max_resp_len=100
 trainer.remove_previous_ckpt_in_save=true
 trainer.v1.sampler.sampler_kwargs.poll_interval=1
@@ -137,6 +138,12 @@ verl_ext.prepare=verl_ext.arithmetic.assets.ensure_assets
 @pytest.mark.parametrize("override", READ)
 def test_what_something_reads_is_no_finding(runs, override):
     assert unread(runs["disco"], override) == []
+
+
+def test_what_is_almost_a_name_of_verls_in_a_handed_on_dictionary_is_a_warning(runs):
+    node = "actor_rollout_ref.model.override_config"
+    (finding,) = unread(runs["disco"], f"{node}.attn_implementaton=sdpa")
+    assert finding.warning and finding.fix == f"nearest: {node}.attn_implementation"
 
 
 def test_what_megatron_reads_is_no_finding(runs):
@@ -223,6 +230,8 @@ ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
         (f"{ACTOR}.fsdp_config.param_offload=maybe", "use true or false"),
         ("trainer.project_name=[a]", "use a text"),
         ("trainer=5", "use settings below it: name.setting=value"),
+        ("trainer.v1=null", "use settings below it: name.setting=value"),
+        ("reward_model.num_workers=0", COUNT),
         (f"{ROLLOUT}.mode=asynch", "use async"),
         (f"{ACTOR}.optim.lr_scheduler_type=cosin", "use one of cosine, constant"),
         ("data.truncation=middel", "use one of middle, left, error, right"),
@@ -260,6 +269,7 @@ def test_a_wrong_value_is_named_with_what_would_be_right(runs, override, fix):
         ("trainer.logger=[console,wandbb]", "wandb"),
         ("trainer.device=gpu", "cpu"),
         ("reward.reward_manager.name=naiv", "naive"),
+        ("reward_model.reward_manager=naiv", "naive"),
         ("transfer_queue.backend.storage_backend=SimpleStore", "SimpleStorage"),
         ("actor_rollout_ref.model.override_config.attn_implementation=spda", "sdpa"),
     ],
@@ -287,7 +297,7 @@ def test_a_misspelt_policy_loss_is_named():
     actor_rollout_ref.actor.optim.lr=1 actor_rollout_ref.actor.optim.optimizer=SGD
     actor_rollout_ref.actor.fsdp_config.fsdp_size=-1 actor_rollout_ref.actor.entropy_coeff=-0.001
     actor_rollout_ref.actor.kl_loss_type=k3+ algorithm.rollout_correction.rollout_rs=token_k1,seq_mean_k3
-    actor_rollout_ref.model.target_modules=[q_proj] ray_kwargs.ray_init.num_cpus=null
+    actor_rollout_ref.model.target_modules=[q_proj] reward.custom_reward_function=null ray_kwargs.ray_init.num_cpus=null
     """.split(),
 )
 def test_a_value_that_verl_takes_is_no_finding(runs, override):
