@@ -57,7 +57,7 @@ def check_unread(composition: Composition) -> Iterator[Finding]:
     closed: tuple[str, ...] = ()
     for setting in walk(raw):
         name, key = setting.name, setting.name.rpartition(".")[2]
-        if name in known or key == "_target_" or name.startswith(closed or "\n"):
+        if name in known or key == "_target_" or name.startswith(closed):
             continue
         if re.search(rf"(?:\$\{{|select:\s*){re.escape(name)}(?!\w)", interpolated) or _is_word(key, users):
             closed += (f"{name}.",)
