@@ -28,7 +28,6 @@ START_SECONDS = 120.0
 ANSWERS_PER_CHILD = 1000
 """Then another takes its place, for caches grow."""
 
-
 BY_WEIGHT = ("grader error", "memory", "unreadable", "wrong")
 """Where several truths fail for several reasons, the first of these is told."""
 
@@ -183,7 +182,8 @@ def main() -> None:
     # Nothing that a library prints may pass for a verdict.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    from verl_ext.rewards.equality import Unreadable, answers_equal
+    from verl_ext.rewards.equality import answers_equal
+    from verl_ext.rewards.expressions import Unreadable
 
     answers_equal("2", "\\frac{4}{2}")
     if sys.platform == "linux":

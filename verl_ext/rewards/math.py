@@ -24,7 +24,7 @@ from verl_ext.rewards.grader import Grader, plainly_equal
 
 THINK_END = "</think>"
 BOX = re.compile(r"\\(?:f?boxed|fbox)\s*\{")
-UNBRACED = re.compile(r"\\(?:f?boxed|fbox)\s*(-?\d[\d.,/]*|[A-Za-z](?![A-Za-z]))")
+UNBRACED = re.compile(r"\\(?:f?boxed|fbox)\s*(-?\d[\d.,/]*|[A-Za-z](?![A-Za-z]))(?!\s*[\w^\\(])")
 BETWEEN = re.compile(r"(?:[\s$,;&]|\\(?:[,;:!()\[\] ]|quad|qquad|text)|[{}]|and|or)*", re.IGNORECASE)
 """What may stand between boxes that are one answer together."""
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -137,7 +137,9 @@ def boxed_answer(text: str, require_think: bool = True) -> tuple[str, str]:
             break
         if after is not None and (end >= after or not BETWEEN.fullmatch(rest, end + 1, after)):
             break
-        if part := rest[box.end() : end].strip():
+        part = rest[box.end() : end].strip()
+        # Said twice is said once.
+        if part and [part] != parts[:1]:
             parts.insert(0, part)
         after = box.start()
     answer = ", ".join(parts)
@@ -172,7 +174,7 @@ def ground_truths(value: Any) -> list[str]:
     """
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, str) and value.lstrip().startswith('["'):
+    if isinstance(value, str) and re.match(r'\s*\[\s*"', value):
         # A list as JSON text, as some data sets have it. [1, 2] without quotes is an interval.
         with suppress(json.JSONDecodeError):
             value = json.loads(value)

@@ -1,7 +1,7 @@
 """One spelling for each way to write an answer: a list of rules, each with its case.
 
-A rule replaces text by text, never evaluates, and takes time linear in the answer's length (which is bounded). What a
-rule is for stands in its case: ``before`` becomes ``after`` when all rules have been applied. The tests try each one.
+A rule replaces text by text and never evaluates. What it is for stands in its case: ``before`` becomes ``after`` when
+all rules have been applied. The tests try each one, and its time on what could stretch it (answers are short).
 """
 
 import re
@@ -36,7 +36,21 @@ END = r"(?![A-Za-z])"
 SAID = r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|result|solution)\s*"
 SAID += r"(?:is\s*:?|[:=])"
 NESTED = r"(?:[^()]|\((?:[^()]|\([^()]*\))*\))*"
-POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+DIGITS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+BASES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "sixteen": 16,
+}
+TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
+POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SMALL = 15
 """Digits up to which the two parts of a fraction are compared as numbers."""
 
@@ -92,9 +106,12 @@ RULES = [
     _rule(r"\\mathrm\s*\{\s*([eid])\s*\}", r"\1", r"\mathrm{e}", "e"),
     _rule(r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|emph|mathrm|mbox|hbox)\s*(?=\{)", r"\\text",
           r"\textit{Friday}", r"\text{Friday}"),
+    _rule(r"\\text\s*\{([^{}^]*[A-Za-z])\s*\^\s*(?:\{\s*)?(-?\d)\s*(?:\}\s*)?\}", r"\\text{\1}^{\2}", r"5\text{ m/s^2}",
+          r"5\text{ m/s}^{2}"),
     _rule(r"\\text\s*\{(?:[^{}A-Za-z]|\\%)*\}", lambda m: m[0][m[0].index("{") + 1 : -1], r"\text{-}5", "-5"),
     _rule(r"\\text\s*\{\s*([-+]?\d+(?:[.,]\d+)*)(?:st|nd|rd|th)?\s*(?:\}|\s(?=[A-Za-z]))",
           lambda m: m[1] + ("" if m[0].endswith("}") else r"\text{"), r"\text{12 apples}", r"12\text{apples}"),
+    _rule(r"\}\s*\\cdot\s*\\text\s*\{", " ", r"5\text{ N}\cdot\text{m}", r"5\text{ N m}"),
     # Options of a multiple choice are letters: \text{A, C} is A, C.
     _rule(r"^\\text\s*\{\s*(\(?[A-Z]\)?(?:\s*(?:,|;|&|and)\s*\(?[A-Z]\)?)*[.,]?)\s*\}", r"\1 ", r"\text{(A) }\ 12",
           "(A) 12"),
@@ -105,12 +122,24 @@ RULES = [
     _rule(rf"^\s*{SAID}\s*(?=\S)", "", "The final answer is 45", "45", re.IGNORECASE),
     _rule(r"^\s*(?:\\text\s*\{)?\s*(?:there (?:is|are) )?(?:no (?:real |integer )?solutions?|(?:the )?empty set)\s*"
           r"\}?$", r"\\emptyset", r"\text{no solution}", r"\emptyset", re.IGNORECASE),
-    _rule(r"^\s*(?:\\text\s*\{)?\s*all real numbers\s*\}?$", r"\\mathbb{R}", r"\text{all real numbers}", r"\mathbb{R}",
+    _rule(r"^\s*(?:\\text\s*\{)?\s*all (?:real numbers|reals)\s*\}?$", r"\\mathbb{R}", r"\text{all real numbers}",
+          r"\mathbb{R}", re.IGNORECASE),
+    _rule(r"^\s*(?:\\text\s*\{)?\s*all integers\s*\}?$", r"\\mathbb{Z}", r"\text{all integers}", r"\mathbb{Z}",
           re.IGNORECASE),
+    _rule(r"^\s*(?:\\text\s*\{)?\s*(" + "|".join(DIGITS) + r")\s*\}?$", lambda m: str(DIGITS.index(m[1].lower())),
+          r"\text{seven}", "7", re.IGNORECASE),
+    # For which numbers a formula holds, when nothing else is said of them.
+    _rule(r"^((?:(?!\\[lg]eq|\\neq|[<>]).)*[^\s(,{|])\s*[,(]\s*(?:\\text\s*\{\s*(?:where|for|with)?\s*\}\s*)?[A-Za-z]\s*"
+          r"\\in\s*\\math(?:bb|bf)\s*\{[A-Z]\}\s*(?:[\^_]\s*\{?\s*[*+]\s*\}?)?\s*\)?\s*$", r"\1",
+          r"4k+1, k \in \mathbb{Z}", "4k+1"),
+    _rule(r"(?<=[^\s(,{|])\s*,?\s*(?:\\text\s*\{\s*for (?:all|any|every|each)\b[^{}]*\}|\\forall)[^,|]*$", "",
+          r"f(x)=2x \text{ for all } x", "f(x)=2x"),
+    _rule(r"^((?:(?!\\[lg]eq|\\neq|[<>,]).)+),\s*[a-z]\s*(?:\\geq|\\ge|>)\s*\d+$", r"\1", r"2^n-1, n\ge1", "2^n-1"),
     # Money --------------------------------------------------------------------------------------------------------
     _rule(r"(?:\b(?:US|HK|NT)\s*)?\\?\$|^\s*(?:Rs\.?|USD|EUR|RMB)\s*(?=\d)", "", r"\$5", "5"),
     # Spaces -------------------------------------------------------------------------------------------------------
     _rule(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)\s*(?=\d{3}(?!\d))", ",", "1{,}234", "1,234"),
+    _rule(r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\", r"1\\[4pt]2", r"1\\2"),
     _rule(r"\\\(|\\\)|\\\[|\\\]", " ", r"\(5\)", "5"),
     _rule(r"\\!", "", r"\sqrt{\!2}", r"\sqrt{2}"),
     _rule(r"(?<!\\)\\[,;:> ]|(?<!\\)~|\\hspace\*?\s*\{[^{}]*\}|\\\\\s*$|\\(?:thinspace|enspace|space)" + END, " ",
@@ -146,36 +175,46 @@ RULES = [
     _rule(r"\\R" + END, r"\\mathbb{R}", r"\R", r"\mathbb{R}"),
     _rule(r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", "(0,1) U (2,3)", r"(0,1) \cup (2,3)"),
     _rule(r"\\backslash" + END, r"\\setminus ", r"\mathbb{R}\backslash\{0\}", r"\mathbb{R}\setminus \{0\}"),
+    _rule(r"(?<=\})\s*-\s*(?=\\\{)", r"\\setminus ", r"\mathbb{R}-\{0\}", r"\mathbb{R}\setminus \{0\}"),
+    _rule(r"\\mathbb\s*\{R\}\s*[\^_]\s*\{?\s*\+\s*\}?", r"(0,\\infty)", r"\mathbb{R}^+", r"(0,\infty)"),
+    _rule(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}", r"\\binom{\1}{\2}", r"{10 \choose 3}", r"\binom{10}{3}"),
     # 4.9.3's grammar knows it as a function alone.
-    _rule(r"\\gamma" + END, r"\\varsigma ", r"2\gamma", r"2\varsigma"),
+    _rule(r"\\gamma" + END, r"\\text{gamma}", r"2\gamma", r"2\text{gamma}"),
     _rule(r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*\\prime" + END, lambda m: "'" * (m[1] or "1").count("\\") or "'",
           r"f^{\prime\prime}", "f''"),
     # What stands in a subscript is a name.
-    _rule(r"((?<![A-Za-z])[A-Za-z]\s*_\s*\{[^{}\\]*)\\([A-Za-z]+)\s*(?=[^{}\\]*\})", r"\1\2", r"I_{\max}", r"I_{max}"),
+    _rule(r"((?<![A-Za-z])[A-Za-z]\s*_\s*\{[^{}\\]*)\\([A-Za-z]+)\s*(?=[^{}\\]*\})", r"\1\2", r"a_{\max}", r"a_{max}"),
     # The grammar's own E takes no subscript.
-    _rule(START + r"E(?=\s*_)", r"\\text{E}", "E_0", r"\text{E}_0"),
-    _rule(r"\\hbar" + END, r"\\varrho ", r"\hbar", r"\varrho"),
+    _rule(START + r"([EI])(?=\s*_)", r"\\text{\1}", "E_0", r"\text{E}_0"),
+    _rule(r"\\hbar" + END, r"\\text{hbar}", r"\hbar", r"\text{hbar}"),
     _rule(r"\(?\s*(?:\\pmod|\\bmod|\\mod" + END + r"|\bmod)\s*\{?\s*(\w+)\s*\}?\s*\)?", r" \\pmod{\1}",
           r"x \equiv 1 (mod 4)", r"x \equiv 1 \pmod{4}"),
+    _rule(r"_\s*(?:\{\s*\\text\s*\{\s*(\w+)\s*\}\s*\}|\\text\s*\{\s*(\w+)\s*\})",
+          lambda m: f"_{{{BASES[word]}}}" if (word := m[1] or m[2]) in BASES else m[0], r"101_{\text{two}}", "101_{2}"),
+    _rule(r"(?<=\d)_\s*\{\s*\(\s*(\d+)\s*\)\s*\}", r"_{\1}", "101_{(2)}", "101_{2}"),
+    _rule(r"^\((\w*\d\w*)\)\s*(?=_)", r"\1", "(101)_2", "101_2"),
+    _rule(r"(?<=\w)\s*\(?(?:\\text\s*\{\s*(?:in )?base\s*(?:\}\s*)?|(?:in )?base\s+)(\d+)\s*[)}]?$", r"_{\1}",
+          r"101\text{ base }2", "101_{2}"),
     # Percent, degrees, ordinals, large numbers --------------------------------------------------------------------
     _rule(r"\s*(?:\\text\s*\{\s*(?:\\?%|percent(?:age)?|pct)\.?\s*\}|\\?%|" + START + r"(?:percent(?:age)?|pct)" + END
           + ")", r"\\%", "28 percent", r"28\%"),
     _rule(r"\s*(?:\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)" + END + r"|\\degrees?" + END
           + r"|\\text\s*\{\s*degrees?\s*\}|(?<=\d)\s*degrees?" + END + ")", r"^\\circ ", r"90\degree", r"90^\circ"),
-    _rule(r"\^\\circ\s*(?:\\text\s*\{\s*[CF]\s*\}|[CF])\s*\.?$", r"^\\circ", r"20^\circ C", r"20^\circ"),
+    _rule(r"\^\\circ\s*(?:\\text\s*\{\s*([CF])\s*\}|([CF]))\s*\.?$",
+          lambda m: rf"\text{{{TEMPERATURES[m[1] or m[2]]}}}", r"20^\circ C", r"20\text{celsius}"),
     _rule(r"(?<=\d)(?:\^\s*\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^\s*\{\s*(?:st|nd|rd|th)\s*\}|"
           r"\^?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}|(?:st|nd|rd|th)" + END + ")", "", r"5^{\text{th}}", "5"),
-    _rule(r"\\text\s*\{\s*(thousand|million|billion|trillion)s?\s*", r" \1 \\text{", r"2\text{ million}",
+    _rule(r"\\text\s*\{\s*(hundred|thousand|million|billion|trillion)s?\s*", r" \1 \\text{", r"2\text{ million}",
           r"2 \times 10^{6}"),
     _rule(r"\\text\s*\{\s*\}", "", r"3\text{ million}", r"3 \times 10^{6}"),
-    _rule(r"(?<=\d)\s*(thousand|million|billion|trillion)s?" + END, lambda m: rf" \times 10^{{{POWERS[m[1]]}}}",
+    _rule(r"(?<=\d)\s*(hundred|thousand|million|billion|trillion)s?" + END, lambda m: rf" \times 10^{{{POWERS[m[1]]}}}",
           "1 million", r"1 \times 10^{6}"),
     # Numbers ------------------------------------------------------------------------------------------------------
     _rule(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE]([-+]?\d+)(?!\w)", r"\1 \\times 10^{\2}", "1.5e3", r"1.5 \times 10^{3}"),
     _rule(r"\^\s*(-\d+)", r"^{\1}", "10^-3", "10^{-3}"),
-    _rule(r"(?P<whole>\d+)\.(?P<once>\d*)\\(?:overline|bar|overset\{\\cdot\}|dot|widehat)\s*(?:\{(?P<some>\d+)\}|"
-          r"(?P<one>\d))(?![\d\\])", lambda m: _repeating(m["whole"], m["once"], m["some"] or m["one"]),
-          r"0.1\overline{6}", r"\frac{016-01}{90}"),
+    _rule(r"(?P<whole>\d*)\.(?P<once>\d*)\\(?:overline|bar|overset\{\\cdot\}|dot|widehat)\s*(?:\{(?P<some>\d+)\}|"
+          r"(?P<one>\d))(?!\d|\\dot)", lambda m: _repeating(m["whole"] or "0", m["once"], m["some"] or m["one"]),
+          r".1\overline{6}", r"\frac{016-01}{90}"),
     _rule(r"(?P<whole>\d+)\.(?P<once>\d*)\\dot\s*\{?(?P<first>\d)\}?(?P<more>\d*)\\dot\s*\{?(?P<last>\d)\}?",
           lambda m: _repeating(m["whole"], m["once"], m["first"] + m["more"] + m["last"]), r"0.\dot{1}\dot{2}",
           r"\frac{012-0}{99}"),
@@ -187,6 +226,11 @@ RULES = [
           r"(3+\frac{1}{2})"),
     _rule(r"(?<![\d.^_])(?P<whole>\d+)\s*\\frac\s*\{\s*(?P<top>\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}", _mixed,
           r"2\frac13", r"(2+\frac{1}{3})"),
+    _rule(r"(?P<whole>\d+)\.(?P<once>\d*)\((?P<again>\d+)\)", lambda m: _repeating(m["whole"], m["once"], m["again"]),
+          "0.1(6)", r"\frac{016-01}{90}"),
+    # Read from left to right: 1/2 x is half of x.
+    _rule(r"(?<![\w.^/])(\d+)/(\d+)(?=\s*(?:\\(?:pi|sqrt|ln|log|sin|cos|tan|theta|text)|\(|[a-zA-Z]))",
+          r"\\frac{\1}{\2}", r"3/4x", r"\frac{3}{4}x"),
     _rule(r"(?<![\d])\.(?=\d)", "0.", ".5", "0.5"),
     # The end ------------------------------------------------------------------------------------------------------
     _rule(r"(?:[\s.,;:]|\\\\)+(?=\}?$)|\\\s*$", "", r"7\text{ hours.}", r"7\text{ hours}"),
@@ -198,6 +242,9 @@ RULES = [
 def normalise(text: str) -> str:
     """``text`` with every rule applied."""
     text = unicodedata.normalize("NFKC", text.translate(TRANSLATION))
+    # Powers of several digits, each a character of its own.
+    text = re.sub(r"([\^_])\{([-\d])\}(?:\1\{[-\d]\})+", lambda m: m[1] + "{" + re.sub(r"[^-\d]", "", m[0]) + "}", text)
+    text = re.sub(r"\s+", " ", text)
     for rule in RULES:
         text = rule.pattern.sub(rule.replacement, text)
     return text
@@ -206,7 +253,8 @@ def normalise(text: str) -> str:
 def key(text: str) -> str:
     """What two spellings of one text have in common; spaces count between digits alone."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\times(?![A-Za-z])|\*", r"\\cdot", text)
+    # But a cross product is none of points.
+    text = re.sub(r"(?<=\d)\s*(?:\\times(?![A-Za-z])|\*)|(?:\\times(?![A-Za-z])|\*)(?=\s*\d)", r"\\cdot", text)
     text = re.sub(r"\s*(\\[A-Za-z]+)\s*", r"\1 ", text)
     # 1, 234 is a list, and 1,234 a number.
     text = re.sub(r"(?<=\d),\s+(?=\d{3}(?!\d))", ";", text)

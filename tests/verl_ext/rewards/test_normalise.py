@@ -87,7 +87,7 @@ HOSTILE = [
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_time_is_bounded_by_the_length(piece):
     text = (piece * 2000)[:2000]
-    started = time.process_time()
     for hostile in (text, text + r"\ldots", "1" + text + "}"):
+        started = time.process_time()
         key(normalise.__wrapped__(hostile))
-    assert time.process_time() - started < 1
+        assert time.process_time() - started < 0.5, hostile[:40]
