@@ -229,7 +229,7 @@ def test_a_fault_of_a_library_has_a_name_and_its_text_in_the_log(monkeypatch, ca
         "def fail(self, matrix): raise AttributeError('no such thing')\n"
         "library._Latex2Sympy.convert_matrix = fail\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     broken = Grader()
     row = r"\begin{pmatrix}1&%s\end{pmatrix}"
     assert broken.grade(row % 2, [row % 3], 20) == (False, "grader error")
