@@ -183,7 +183,7 @@ def _plain_of(overrides: Sequence[str]) -> DictConfig:
 
 def _unknown(override: str, overrides: Sequence[str]) -> tuple[str, str]:
     """Problem and fix of an override, without a plus, of what the configuration has not."""
-    from verl_ext.unread import is_read, suggestions
+    from verl_ext.unread import is_read, names_of_groups, suggestions
 
     name = _name(override)
     plain = _plain_of(overrides)
@@ -191,5 +191,8 @@ def _unknown(override: str, overrides: Sequence[str]) -> tuple[str, str]:
         return f"{override} adds keys to {name}", f"write ++{override}"
     if is_read(name, plain):
         return f"{name} is not in the configuration, though verl reads it", f"write +{override}"
+    if name in names_of_groups():
+        fix = "leave it out, or choose what has it; in a sweep over both, write ++"
+        return f"{name} is not in this run, but in another algorithm or experiment", fix
     near = suggestions(name, plain)
     return f"there is no setting {name}", f"nearest: {', '.join(near)}" if near else "leave it out"

@@ -45,15 +45,16 @@ FILES = (
     "actor_rollout_ref.rollout.quantization_config_file",
 )
 
+TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "config.json")
+
 MODELS = {
-    "actor_rollout_ref.model.path": "config.json",
-    "actor_rollout_ref.model.hf_config_path": "config.json",
-    "actor_rollout_ref.model.tokenizer_path": "tokenizer_config.json",
-    "actor_rollout_ref.model.lora_adapter_path": "adapter_config.json",
-    "actor_rollout_ref.model.lora.adapter_path": "",
-    "data.tokenizer": "tokenizer_config.json",
+    "actor_rollout_ref.model.path": ("config.json",),
+    "actor_rollout_ref.model.hf_config_path": ("config.json",),
+    "actor_rollout_ref.model.tokenizer_path": TOKENIZER,
+    "actor_rollout_ref.model.lora_adapter_path": ("adapter_config.json",),
+    "data.tokenizer": TOKENIZER,
 }
-"""Settings with a folder or a name on the hub -> a file that such a folder holds."""
+"""Settings with a folder or a name on the hub -> files of which such a folder holds one."""
 
 
 def check_references(config: DictConfig) -> Iterator[Finding]:
@@ -62,9 +63,9 @@ def check_references(config: DictConfig) -> Iterator[Finding]:
 
     models = dict(MODELS)
     if need_critic(config):
-        models |= {"critic.model.path": "config.json", "critic.model.tokenizer_path": "tokenizer_config.json"}
+        models |= {"critic.model.path": ("config.json",), "critic.model.tokenizer_path": TOKENIZER}
     if config.reward.reward_model.enable:
-        models["reward.reward_model.model_path"] = "config.json"
+        models["reward.reward_model.model_path"] = ("config.json",)
     seen = set()
     for name, holds in models.items():
         value = OmegaConf.select(config, name)
@@ -74,7 +75,7 @@ def check_references(config: DictConfig) -> Iterator[Finding]:
     for name in FILES:
         if (file := OmegaConf.select(config, name)) and not _exists(file):
             yield Finding("files", "", f"{name}={file}: there is no such file", "give an existing file, or null")
-    yield from _wrong_start(config)
+    yield from _wrong_resume(config)
     template = config.actor_rollout_ref.model.get("custom_chat_template")
     if template and "{" not in template:
         problem = f"actor_rollout_ref.model.custom_chat_template={template} is no Jinja template"
@@ -82,23 +83,23 @@ def check_references(config: DictConfig) -> Iterator[Finding]:
     for name in CLASSES:
         if full_name := OmegaConf.select(config, name):
             module, _, attribute = str(full_name).rpartition(".")
-            yield from _wrong_object(name, f"pkg://{module}", attribute)[1]
+            yield from _wrong_object(f"{name}={full_name}", name, f"pkg://{module}", attribute)[1]
     for name in MODULES:
         value = OmegaConf.select(config, name)
         for module in [value] if isinstance(value, str) else value or []:
             if _find_spec(module) is None:
                 yield Finding("modules", "", f"{name}={module}: there is no such module", "install it, or fix the name")
     nodes = {name: OmegaConf.select(config, name) or {} for name in OBJECTS}
-    places = {name: (node.get("path"), node.get("name")) for name, node in nodes.items()}
     manager = config.reward.reward_manager
-    if manager.source == "importlib":
-        places["reward.reward_manager"] = (manager.module.path, manager.name)
-    for name, (path, attribute) in places.items():
-        if path:
-            found, problems = _wrong_object(name, path, attribute)
+    for name, node in nodes.items():
+        if path := node.get("path"):
+            found, problems = _wrong_object(f"{name}.path={path}", f"{name}.name", path, node.get("name"))
             yield from problems
             if found is not None and name == REWARD and manager.source == "register":
-                yield from _wrong_call(found, nodes[REWARD].get("reward_kwargs") or {})
+                yield from _wrong_call(found, node.get("reward_kwargs") or {})
+    if manager.source == "importlib" and (path := manager.module.path):
+        where = f"reward.reward_manager.module.path={path}"
+        yield from _wrong_object(where, "reward.reward_manager.name", path, manager.name)[1]
 
 
 def refuse_missing_reward(config: DictConfig) -> None:
@@ -151,7 +152,7 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _wrong_model(name: str, value: Any, holds: str) -> Iterator[Finding]:
+def _wrong_model(name: str, value: Any, holds: tuple[str, ...]) -> Iterator[Finding]:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if not value and name.endswith("model.path"):
@@ -160,8 +161,8 @@ def _wrong_model(name: str, value: Any, holds: str) -> Iterator[Finding]:
         return
     path = Path(os.path.expanduser(str(value)))
     if path.is_dir():
-        if holds and not (path / holds).exists():
-            yield Finding("model", "", f"{name}={value}: the folder has no {holds}", "give a folder that has")
+        if not any((path / file).exists() for file in holds):
+            yield Finding("model", "", f"{name}={value}: the folder has no {holds[0]}", "give a folder that has")
         return
     local = str(value).startswith(("/", "~", "."))
     if not local and not path.exists():
@@ -174,7 +175,7 @@ def _wrong_model(name: str, value: Any, holds: str) -> Iterator[Finding]:
     yield Finding("model", "", problem, "give an existing folder, or a name on the hub such as Qwen/Qwen3-4B")
 
 
-def _wrong_start(config: DictConfig) -> Iterator[Finding]:
+def _wrong_resume(config: DictConfig) -> Iterator[Finding]:
     mode, path = config.trainer.resume_mode, config.trainer.resume_from_path
     name = f"trainer.resume_from_path={'null' if path is None else path}"
     if mode != "resume_path":
@@ -188,13 +189,17 @@ def _wrong_start(config: DictConfig) -> Iterator[Finding]:
         yield Finding("resume", "", f"{name}: there is no such folder", "give an existing .../global_step_N")
 
 
-def _wrong_object(name: str, path: str, attribute: str | None) -> tuple[Any, list[Finding]]:
-    """What the settings name, imported as verl imports it, or what is wrong with them."""
+def _wrong_object(where: str, what: str, path: str, attribute: str | None) -> tuple[Any, list[Finding]]:
+    """What the settings name, imported as verl imports it, or what is wrong with them.
+
+    Args:
+        where: the setting of the module, with its value.
+        what: the setting of the object in it.
+        path: of the module, as verl takes it.
+        attribute: the object's name.
+    """
     from verl.utils.import_utils import load_module
 
-    where, what = (f"{name}.path={path}", f"{name}.name") if name in OBJECTS else (f"{name}={path}", name)
-    if name in CLASSES:
-        where = f"{name}={path.removeprefix('pkg://')}.{attribute}".replace("=.", "=")
     if _module_file(path) is None:
         problem = f"{where}: there is no such {'module' if path.startswith('pkg://') else 'file'}"
         return None, [Finding("modules", "", problem, "give an existing one: a Python file, or pkg://MODULE")]
@@ -225,19 +230,18 @@ def _wrong_call(function: Any, kwargs: DictConfig | dict) -> Iterator[Finding]:
         return
     catch_all = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
     named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    own = {n: None if p.default is p.empty else p.default for n, p in named.items() if n not in PASSED}
     problems = []
     for key, value in kwargs.items():
         name = f"{REWARD}.reward_kwargs.{key}"
-        own = named.keys() - set(PASSED)
         if key in PASSED:
             problems.append((f"{name} would replace what verl passes for each response", "leave it out"))
-        elif key not in named:
-            near = nearest(key, own)
-            if catch_all is None or near or not _uses(function, catch_all):
-                fix = f"nearest: {', '.join(near)}" if near else f"it has {', '.join(sorted(own)) or 'none'}"
-                problems.append((f"{name} is read by nothing: {function.__name__} has no such parameter", fix))
-        elif wanted := wrong_type(Setting(name, value, None, annotations.get(key), {}), value, named[key].default):
-            problems.append((f"{name}={value} is wrong", f"use {wanted}"))
+        elif key in own:
+            if wanted := wrong_type(Setting(name, value, None, annotations.get(key), {}), value, own[key]):
+                problems.append((f"{name}={value} is wrong", f"use {wanted}"))
+        elif (near := nearest(key, own)) or catch_all is None or not _uses(function, catch_all):
+            fix = f"nearest: {', '.join(near)}" if near else f"it has {', '.join(sorted(own)) or 'none'}"
+            problems.append((f"{name} is read by nothing: {function.__name__} has no such parameter", fix))
     for problem, fix in problems:
         yield Finding("reward", "", problem, fix)
     if problems:

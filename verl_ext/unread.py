@@ -57,11 +57,11 @@ def check_unread(composition: Composition) -> Iterator[Finding]:
     closed: tuple[str, ...] = ()
     for setting in walk(raw):
         name, key = setting.name, setting.name.rpartition(".")[2]
-        if name in known or key == "_target_" or name.startswith(closed or "\n"):
+        if name in known or key == "_target_" or name.startswith(closed):
             continue
         if re.search(rf"(?:\$\{{|select:\s*){re.escape(name)}(?!\w)", interpolated) or _is_word(key, users):
             closed += (f"{name}.",)
-        elif name.partition(".")[0] in _own_nodes() and name in _names_of_groups():
+        elif name.partition(".")[0] in _own_nodes() and name in names_of_groups():
             if not isinstance(setting.value, dict):
                 problem = f"{name} is read by nothing in this run, but with another algorithm or experiment"
                 yield Finding(name, "", problem, "leave it out, or choose what has it", warning=True)
@@ -83,7 +83,7 @@ def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
         return True
     if parent in RAY_NAMES:
         return key in RAY_NAMES[parent]()
-    if key in hints(owner) or (parts[0] == "verl_ext" and name in _names_of_groups()):
+    if key in hints(owner) or (parts[0] == "verl_ext" and name in names_of_groups()):
         return True
     node = OmegaConf.select(plain, parent) if parent else plain
     # What a dataclass does not have can be read only before it is made, from a node of that name.
@@ -107,7 +107,7 @@ def _nearly(name: str, plain: DictConfig) -> str | None:
 def suggestions(name: str, plain: DictConfig, owner: type | None = None) -> list[str]:
     """Up to three settings that may have been meant: alike in the same node, of the same name elsewhere, or alike."""
     parent, _, key = name.rpartition(".")
-    known = names(plain) | _names_of_groups()
+    known = names(plain) | names_of_groups()
     prefix = f"{parent}." if parent else ""
     here = {n[len(prefix) :] for n in known if n.startswith(prefix) and "." not in n[len(prefix) :]}
     here |= set(hints(owner)) | (RAY_NAMES[parent]() if parent in RAY_NAMES else set())
@@ -203,7 +203,7 @@ def _is_word(name: str, text: str) -> bool:
 
 
 @cache
-def _names_of_groups() -> set[str]:
+def names_of_groups() -> set[str]:
     """Our config groups, and what their options set: only some runs have ``disco.delta``."""
     found = set().union(*(names(OmegaConf.load(f)) for f in GROUPS.rglob("*.yaml"))) - {"defaults"}
     return found | {folder.name for folder in GROUPS.iterdir() if folder.is_dir()}
@@ -214,7 +214,7 @@ def _own_nodes() -> set[str]:
     """Top-level nodes that our options bring and verl has not."""
     verl = Path(next(iter(importlib.util.find_spec("verl").submodule_search_locations))) / "trainer/config"
     stock = {str(key) for key in OmegaConf.load(verl / "ppo_trainer.yaml")} | {d.name for d in verl.iterdir()}
-    return {name.partition(".")[0] for name in _names_of_groups()} - stock - {"verl_ext"}
+    return {name.partition(".")[0] for name in names_of_groups()} - stock - {"verl_ext"}
 
 
 def _ray_names(parent: str) -> set[str]:

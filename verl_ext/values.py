@@ -34,14 +34,17 @@ def check_values(composition: Composition) -> Iterator[Finding]:
         if value == "???" or setting.name.endswith("_target_") or (interpolated and value == before):
             continue
         try:
-            if interpolated:
-                value = OmegaConf.select(config, setting.name)
-            if isinstance(before, str) and "${" in before:
-                before = OmegaConf.select(composition.plain, setting.name)
+            value = OmegaConf.select(config, setting.name) if interpolated else value
         except (OmegaConfBaseException, TypeError, ValueError) as e:
             problem = f"{setting.name}={setting.value} does not resolve: {first_lines(e)}"
             yield Finding(setting.name, "", problem, "fix the name in it")
             continue
+        if isinstance(before, str) and "${" in before:
+            try:
+                before = OmegaConf.select(composition.plain, setting.name)
+            except (OmegaConfBaseException, TypeError, ValueError):
+                # It needs what only the user's values give.
+                before = None
         wanted = out_of_range(setting.name, value) or wrong_type(setting, value, before)
         judged = not external and (value is not None or before is not None)
         if not wanted and judged and not re.search(rf"\b{re.escape(str(value))}\b", users):

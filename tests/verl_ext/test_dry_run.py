@@ -88,6 +88,7 @@ def test_evaluation_takes_a_model_and_nothing_else(data, model):
     assert found["algorithm"] == model.name and found["tokenizer"].startswith("longest of 3 prompts: ")
     # The model's own dataclass, too: it is here.
     assert int(found["dataclasses"].split()[0]) >= 7
+    assert run("+experiment=evaluate", f"model={model}", "method=mine", f"math.folder={data}")[0] == []
     problems, _, _ = run("+experiment=evaluate", f"math.folder={data}")
     assert problems == ["the settings do not compose: model is not set; give model=..."]
 
@@ -270,6 +271,7 @@ def test_no_message_of_the_doctor_says_mend():
         (["model_engine=megatro"], "there is no model_engine=megatro", "use one of megatron, "),
         (["data.train_batch_sizee=3"], "there is no setting data.train_batch_sizee", "nearest: data.train_batch_size"),
         (["algorithm=disco", "disco.tauu=3"], "there is no setting disco.tauu", "nearest: disco.tau"),
+        (["disco.delta=1e-3"], "disco.delta is not in this run, but in another algorithm", "leave it out, or choose"),
         (["algoritm=disco"], "there is no setting algoritm", "nearest: algorithm"),
         (["experiment=qwen3_4b"], "the group experiment has no option yet", "write +experiment=qwen3_4b"),
         (["+algorithm=disco"], "algorithm has a value already", "write algorithm=NAME, without the +"),

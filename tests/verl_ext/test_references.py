@@ -25,6 +25,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name, text in {
         "plain.py": f"def score({TAKES}, *, weight: float = 1.0): return weight\n",
         "catches.py": f"def score({TAKES}, timeout=3, **kwargs): return 1.0\n",
+        "needed.py": "def score(data_source, solution_str, ground_truth, extra_info, bonus): return bonus\n",
         "reads.py": f"def score({TAKES}, **kwargs): return kwargs.get('bonus', 1.0)\n",
         "short.py": "def score(solution, truth): return 1.0\n",
         "broken.py": "def score(:\n",
@@ -65,7 +66,11 @@ def findings(config: DictConfig, *overrides: str) -> list:
         (["actor_rollout_ref.rollout.multi_turn.tool_config_path=/nope.yaml"], "/nope.yaml: there is no such file", ""),
         (["actor_rollout_ref.rollout.agent.agent_loop_config_path=nope.yaml"], "nope.yaml: there is no such file", ""),
         (["trainer.checkpoint_callback_class=nope.Callback"], "nope.Callback: there is no such module", ""),
-        (["verl_ext.validator=recipe.disco.config.valdate"], "validator=valdate is not in", "nearest: validate"),
+        (
+            ["verl_ext.validator=recipe.disco.config.valdate"],
+            "verl_ext.validator=valdate is not in pkg://recipe.disco.config",
+            "nearest: validate",
+        ),
         (["trainer.resume_mode=resume_path"], "resume_from_path=null does not name a checkpoint", "give a checkpoint"),
         (
             ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/nope/global_step_5"],
@@ -80,6 +85,12 @@ def findings(config: DictConfig, *overrides: str) -> list:
         ([f"{REWARD}.path=broken.py"], "broken.py cannot be imported: SyntaxError", ""),
         ([f"{REWARD}.path=exits.py"], "exits.py cannot be imported: SystemExit", ""),
         ([f"{REWARD}.path=number.py", f"{REWARD}.name=score"], "score of number.py cannot be called", ""),
+        ([f"{REWARD}.path=needed.py", f"{REWARD}.name=score"], "missing a required argument: 'bonus'", ""),
+        (
+            ["reward.reward_manager.source=importlib", "reward.reward_manager.module.path=/nope.py"],
+            "reward.reward_manager.module.path=/nope.py: there is no such file",
+            "",
+        ),
         ([f"{REWARD}.path=short.py", f"{REWARD}.name=score"], "does not fit verl's call", ""),
         ([f"{REWARD}.reward_kwargs.timeout=0"], "reward_kwargs.timeout must be positive", ""),
         ([f"{REWARD}.reward_kwargs.timeout=abc"], "reward_kwargs.timeout=abc is wrong", "use a number"),
@@ -117,6 +128,7 @@ def test_what_is_not_there_or_does_not_fit_is_named(config, folder, overrides, p
         [f"{REWARD}.path=null"],
         [f"{REWARD}.path=plain.py", f"{REWARD}.name=score", f"{REWARD}.reward_kwargs.weight=2"],
         [f"{REWARD}.path=reads.py", f"{REWARD}.name=score", f"{REWARD}.reward_kwargs.bonus=2"],
+        [f"{REWARD}.path=needed.py", f"{REWARD}.name=score", f"{REWARD}.reward_kwargs.bonus=2"],
         [f"{REWARD}.reward_kwargs.timeout=2.5", f"{REWARD}.reward_kwargs.require_think=false"],
     ],
 )
