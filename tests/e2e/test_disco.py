@@ -90,6 +90,11 @@ def test_batches_that_divide_unevenly_in_the_lagged_mode_with_the_rollouts_log_p
         assert step["disco/entropy"] > 0
         # The last mini-batches pay for the KL of those before.
         assert step["disco/coefficient"] != 0
+        # Light rollout and actor compute alike, in float32.
+        assert abs(step["disco/kl_floor"]) < 1e-5 and step["disco/kl_standard_error"] > 0
+        assert step["disco/skipped_updates"] == 0
+    # Any error is above a delta of 0.
+    assert run.output.count("disco.delta=0 is below what this batch can measure") == 1
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,18 @@ def test_nan_for_a_response_without_a_token_stops_the_run(trained, monkeypatch):
         trained(Stub("squared_hinge", score="divided"), new, old)
 
 
+def test_an_objective_that_is_nan_stops_with_its_name_and_the_question(trained, monkeypatch):
+    def broken(group):
+        return Sides((group.positive - group.positive).sum().sqrt() / group.positive.sum() * math.inf, 0.0)
+
+    monkeypatch.setitem(OBJECTIVES._items, "broken", broken)
+    new, old, *_ = log_probs(4)
+    with pytest.raises(
+        ValueError, match=r"disco.objective=broken gave \(nan, 0.0\) for question 1, of 1 positive and 1 "
+    ):
+        trained(Stub(objective="broken"), new, old)
+
+
 def test_updates_that_verl_skips_are_counted(trained):
     new, old, *_ = log_probs(5)
     assert trained(Stub(), new, old)["skipped_updates"] == 0.0
