@@ -39,6 +39,33 @@ def test_a_failure_is_printed_although_verl_swallows_it(tmp_path):
     assert "Traceback" in process.stderr
 
 
+@pytest.mark.parametrize(
+    "file, hidden",
+    [
+        ("recipe/__init__.py", "recipe.disco"),
+        ("recipe.py", "recipe.disco"),
+        ("recipe/disco/__init__.py", "recipe.disco"),
+        ("hydra_plugins/__init__.py", "hydra_plugins.verl_ext_sweep"),
+        ("recipe/mine/__init__.py", None),
+    ],
+)
+def test_what_hides_ours_in_the_working_folder_is_named(tmp_path, file, hidden):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    process = subprocess.run(
+        [sys.executable, "-c", "import sys, verl; print(sys.modules['verl_ext.plugin'].error)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if hidden is None:
+        assert process.stdout == "None\n", process.stderr
+    else:
+        assert process.stdout.startswith(f"{tmp_path / file} hides verl-disco's {hidden}, ")
+        assert f"the plugin is NOT active in this process: {tmp_path / file} hides" in process.stderr
+
+
 @pytest.mark.parametrize("found", ["0.9.1", "0.9.1.post1", "0.9.5"])
 def test_supported_versions(found):
     plugin.check_verl_version(found)
