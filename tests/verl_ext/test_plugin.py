@@ -49,21 +49,17 @@ def test_a_failure_is_printed_although_verl_swallows_it(tmp_path):
         ("recipe/mine/__init__.py", None),
     ],
 )
-def test_what_hides_ours_in_the_working_folder_is_named(tmp_path, file, hidden):
+def test_what_hides_ours_in_the_working_folder_is_named(tmp_path, monkeypatch, file, hidden):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).touch()
-    process = subprocess.run(
-        [sys.executable, "-c", "import sys, verl; print(sys.modules['verl_ext.plugin'].error)"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for package in ("recipe", "hydra_plugins"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
     if hidden is None:
-        assert process.stdout == "None\n", process.stderr
+        plugin.check_not_hidden()
     else:
-        assert process.stdout.startswith(f"{tmp_path / file} hides verl-disco's {hidden}, ")
-        assert f"the plugin is NOT active in this process: {tmp_path / file} hides" in process.stderr
+        with pytest.raises(RuntimeError, match=f"^{tmp_path / file} hides verl-disco's {hidden}, "):
+            plugin.activate()
 
 
 @pytest.mark.parametrize("found", ["0.9.1", "0.9.1.post1", "0.9.5"])
