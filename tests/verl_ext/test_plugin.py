@@ -52,7 +52,7 @@ def test_a_failure_is_printed_although_verl_swallows_it(tmp_path):
 def test_what_hides_ours_in_the_working_folder_is_named(tmp_path, monkeypatch, file, hidden):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).touch()
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     for package in ("recipe", "hydra_plugins"):
         monkeypatch.delitem(sys.modules, package, raising=False)
     if hidden is None:
