@@ -240,9 +240,11 @@ def call_objective(objective: str, group: Group, ids: Tensor, settings: Mapping)
             "Sides(positive, negative), one number each"
         ) from cause
 
-    fn, several = OBJECTIVES[objective], objective in STACKED
-    calls = [(group, ids)] if several else zip(map(Group._make, zip(*group, strict=True)), ids, strict=True)
-    found = []
+    fn, found = OBJECTIVES[objective], []
+    calls = [(group, ids)]
+    if objective not in STACKED:
+        # Copies, which a function may write into.
+        calls = zip((Group(*(x.clone() for x in one)) for one in zip(*group, strict=True)), ids, strict=True)
     for part, question in calls:
         first = int(question.flatten()[0])
         try:
@@ -293,8 +295,12 @@ def evaluate(
     anchor = torch.where(length > 0, score, 0.0).sum() * 0.0
     total = [anchor, anchor]
     learned = not questions.mixed or not score.requires_grad
-    for ids, pos, neg in questions.mixed:
-        sides = call_objective(objective, Group(score[pos], score[neg], length[pos], length[neg]), ids, given)
+    rows = [x for _, *both in questions.mixed for x in both]
+    # Looked up all at once, since the derivative of each look-up is as long as the scores.
+    scores = score[torch.cat([x.flatten() for x in rows])].split([x.numel() for x in rows]) if rows else ()
+    for (ids, pos, neg), s_pos, s_neg in zip(questions.mixed, scores[::2], scores[1::2], strict=True):
+        group = Group(s_pos.view_as(pos), s_neg.view_as(neg), length[pos], length[neg])
+        sides = call_objective(objective, group, ids, given)
         total = [before + side.sum() for before, side in zip(total, sides, strict=True)]
         learned |= any(side.requires_grad for side in sides)
     count = max(len(questions.positives), 1)

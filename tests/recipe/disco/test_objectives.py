@@ -230,13 +230,13 @@ def test_a_large_mini_batch_is_weighed_in_no_time(responses):
     table = (torch.randn(rows, generator=g), torch.rand(rows, generator=g) < 0.4, question, torch.ones(rows))
 
     def measure():
-        started = time.perf_counter()
+        started = time.process_time()
         _, weight = weigh("disco", *table, {"tau": 1.0})
-        weighed = time.perf_counter()
+        weighed = time.process_time()
         group_metrics(*table, weight)
-        return weighed - started, time.perf_counter() - weighed
+        return weighed - started, time.process_time() - weighed
 
-    # The best of three: others use this machine as well.
+    # Seconds of a core, which do not depend on who else uses the machine; the first call warms up.
     fastest = [min(times) for times in zip(*(measure() for _ in range(3)), strict=True)]
     assert max(fastest) < 0.2, fastest
 
