@@ -88,10 +88,16 @@ def describe(error: BaseException) -> str:
         where = "" if file == __file__ else f" ({os.path.basename(file)}:{frame.tb_lineno})"
         frame = frame.tb_next
     try:
-        text = " ".join(str(error).split())
+        text = one_line(str(error))
     except Exception:
         text = "(its text cannot be read)"
-    return f"{type(error).__name__}: {text[:LONGEST_TEXT]}{where}"
+    return f"{type(error).__name__}: {text}{where}"
+
+
+def one_line(text: str) -> str:
+    """Cut a text to the start of one line without control characters: it may quote a response."""
+    line = " ".join(text[: 2 * LONGEST_TEXT].split())[:LONGEST_TEXT]
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def without_stop_iteration(score: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +135,7 @@ class CountingRewardWorker(RewardLoopWorker):
             if isinstance(self.reward_manager, RateLimitedRewardManager) and extra.keys() in GIVEN_UP:
                 # This manager gives the reward 0 where the function failed.
                 why = extra.get("error", f"TimeoutError: no answer in {self.reward_manager.timeout} s")
-                self._tally += Tally(0, 1, f"{reward_function(self.config)}: {' '.join(why.split())[:LONGEST_TEXT]}")
+                self._tally += Tally(0, 1, f"{reward_function(self.config)}: {one_line(why)}")
             return result | {"reward_score": as_number(result["reward_score"]), "reward_extra_info": extra}
         except (Exception, SystemExit) as e:
             text = f"{reward_function(self.config)}: {describe(e)}"

@@ -134,6 +134,7 @@ def test_numbers_of_numpy_and_torch_are_rewards(worker, expression, reward, form
         ("grade('x')", "ArithmeticError: no answer in x (reward.py:9)"),
         ("next(iter([]))", "RuntimeError: the reward function raised StopIteration"),
         ("sys.exit(3)", "SystemExit: 3"),
+        (r"grade('\x1b[2J\ud800\x00')", "ArithmeticError: no answer in ?[2J?? (reward.py:9)"),
         ("Decimal('x')", "InvalidOperation"),
     ],
 )
