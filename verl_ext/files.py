@@ -17,10 +17,11 @@ def write_new(path: Path, content: bytes) -> Path:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-    except OSError:
+    except OSError as e:
         with suppress(OSError):
             new.unlink(missing_ok=True)
-        raise
+        # A full disk is told without the file's name.
+        raise OSError(e.errno, e.strerror, str(new)) from None
     return new
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from verl_ext.checkpoints import STEP_FOLDER, find_checkpoints, fsdp_fault, megatron_fault, shard_files
+from verl_ext.checkpoints import STEP_FOLDER, fsdp_fault, megatron_fault, shard_files
 from verl_ext.files import write_whole
 from verl_ext.metrics_log import ROW_FILE
 from verl_ext.runs import CHECKPOINT_FILE
@@ -29,6 +29,12 @@ STATES = {"optimizer": "optim", "extra": "extra_state"}
 def step_folder(run: Path, step: int) -> Path:
     """Name the folder of a step's checkpoint."""
     return run / f"global_step_{step}"
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """List the steps with a checkpoint's folder, whole or not."""
+    folders = run.iterdir() if run.is_dir() else ()
+    return sorted(int(match[1]) for folder in folders if (match := STEP_FOLDER.fullmatch(folder.name)))
 
 
 def resume_fault(role: Path, *, megatron: bool, contents: Collection[str]) -> str:
@@ -65,8 +71,6 @@ def name_whole_checkpoint(run: Path, roles: Collection[str], *, megatron: bool, 
         ValueError: the tracker names no checkpoint that is there, and no other one is whole.
     """
     tracker = run / CHECKPOINT_FILE
-    if not run.is_dir():
-        return
 
     def fault(step: int) -> str:
         faults = (resume_fault(step_folder(run, step) / role, megatron=megatron, contents=contents) for role in roles)
@@ -75,9 +79,8 @@ def name_whole_checkpoint(run: Path, roles: Collection[str], *, megatron: bool, 
     def has_data(step: int) -> bool:
         return (step_folder(run, step) / DATA_FILE).is_file()
 
-    steps = [checkpoint.step for checkpoint in find_checkpoints(run, megatron)]
     if not tracker.exists():
-        if whole := [step for step in steps if not fault(step)]:
+        if whole := [step for step in checkpoint_steps(run) if not fault(step)]:
             print(
                 f"verl-disco: warning: {run} holds checkpoints up to step {whole[-1]}, but no {CHECKPOINT_FILE}: the "
                 "run starts anew; to resume one, write its step into that file",
@@ -95,7 +98,7 @@ def name_whole_checkpoint(run: Path, roles: Collection[str], *, megatron: bool, 
     else:
         return
     # Without verl's state of the data loader the run would start again with the first questions.
-    whole = sorted((step for step in steps if not fault(step)), key=lambda step: (has_data(step), step))
+    whole = sorted((s for s in checkpoint_steps(run) if not fault(s)), key=lambda step: (has_data(step), step))
     if whole:
         write_whole(tracker, str(whole[-1]).encode())
         more = "" if has_data(whole[-1]) else f"; it has no {DATA_FILE}, so the questions start anew"
@@ -123,12 +126,10 @@ def remove_old_checkpoints(run: Path, step: int, keep: Mapping[str, int | None])
     Returns:
         The steps of which something was removed.
     """
-    steps = [int(match[1]) for folder in run.iterdir() if (match := STEP_FOLDER.fullmatch(folder.name))]
-    steps = sorted(s for s in steps if s <= step)
     removed = set()
     for role, number in keep.items():
-        old = [s for s in steps if (step_folder(run, s) / role).is_dir()][: -number if number and number > 0 else 0]
-        for s in old:
+        steps = [s for s in checkpoint_steps(run) if s <= step and (step_folder(run, s) / role).is_dir()]
+        for s in steps[:-number] if number and number > 0 else []:
             shutil.rmtree(step_folder(run, s) / role, ignore_errors=True)
             removed.add(s)
     for s in removed:

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 import transfer_queue as tq
 import verl  # noqa: F401  (first, whole: its plugins register this module's trainers while parts of it are imported)
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.padding_utils import SYNTHETIC_PADDING_SEQ_LEN, upsample_batch_to_divisible_size
@@ -97,7 +98,9 @@ class ExtendedTrainer:
         if validator := OmegaConf.select(config, "verl_ext.validator"):
             load_class_from_fqn(validator, "validator")(config)
         self._whole_groups = bool(OmegaConf.select(config, "verl_ext.whole_groups", default=False))
+        self._most_failed_rewards = most_failed_rewards(config)
         self._rewards, self._watch = Tally(), Watch(config)
+        self._checkpoints_are_elsewhere = False
         super().__init__(config)
 
     def _build_replay_buffer(self):
@@ -131,7 +134,7 @@ class ExtendedTrainer:
     def _folder(self) -> Path:
         return Path(self.config.trainer.default_local_dir).absolute()
 
-    def fit(self, agent_loop_manager) -> None:
+    def fit(self, agent_loop_manager: Any) -> None:
         """Train, after the evaluation of the resumed checkpoint if the run was lost before it was logged."""
         trainer = self.config.trainer
         if "verl_ext" in self.config and not trainer.get("val_before_train", True):
@@ -167,11 +170,14 @@ class ExtendedTrainer:
         if "verl_ext" not in self.config:
             return super()._save_checkpoint()
         self._keep_row()
-        if OmegaConf.select(self.config, "actor_rollout_ref.actor.checkpoint.async_save", default=False):
-            # Written and counted by verl's engine, later.
+        later = OmegaConf.select(self.config, "actor_rollout_ref.actor.checkpoint.async_save", default=False)
+        if later or self._checkpoints_are_elsewhere:
+            # verl's own engine counts them, where and when it writes them.
             return super()._save_checkpoint()
         with self._all_checkpoints_kept() as keep:
             super()._save_checkpoint()
+        # Without a shared disk the weights are on the nodes of the workers.
+        self._checkpoints_are_elsewhere = not (step_folder(self._folder, self.global_steps) / "actor").is_dir()
         if removed := remove_old_checkpoints(self._folder, self.global_steps, keep):
             print(f"verl-disco: removed the checkpoints of steps {', '.join(map(str, removed))}", flush=True)
 
@@ -246,10 +252,10 @@ class ExtendedTrainer:
         Raises:
             ValueError: more than ``verl_ext.max_failed_rewards`` allows; names the reward function.
         """
-        most = OmegaConf.select(self.config, "verl_ext.max_failed_rewards", default=MOST_FAILED_REWARDS)
-        if self._rewards.failed > most * self._rewards.asked:
+        if self._rewards.failed > self._most_failed_rewards * self._rewards.asked:
             raise ValueError(
-                f"{self._rewards.text(where)}; verl_ext.max_failed_rewards={most} is the share that may fail"
+                f"{self._rewards.text(where)}; verl_ext.max_failed_rewards={self._most_failed_rewards} is the share "
+                "that may fail"
             )
 
     def _on_failed_questions(self) -> None:
@@ -405,6 +411,18 @@ class ExtendedTrainer:
             for name in [k for k in metrics if k.startswith(f"actor/{group}/")]:
                 metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
+
+
+def most_failed_rewards(config: DictConfig) -> float:
+    """Read the share of a step's rewards that may fail.
+
+    Raises:
+        ValueError: it is no share.
+    """
+    most = OmegaConf.select(config, "verl_ext.max_failed_rewards", default=MOST_FAILED_REWARDS)
+    if type(most) not in (int, float) or not 0 <= most <= 1:
+        raise ValueError(f"verl_ext.max_failed_rewards={most} must be a number from 0 (none may fail) to 1")
+    return most
 
 
 def shares(group: list[str], reward: list[float]) -> tuple[float, float]:

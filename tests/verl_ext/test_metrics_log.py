@@ -188,7 +188,7 @@ def test_a_restart_on_a_full_disk_leaves_the_file_as_it_was(path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device: .*metrics.jsonl"):
         MetricsLog(Recorder(), path, resumed_step=1)
     assert os.listdir(path.parent) == ["metrics.jsonl"] and path.read_bytes() == content
 

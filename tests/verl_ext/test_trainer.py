@@ -206,7 +206,8 @@ def bare(monkeypatch):
             monkeypatch.setattr(trainer.PPOTrainerSync, name, function)
         this = ExtendedTrainerSync.__new__(ExtendedTrainerSync)
         this.config = settings(**{k: v for k, v in options.items() if k not in verls})
-        this._rewards, this._watch = Tally(), Watch(this.config)
+        this._rewards, this._watch, this._checkpoints_are_elsewhere = Tally(), Watch(this.config), False
+        this._most_failed_rewards = trainer.most_failed_rewards(this.config)
         this.global_steps, this.total_training_steps, this.use_critic = 7, 10, False
         tallies = list(tallies)
         this.reward_loop_manager = SimpleNamespace(take_tally=lambda: tallies.pop(0) if tallies else Tally())
@@ -252,11 +253,18 @@ def test_a_run_with_too_many_failed_rewards_stops(bare, most, stops):
     this = bare([Tally(20, 5, "r.py: KeyError")], step=lambda self, metrics, timing: metrics.update(MIXED))
     if most is not None:
         this.config.verl_ext.max_failed_rewards = most
+        this._most_failed_rewards = trainer.most_failed_rewards(this.config)
     if not stops:
         return this.step({}, {})
     message = "5 of 20 rewards of step 7 failed, the first with r.py: KeyError; verl_ext.max_failed_rewards="
     with pytest.raises(ValueError, match=message):
         this.step({}, {})
+
+
+@pytest.mark.parametrize("most", [-0.1, 1.5, "many", float("nan"), True, [0.1]])
+def test_a_share_of_failed_rewards_that_is_none_is_refused(most):
+    with pytest.raises(ValueError, match="verl_ext.max_failed_rewards=.* must be a number from 0"):
+        trainer.most_failed_rewards(OmegaConf.create({"verl_ext": {"max_failed_rewards": most}}))
 
 
 def test_failed_rewards_are_told_where_verl_finds_no_response_at_all(bare):
@@ -385,6 +393,19 @@ def test_verls_deprecated_setting_keeps_one_checkpoint(bare, tmp_path):
     with this._all_checkpoints_kept() as keep:
         assert not this.config.trainer.remove_previous_ckpt_in_save
     assert keep == {"actor": 1, "critic": 1} and this.config.trainer.remove_previous_ckpt_in_save
+
+
+def test_verl_removes_checkpoints_itself_where_this_node_does_not_see_them(bare, tmp_path):
+    kept = []
+    this = bare(
+        default_local_dir=str(tmp_path),
+        max_actor_ckpt_to_keep=1,
+        _save_checkpoint=lambda self: kept.append(self.config.trainer.max_actor_ckpt_to_keep),
+    )
+    this._keep_row = lambda: None
+    for _ in range(2):
+        this._save_checkpoint()
+    assert kept == [None, 1]
 
 
 def test_verl_loads_what_is_whole(bare, tmp_path, monkeypatch):
