@@ -294,7 +294,7 @@ def evaluate(
     # The anchor keeps the graph alive when no question is mixed.
     anchor = torch.where(length > 0, score, 0.0).sum() * 0.0
     total = [anchor, anchor]
-    learned = not questions.mixed or not score.requires_grad
+    learned = not (questions.mixed and score.requires_grad and torch.is_grad_enabled())
     rows = [x for _, *both in questions.mixed for x in both]
     # Looked up all at once, since the derivative of each look-up is as long as the scores.
     scores = score[torch.cat([x.flatten() for x in rows])].split([x.numel() for x in rows]) if rows else ()

@@ -89,7 +89,7 @@ def test_an_objective_without_a_gradient_is_refused(mine, objective):
         weigh_mine()
     with torch.no_grad():
         # Where none is asked for, the value is all there is.
-        assert evaluate("mine", SCORE, POSITIVE, QUESTION, LENGTH, {}).value != 0
+        assert evaluate("mine", SCORE.clone().requires_grad_(), POSITIVE, QUESTION, LENGTH, {}).value != 0
 
 
 def test_an_objective_may_leave_questions_out_and_give_plain_numbers(mine):
