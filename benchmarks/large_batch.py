@@ -1,4 +1,4 @@
-"""Milliseconds of a core that the method takes itself, at a large mini-batch: weights, metrics, and dealing rows to ranks.
+"""Milliseconds of a core that the method itself takes at a large mini-batch: weights, metrics, dealing rows to ranks.
 
 python benchmarks/large_batch.py [--rows 8192 65536] [--responses 8]
 """

@@ -11,8 +11,8 @@ from verl.utils.device import get_torch_device
 class DetachedWorker(DetachActorWorker):
     """verl's worker that keeps pi_old while it trains, and keeps it on a CPU, too.
 
-    With ``param_offload`` the weights lie in host memory, which a copy from the device may still be filling: verl starts
-    it and goes on. So both wait for the device before they read or write there.
+    With ``param_offload`` the weights lie in host memory, which a copy from the device may still be filling: verl
+    starts it and goes on. So saving and restoring wait for the device before they touch that memory.
     """
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
