@@ -110,10 +110,9 @@ class MetricsLog:
             new = write_new(self._path, lines)
             aside = self._put_aside()
             os.replace(new, self._path)
-            faults = [f"{len(rows) - len(kept)} rows of steps that are not resumed"] if len(kept) < len(rows) else []
-            faults += [f"{damaged} lines that are no whole row"] if damaged else []
-            why = f", with {' and '.join(faults)}" if faults else ""
-            print(f"verl-disco: {aside} is {self._path.name} as it was{why}", flush=True)
+            counts = {"rows of steps that are not resumed": len(rows) - len(kept), "lines that are no row": damaged}
+            found = "; ".join(f"{what}: {number}" for what, number in counts.items() if number)
+            print(f"verl-disco: {aside} is {self._path.name} as it was. {found}".rstrip(), flush=True)
         is_logged = any(row.step == resumed_step for row in kept)
         self._unlogged = {} if is_logged or unlogged is None else dict(unlogged) | {"step": resumed_step}
         self._waiting: list[bytes] = []
