@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from verl_ext import doctor, dry_run, hydra_config
-from verl_ext.memory import GIB, Shape, estimate, lora_parameters
+from verl_ext.memory import lora_parameters
 
 EXPERIMENTS = sorted(p.stem for p in (Path(hydra_config.__file__).parent / "config/experiment").glob("*.yaml"))
 SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "evaluate")]
@@ -333,31 +333,3 @@ def test_adapters_are_counted_as_peft_makes_them(model):
     )
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert lora_parameters(dry_run.find_shape(str(model))[0], 8) == trained
-
-
-def test_memory_follows_the_settings(compose):
-    shape = Shape.of(
-        dict(hidden_size=1024, num_hidden_layers=10, num_attention_heads=8, intermediate_size=4096, vocab_size=1000)
-    )
-    assert (shape.num_key_value_heads, shape.head_dim) == (8, 128)
-
-    def memory(*overrides):
-        return estimate(compose("algorithm=disco", "+experiment=deepseek_qwen_1_5b", *overrides), shape, 80 * GIB)
-
-    plain = memory()
-    # Adam in float32: two moments of four bytes, over eight GPUs.
-    assert plain.optimizer == shape.parameters and plain.gradients == shape.parameters / 2
-    # Logits in half precision and their gradient.
-    assert plain.logits == 18432 * 1000 * 4 and memory("actor_rollout_ref.model.use_fused_kernels=true").logits == 0
-    assert memory("trainer.nnodes=2").optimizer == plain.optimizer / 2
-    assert memory("actor_rollout_ref.actor.fsdp_config.fsdp_size=4").optimizer == 2 * plain.optimizer
-    offloaded = memory(
-        "actor_rollout_ref.actor.fsdp_config.param_offload=true",
-        "actor_rollout_ref.actor.fsdp_config.optimizer_offload=true",
-    )
-    assert offloaded.resident == 0 and offloaded.offloaded == plain.weights + plain.optimizer
-    assert memory("actor_rollout_ref.model.enable_gradient_checkpointing=false").activations > 3 * plain.activations
-    assert plain.engine == 0.6 * 80 * GIB
-    assert memory("actor_rollout_ref.rollout.tensor_model_parallel_size=2").cache_tokens > 2 * plain.cache_tokens
-    lora = memory("actor_rollout_ref.model.lora_rank=8")
-    assert lora.optimizer == lora_parameters(shape, 8)
