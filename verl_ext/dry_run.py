@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_ext import composition
 from verl_ext.findings import Finding, first_lines, run_checks, version_of
-from verl_ext.memory import GIB, Shape, estimate, gpu_memory
+from verl_ext.memory import GIB, HAS_SHARE, Shape, estimate, gpu_memory
 from verl_ext.packages import check_packages
 from verl_ext.references import check_references
 from verl_ext.rows import Data, check_data
@@ -317,7 +317,7 @@ def split_problems(config: DictConfig, shape: Shape) -> Iterator[Finding]:
     else:
         wanted += [(name, size, heads) for name, size in model_parallel(config).items()]
     positions, longest = shape.max_position_embeddings, config.data.max_prompt_length + config.data.max_response_length
-    if positions and max(longest, rollout.max_model_len or 0) > positions:
+    if rollout.name in HAS_SHARE and positions and max(longest, rollout.max_model_len or 0) > positions:
         name = "actor_rollout_ref.rollout.max_model_len" if rollout.max_model_len else "prompt and response"
         problem = f"{name}={rollout.max_model_len or longest} is more than the model's {positions} positions"
         yield Finding("model", "", problem, "lower data.max_response_length, or take a model with more")

