@@ -87,6 +87,10 @@ def activate() -> None:
 
 
 def _register_trainers(_module) -> None:
+    # Whoever imports verl_ext.trainer first gets here in the middle of it. With verl's trainers there, a second import
+    # is whole, and Python's import of the first returns what stands in sys.modules at its end.
+    if not hasattr(sys.modules.get("verl_ext.trainer"), "register"):
+        sys.modules.pop("verl_ext.trainer", None)
     from verl_ext import trainer
 
     trainer.register()

@@ -45,7 +45,7 @@ def test_an_update_in_bfloat16(size, tmp_path):
     result = run_update(tmp_path, "--size", size)
     print(torch.cuda.get_device_name(), json.dumps(result))
     assert result["error"]["objective"] < 0.05 and result["error"]["constraint"] < 0.05
-    # The batch is on the CPU: gloo carries the table of log-probabilities that came with it, NCCL that of measured ones.
+    # The batch is on the CPU: gloo carries tables of log-probabilities that came with it, NCCL those of measured ones.
     assert result["exchanged_on"] == ["cpu", "cpu", "cuda"]
     # The measuring pass holds no activations.
     assert result["disco"]["peak_gib"] < 1.1 * result["grpo"]["peak_gib"]
