@@ -45,8 +45,10 @@ def dry_run(overrides: Sequence[str]) -> Iterator[Finding]:
         if not wrong:
             yield Finding("settings", "", f"the settings do not compose: {first_lines(e)}", "fix the setting above")
         return
+    known = composition.names(composed.plain)
     for finding in unread:
-        leave_out(config, finding.name)
+        if finding.name not in known:
+            leave_out(config, finding.name)
     data = Data(config)
     yield from run_checks([check_references], config, hint=hint)
     yield from run_checks([check_data], data, hint=hint)

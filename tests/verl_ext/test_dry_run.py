@@ -246,6 +246,17 @@ def test_wrong_values_are_all_named_and_nothing_is_built_on_them(data):
     assert "checks" not in found and found["further checks"].startswith("not made")
 
 
+def test_what_verl_ignores_is_a_warning_and_stays_in_the_settings(data):
+    overrides = ["trainer.balance_batch=false", "critic.ppo_max_token_len_per_gpu=9216", "critic.use_dynamic_bsz=false"]
+    overrides += ["critic.ppo_micro_batch_size_per_gpu=2"]
+    problems, warnings, found = run(
+        "algorithm=ppo", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides
+    )
+    assert problems == [] and "passed for" in found["checks"]
+    for override in overrides:
+        assert f"{override} changes nothing: verl does not read it" in warnings
+
+
 def test_data_in_json_pass(data, tmp_path):
     rows = pd.read_parquet(data / "train.parquet")
     for name, lines in (("train.jsonl", True), ("train.json", False)):
