@@ -102,8 +102,10 @@ def _is_same(before: Any, now: Any, *roots: str) -> bool:
             return True
         moved = len(roots) == 2 and os.path.isabs(before)
         return moved and os.path.relpath(before, roots[0]) == os.path.relpath(now, roots[1])
-    # An empty node is none. NaN is itself.
-    return before == now or (before in (None, {}) and now in (None, {})) or (before != before and now != now)
+    if type(before) in (int, float, str) and type(now) in (int, float, str) and str(before) == str(now):
+        # A number in quotes, or not a number.
+        return True
+    return before == now or (before in (None, {}) and now in (None, {}))
 
 
 def holds_run(folder: Path) -> bool:

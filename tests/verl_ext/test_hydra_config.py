@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -221,6 +222,13 @@ def test_experiments_come_from_the_same_search_path(compose):
     with pytest.raises(MissingConfigException) as e:
         compose("+experiment=nonsense")
     assert (e.value.options or []) == names
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_another():
+    """Issue: with one checkpoint to keep, verl's rotation had none for a moment."""
+    texts = [f.read_text() for f in hydra_config.ALGORITHMS.parent.rglob("*.yaml")]
+    kept = [int(n) for text in texts for n in re.findall(r"max_(?:actor|critic)_ckpt_to_keep: (\d+)", text)]
+    assert len(kept) >= 4 and min(kept) >= 2
 
 
 def test_one_seed_seeds_everything(compose):

@@ -66,10 +66,10 @@ def test_what_does_not(name):
 
 
 def test_a_setting_is_the_same_however_it_is_written():
-    before = {"a": 10, "b": [1, 2.0], "c": None, "d": {}, "f": float("nan"), "p": "data/x", "q": "~/x"}
-    now = {"a": 10.0, "b": [1.0, 2], "d": None, "e": {}, "f": float("nan"), "p": f"{os.getcwd()}/data/x"}
+    before = {"a": 10, "n": "1", "b": [1, 2.0], "c": None, "d": {}, "f": float("nan"), "p": "data/x", "q": "~/x"}
+    now = {"a": 10.0, "n": 1, "b": [1.0, 2], "d": None, "e": {}, "f": float("nan"), "p": f"{os.getcwd()}/data/x"}
     assert differences(before, now | {"q": os.path.expanduser("~/x")}) == {}
-    assert differences({"a": "1", "b": [1], "c": False}, {"a": 1, "b": [1, 2], "c": None}).keys() == {"a", "b", "c"}
+    assert differences({"a": "1", "b": [1], "c": False}, {"a": 2, "b": [1, 2], "c": None}).keys() == {"a", "b", "c"}
     ranks = [{"trainer.nnodes": n, "trainer.n_gpus_per_node": g} for n, g in ((1, 8), (2, 4), (2, 8))]
     assert differences(*ranks[:2]) == {} and differences(*ranks[1:]) == {identity.RANKS: (8, 16)}
 
