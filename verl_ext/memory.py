@@ -167,10 +167,11 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     world = config.trainer.n_gpus_per_node * config.trainer.nnodes
     if actor.use_dynamic_bsz:
+        # Of each GPU, however many share a sequence.
         tokens = actor.ppo_max_token_len_per_gpu
     else:
         longest = config.data.max_prompt_length + config.data.max_response_length
-        tokens = longest * (actor.ppo_micro_batch_size_per_gpu or 1)
+        tokens = longest * (actor.ppo_micro_batch_size_per_gpu or 1) / sequence_split(actor)
     models = {"training": trained(actor, config.actor_rollout_ref.model, shape, world, tokens)}
     if need_critic(config):
         # The V1 trainers cut the critic's micro-batches by this alone; 32768 is verl's own.
@@ -180,8 +181,8 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
     # Asynchronous training has servers on GPUs of their own, and unless told otherwise some beside training as well.
     shared = config.trainer.v1.trainer_mode != "separate_async" or config.actor_rollout_ref.get("hybrid_engine", True)
     sleeps = rollout.free_cache_engine and rollout.get("enable_sleep_mode", True)
-    split, stages = rollout.tensor_model_parallel_size, rollout.pipeline_model_parallel_size
-    loaded = (4 if rollout.dtype in ("float32", "float") else 2) * shape.parameters / (split * stages)
+    split = rollout.tensor_model_parallel_size
+    loaded = (4 if rollout.dtype in ("float32", "float") else 2) * shape.parameters / split
     share = rollout.gpu_memory_utilization * gpu if rollout.name in HAS_SHARE else loaded
     idle = 0 if not shared else ASLEEP if sleeps else share
 
@@ -206,7 +207,7 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
 
     heads = max(shape.num_key_value_heads / split, 1)
     # Keys and values in half precision.
-    a_token = 2 * 2 * shape.num_hidden_layers / stages * heads * shape.head_dim
+    a_token = 2 * 2 * shape.num_hidden_layers * heads * shape.head_dim
     return Memory(
         phases=phases,
         offloaded=sum(m.offloaded for m in models.values()),
@@ -215,7 +216,7 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
 
 
 def trained(
-    node: DictConfig, model: DictConfig, shape: Shape, world: int, tokens: int, has_logits: bool = True
+    node: DictConfig, model: DictConfig, shape: Shape, world: int, tokens: float, has_logits: bool = True
 ) -> Model:
     """The memory of a model on one of ``world`` GPUs.
 
@@ -224,7 +225,7 @@ def trained(
         model: its model's.
         shape: of it.
         world: GPUs.
-        tokens: of a micro-batch.
+        tokens: of a micro-batch, on this GPU.
         has_logits: false for a critic, which has no output layer over the vocabulary either.
     """
     table = shape.vocab_size * shape.hidden_size
@@ -236,12 +237,10 @@ def trained(
 
 
 def _by_fsdp(
-    node: DictConfig, model: DictConfig, shape: Shape, world: int, tokens: int, parameters: int, head: int
+    node: DictConfig, model: DictConfig, shape: Shape, world: int, tokens: float, parameters: int, head: int
 ) -> Model:
     engine = node.get("fsdp_config") or node.fsdp
     shards = min(engine.fsdp_size, world) if engine.fsdp_size > 0 else world
-    # Ulysses splits sequences, and with them all but the weights.
-    tokens /= max(node.get("ulysses_sequence_parallel_size", 1), engine.ulysses_sequence_parallel_size)
     layers = shape.num_hidden_layers
     layer = shape.attention + shape.dense + shape.experts
     each, computed = element_size(node), _compute_size(engine)
@@ -275,13 +274,12 @@ def _by_fsdp(
     )
 
 
-def _by_megatron(split: DictConfig, shape: Shape, world: int, tokens: int, parameters: int, head: int) -> Model:
+def _by_megatron(split: DictConfig, shape: Shape, world: int, tokens: float, parameters: int, head: int) -> Model:
     tensor, pipeline = split.tensor_model_parallel_size, split.pipeline_model_parallel_size
     experts = split.expert_model_parallel_size * (split.expert_tensor_parallel_size or tensor)
     layers = shape.num_hidden_layers / pipeline
     embedding = parameters - shape.num_hidden_layers * (shape.attention + shape.dense + shape.experts)
     mine = (embedding + layers * (shape.attention + shape.dense)) / tensor + layers * shape.experts / experts
-    tokens /= split.context_parallel_size
     width = tensor if split.sequence_parallel else 1
     activations = _activations(
         shape, tokens, layers, split.override_transformer_config.get("recompute_granularity") == "full"
@@ -329,6 +327,14 @@ def _logits(node: DictConfig, model: DictConfig, engine: DictConfig, tokens: flo
     chunk = min(engine.entropy_from_logits_chunk_size, tokens) if chunked else 0 if compiled else tokens
     stays = node.get("entropy_coeff", 0) and not engine.entropy_checkpointing and (chunked or not compiled)
     return vocabulary * (4 * tokens + 12 * chunk + (8 * tokens if stays else 0))
+
+
+def sequence_split(node: DictConfig) -> int:
+    """Over how many GPUs a sequence is split: by Megatron's context parallelism, or by Ulysses."""
+    if node.strategy == "megatron":
+        return node.megatron.context_parallel_size
+    engine = node.get("fsdp_config") or node.fsdp
+    return max(node.get("ulysses_sequence_parallel_size", 1), engine.ulysses_sequence_parallel_size)
 
 
 def element_size(node: DictConfig) -> int:

@@ -84,7 +84,16 @@ def test_the_moment_of_the_loss_has_logits_and_no_activations_within_layers():
         ([f"{ACTOR}.entropy_coeff=0.001"], (4 + 8) * TOKENS + 12 * 2048),
         ([f"{ACTOR}.entropy_coeff=0.001", f"{ACTOR}.entropy_checkpointing=true"], 4 * TOKENS + 12 * 2048),
         ([f"{ACTOR}.entropy_from_logits_chunk_size=1024"], 4 * TOKENS + 12 * 1024),
-        ([f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2"], 4 * TOKENS / 2 + 12 * 2048),
+        # The tokens of each of the GPUs that share sequences, or fixed micro-batches of 9216 tokens split over them.
+        ([f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2"], 4 * TOKENS + 12 * 2048),
+        (
+            [
+                f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2",
+                f"{ACTOR}.use_dynamic_bsz=false",
+                f"{ACTOR}.ppo_micro_batch_size_per_gpu=3",
+            ],
+            4 * 3 * 9216 / 2 + 12 * 2048,
+        ),
     ],
 )
 def test_logits_and_entropy(overrides, each):
