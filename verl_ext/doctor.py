@@ -35,6 +35,10 @@ SHOWN = {
     "sglang": ("sglang",),
     "flash-attn": ("flash-attn",),
     "megatron-core": ("megatron-core",),
+    "megatron-bridge": ("megatron-bridge",),
+    "mbridge": ("mbridge",),
+    "transformer-engine": ("transformer-engine", "transformer_engine_torch"),
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
 }
 """Label -> distributions that may provide it, for the table of versions."""
 

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_ext import composition
 from verl_ext.findings import Finding, first_lines, run_checks, version_of
-from verl_ext.memory import GIB, Shape, estimate, gpu_memory
+from verl_ext.memory import GIB, HAS_SHARE, Shape, estimate, gpu_memory
+from verl_ext.packages import check_packages
 from verl_ext.references import check_references
 from verl_ext.rows import Data, check_data
 from verl_ext.unread import check_unread
@@ -44,8 +45,10 @@ def dry_run(overrides: Sequence[str]) -> Iterator[Finding]:
         if not wrong:
             yield Finding("settings", "", f"the settings do not compose: {first_lines(e)}", "fix the setting above")
         return
+    known = composition.names(composed.plain)
     for finding in unread:
-        leave_out(config, finding.name)
+        if finding.name not in known:
+            leave_out(config, finding.name)
     data = Data(config)
     yield from run_checks([check_references], config, hint=hint)
     yield from run_checks([check_data], data, hint=hint)
@@ -277,7 +280,12 @@ def check_model(config: DictConfig, data: Data) -> Iterator[Finding]:
             fix = "download it once to a disk that all nodes see, and give the folder"
             yield Finding("model", value, problem, fix, warning=True)
         yield from split_problems(config, shape)
-        if config.trainer.device != "cpu":
+        if config.actor_rollout_ref.actor.strategy not in ("fsdp", "fsdp2", "megatron"):
+            engine = config.actor_rollout_ref.actor.strategy
+            yield Finding(
+                "memory", "", f"memory is not estimated for actor_rollout_ref.actor.strategy={engine}", "", True
+            )
+        elif config.trainer.device != "cpu":
             yield from memory_findings(config, shape)
     if is_local(path):
         yield from check_tokenizer(config, data, path)
@@ -295,7 +303,7 @@ def find_shape(path: str) -> tuple[Shape, str] | None:
 
 
 def split_problems(config: DictConfig, shape: Shape) -> Iterator[Finding]:
-    """Heads, layers and experts that the chosen sizes do not divide."""
+    """Heads, layers and experts that the chosen sizes do not divide, and sequences that are too long."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     heads, layers = shape.num_attention_heads, shape.num_hidden_layers
     wanted = [("actor_rollout_ref.rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size, heads)]
@@ -310,44 +318,59 @@ def split_problems(config: DictConfig, shape: Shape) -> Iterator[Finding]:
             wanted.append((f"{prefix}.expert_model_parallel_size", split.expert_model_parallel_size, shape.num_experts))
     else:
         wanted += [(name, size, heads) for name, size in model_parallel(config).items()]
+    positions, longest = shape.max_position_embeddings, config.data.max_prompt_length + config.data.max_response_length
+    if rollout.name in HAS_SHARE and positions and max(longest, rollout.max_model_len or 0) > positions:
+        name = "actor_rollout_ref.rollout.max_model_len" if rollout.max_model_len else "prompt and response"
+        problem = f"{name}={rollout.max_model_len or longest} is more than the model's {positions} positions"
+        yield Finding("model", "", problem, "lower data.max_response_length, or take a model with more")
     for name, size, total in wanted:
         if size and total % size:
             divisors = ", ".join(str(d) for d in range(1, total + 1) if total % d == 0 and d <= 16)
             yield Finding("model", "", f"{name}={size} does not divide the model's {total}", f"use one of {divisors}")
 
 
+LESS = {
+    "training": "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu, offload, or take more GPUs",
+    "critic": "lower critic.ppo_infer_max_token_len_per_gpu, offload actor and critic, or take more GPUs",
+    "weight transfer": "lower actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes, or offload",
+    "generation": "lower actor_rollout_ref.rollout.gpu_memory_utilization, or offload weights and optimizer",
+}
+"""Moment of a run -> how to make it need less memory."""
+
+
 def memory_findings(config: DictConfig, shape: Shape) -> Iterator[Finding]:
     gpu, source = gpu_memory(config)
-    m = estimate(config, shape, gpu)
+    memory = estimate(config, shape, gpu)
+    for phase, parts in memory.phases.items():
+        needed = memory.total(phase)
+        shown = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size)
+        value = f"about {needed / GIB:.0f} of {gpu / GIB:.0f} GiB per GPU ({source}): {shown}"
+        problem = f"{phase} needs about {needed / GIB:.0f} of {gpu / GIB:.0f} GiB" if needed > 0.9 * gpu else ""
+        yield Finding(phase, value, problem, LESS[phase] if problem else "", warning=needed <= gpu)
     longest = config.data.max_prompt_length + config.data.max_response_length
-    lines = {
-        "training": (
-            m.training,
-            f"weights {m.weights / GIB:.1f}, gradients {m.gradients / GIB:.1f}, optimizer {m.optimizer / GIB:.1f}, "
-            f"activations {m.activations / GIB:.1f}, logits {m.logits / GIB:.1f}",
-            "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu, offload, or take more GPUs",
-        ),
-        "generation": (
-            m.generation,
-            f"{config.actor_rollout_ref.rollout.name} {m.engine / GIB:.1f}, training states {m.resident / GIB:.1f}",
-            "lower actor_rollout_ref.rollout.gpu_memory_utilization, or offload weights and optimizer",
-        ),
-    }
-    for phase, (needed, parts, fix) in lines.items():
-        value = f"about {needed / GIB:.0f} of {gpu / GIB:.0f} GiB a GPU ({source}): {parts}"
-        problem = ""
-        if needed > 0.9 * gpu:
-            problem = f"{phase} needs about {needed / GIB:.0f} of {gpu / GIB:.0f} GiB"
-        yield Finding(phase, value, problem, fix if problem else "", warning=needed <= gpu)
-    if m.cache_tokens < longest:
-        problem = f"the KV cache holds {max(m.cache_tokens, 0):.0f} tokens, fewer than one sequence of {longest}"
+    set_to = config.actor_rollout_ref.rollout.max_model_len
+    # verl gives the engine all of the model's positions where the setting is null.
+    served = set_to or shape.max_position_embeddings or longest
+    room = max(memory.cache_tokens, 0)
+    if room >= served:
+        full = "any number of" if room == math.inf else f"{room / longest:.0f}"
+        yield Finding("KV cache", f"{full} full sequences of {longest} tokens per server")
+    elif set_to or room < longest:
+        problem = (
+            f"the KV cache holds {room:.0f} tokens, fewer than one sequence of {longest if room < longest else served}"
+        )
         fix = "raise actor_rollout_ref.rollout.gpu_memory_utilization or tensor_model_parallel_size"
         yield Finding("KV cache", "", problem, fix)
     else:
-        yield Finding("KV cache", f"{m.cache_tokens / longest:.0f} full sequences of {longest} tokens a server")
-    if m.offloaded:
-        host = m.offloaded * config.trainer.n_gpus_per_node
-        yield Finding("host", f"{host / GIB:.0f} GiB a node for offloaded weights and optimizer")
+        problem = (
+            f"actor_rollout_ref.rollout.max_model_len=null stands for the model's {served} positions, of which the KV "
+            f"cache holds {room:.0f}, so {config.actor_rollout_ref.rollout.name} does not start"
+        )
+        fix = f"set actor_rollout_ref.rollout.max_model_len={longest}, the longest prompt and response"
+        yield Finding("KV cache", "", problem, fix)
+    if memory.offloaded:
+        host = memory.offloaded * config.trainer.n_gpus_per_node
+        yield Finding("host", f"{host / GIB:.0f} GiB per node for offloaded weights and optimizer")
 
 
 def check_tokenizer(config: DictConfig, data: Data, path: str) -> Iterator[Finding]:
@@ -383,9 +406,7 @@ def check_tokenizer(config: DictConfig, data: Data, path: str) -> Iterator[Findi
 
 
 def check_start(config: DictConfig, data: Data) -> Iterator[Finding]:
-    """What keeps the first step waiting, or fails before it."""
-    import torch
-
+    """What keeps the first step waiting."""
     rollout = config.actor_rollout_ref.rollout
     if config.trainer.val_before_train and not config.trainer.val_only:
         count = data.rows("val") * rollout.val_kwargs.n
@@ -396,24 +417,6 @@ def check_start(config: DictConfig, data: Data) -> Iterator[Finding]:
             problem = f"evaluating first takes the generation of about {count / step:.0f} steps"
         fix = "trainer.val_before_train=false, or fewer data.val_files" if problem else ""
         yield Finding("first evaluation", value, problem, fix, warning=True)
-    if config.trainer.device == "cpu":
-        return
-    needed = {"vllm": "vllm", "sglang": "sglang"}.get(rollout.name)
-    packages = [needed] if needed else []
-    if config.actor_rollout_ref.actor.strategy == "megatron":
-        packages += ["megatron-core", "mbridge" if config.actor_rollout_ref.actor.megatron.vanilla_mbridge else ""]
-    elif config.actor_rollout_ref.model.use_remove_padding:
-        packages.append("flash-attn")
-    for package in filter(None, packages):
-        if version_of(package) is None:
-            problem = f"{package} is not installed here"
-            yield Finding(
-                package,
-                "not installed",
-                problem,
-                "pip install -r requirements-gpu.txt, on the nodes that train",
-                warning=not torch.cuda.is_available(),
-            )
 
 
-CHECKS = [check_settings, check_sizes, check_steps, check_model, check_start]
+CHECKS = [check_settings, check_sizes, check_steps, check_model, check_start, check_packages]

@@ -11,7 +11,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 
 @dataclass
@@ -40,10 +39,10 @@ def split_evenly(items: Sequence, most: int) -> list[list]:
 
 
 def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Split items into ``parts`` of equal size and nearly equal total length.
+    """Split items into ``parts`` of equal size and nearly equal total length. Takes memory linear in the items.
 
-    verl's Karmarkar-Karp partition, then swaps between the heaviest part and another as long as they lower the load of
-    the heavier of the two.
+    The longest go first, one to each part, the longer ones to the parts with less so far. Then parts trade pairs of
+    items: in each round the fuller half with the emptier half, or where that gains nothing, the fullest with another.
 
     Args:
         lengths: length of each item; their number is a multiple of ``parts``.
@@ -52,21 +51,54 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
         return [[i] for i in range(parts)]
     if parts == 1:
         return [list(range(len(lengths)))]
-    split = get_seqlen_balanced_partitions(list(lengths), parts, equal_size=True)
-    lengths, split = np.asarray(lengths), np.array(split)
-    load = lengths[split].sum(-1)
+    lengths = np.asarray(lengths)
+    load = np.zeros(parts, dtype=lengths.dtype)
+    dealt = []
+    for items in np.argsort(-lengths, kind="stable").reshape(-1, parts):
+        dealt.append(np.empty_like(items))
+        dealt[-1][load.argsort(kind="stable")] = items
+        load += lengths[dealt[-1]]
+    split = np.stack(dealt, 1)
     for _ in range(100):
-        heavy = int(load.argmax())
-        # Swapping a of the heaviest part with b elsewhere moves a - b tokens.
-        moved = lengths[split[heavy]][:, None, None] - lengths[split][None]
-        after = np.maximum(load[heavy] - moved, load[None, :, None] + moved)
-        after[:, heavy] = load[heavy]
-        a, part, b = np.unravel_index(after.argmin(), after.shape)
-        if after[a, part, b] >= load[heavy]:
-            break
-        split[heavy, a], split[part, b] = split[part, b], split[heavy, a]
-        load = lengths[split].sum(-1)
+        split = np.take_along_axis(split, lengths[split].argsort(1), 1)
+        tokens = lengths[split]
+        load = tokens.sum(1)
+        order = load.argsort()
+        full, other = order[::-1][: parts // 2], order[: parts // 2]
+        miss, a, b = _best_trades(tokens[full], tokens[other])
+        chosen = miss < (load[full] - load[other]) / 2
+        if not chosen[0]:
+            full, other = order[[-1] * (parts - 1)], order[:-1]
+            miss, a, b = _best_trades(tokens[full], tokens[other])
+            best = ((load[full] + load[other]) / 2 + miss).argmin()
+            chosen = (np.arange(parts - 1) == best) & (miss < (load[full] - load[other]) / 2)
+            if not chosen.any():
+                break
+        full, other, a, b = full[chosen], other[chosen], a[chosen], b[chosen]
+        split[full, a], split[other, b] = split[other, b], split[full, a]
     return split.tolist()
+
+
+def _best_trades(full: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each pair of parts, the trade of an item for an item that brings the two closest to their mean.
+
+    Args:
+        full, other: (pairs, items) lengths, sorted within each part.
+
+    Returns:
+        How far from the mean both are then, and the item's place in ``full`` and in ``other``, (pairs,) each.
+    """
+    pair, size = np.arange(len(full)), full.shape[1]
+    half = (full.sum(1) - other.sum(1))[:, None] / 2
+    # The item of the other part that would be right for each of the full one, and its neighbours there. Shifted, all
+    # parts are one sorted sequence.
+    wanted, shift = full - half, pair[:, None] * (2.0 * max(full.max(), other.max()) + 1)
+    found = np.searchsorted((other + shift).ravel(), (np.maximum(wanted, 0) + shift).ravel())
+    found = found.reshape(full.shape) - pair[:, None] * size
+    near = np.concatenate([found - 1, found], 1).clip(0, size - 1)
+    miss = np.abs(np.concatenate([wanted, wanted], 1) - np.take_along_axis(other, near, 1))
+    best = miss.argmin(1)
+    return miss[pair, best], best % size, near[pair, best]
 
 
 def deal(

@@ -13,7 +13,10 @@ A primary config of your own, outside verl, that inherits from verl's asks for b
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 DEFAULT_ALGORITHM = "ppo"
 """The option that leaves verl's own settings as they are."""
@@ -32,11 +35,25 @@ def register() -> None:
 
     # Ray ships the composed config with its interpolations, so every process needs the resolvers.
     OmegaConf.register_new_resolver("verl_ext.share", share, replace=True)
+    OmegaConf.register_new_resolver("verl_ext.sum", lambda *numbers: sum(numbers), replace=True)
     OmegaConf.register_new_resolver("verl_ext.positive", lambda x: x > 0, replace=True)
     OmegaConf.register_new_resolver(
         "verl_ext.last_part", lambda path: path.rstrip("/").rpartition("/")[2], replace=True
     )
+    OmegaConf.register_new_resolver("verl_ext.run_name", run_name, replace=True)
     register_post_import_hook(_register_plugins, "hydra")
+
+
+def run_name(*, _root_: "DictConfig") -> str:
+    """``${verl_ext.run_name:}``: algorithm, what the command line sets otherwise, and seed, as in a sweep.
+
+    Only the process that starts the job knows them: it settles the name for the others (:mod:`verl_ext.paths`).
+    """
+    from omegaconf import OmegaConf
+
+    from verl_ext.sweep import job_name
+
+    return job_name(_root_, OmegaConf.select(_root_, "hydra.overrides.task") or [])
 
 
 def share(fraction: float, total: int) -> int:

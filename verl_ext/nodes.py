@@ -1,11 +1,14 @@
 """Refuses a Ray cluster of which some node lacks this plugin, or has it or verl in another version.
 
 verl's processes run on any node, and where the plugin is missing verl would quietly train without it, or end in an
-import error that names no node.
+import error that names no node. Nodes that do not see the run's files are named, too.
 """
 
 import os
 import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,8 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 SECONDS_TO_ANSWER = 300.0
 
 
-def check_nodes(config: DictConfig) -> None:
+def check_nodes(config: DictConfig, folder: Path | None = None) -> None:
     """Ask each node of the cluster that ``config`` will train on; on a Ray of the run's own there is nothing to ask.
+
+    Args:
+        config: the settings.
+        folder: the run's, which is there.
 
     Raises:
         ValueError: names each node that differs from this one, what it has, and its Python.
@@ -37,7 +44,8 @@ def check_nodes(config: DictConfig) -> None:
         # verl will say why it cannot connect.
         return
     try:
-        here, answers = what_is_installed()(), ask_nodes()
+        here, answers = what_is_installed()(), ask_nodes(what_is_installed())
+        unseen = {} if address.startswith("ray://") else what_is_not_seen(config, folder)
     finally:
         ray.shutdown()
     if problems := [f"{node}: {problem}" for node, found in answers.items() if (problem := compare(found, here))]:
@@ -45,6 +53,41 @@ def check_nodes(config: DictConfig) -> None:
             f"ray_kwargs.ray_init.address={address}: not every node has what this one has, verl-disco "
             f"{here['verl-disco']} and verl {here['verl']}; install the same there: " + "; ".join(problems)
         )
+    if address.startswith("ray://"):
+        print(
+            f"verl-disco: warning: behind Ray's client ({address}) files are the cluster's: what lies in "
+            f"trainer.default_local_dir={folder} there, and whether its nodes share it, cannot be seen from here",
+            flush=True,
+        )
+    for node, names in unseen.items():
+        print(
+            f"verl-disco: warning: node {node} does not see {', '.join(names)} of this one: what its processes write "
+            "stays there, and what they read must be there, too; use a disk that all nodes share",
+            flush=True,
+        )
+
+
+def what_is_not_seen(config: DictConfig, folder: Path | None) -> dict[str, list[str]]:
+    """Ask each node of the connected cluster for the run's files: node -> settings whose files it does not see."""
+    names = ("data.train_files", "data.val_files", "actor_rollout_ref.model.path")
+    values = {name: OmegaConf.select(config, name) for name in names}
+    places = {
+        name: [path for path in (value if OmegaConf.is_list(value) else [value]) if os.path.isabs(str(path))]
+        for name, value in values.items()
+    }
+    # What is to be built yet is nowhere.
+    places = {name: paths for name, paths in places.items() if paths and all(map(os.path.exists, paths))}
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen_") as mark:
+        if folder is not None:
+            places["trainer.default_local_dir"] = [mark.name]
+
+        def unseen() -> list[str]:
+            import os
+
+            return [name for name, paths in places.items() if not all(map(os.path.exists, paths))]
+
+        answers = ask_nodes(unseen)
+    return {node: found for node, found in answers.items() if isinstance(found, list) and found}
 
 
 def cluster_address(settings: dict[str, Any]) -> str | None:
@@ -110,8 +153,11 @@ def what_is_installed():
     return found
 
 
-def ask_nodes() -> dict[str, dict[str, str | None] | str]:
-    """What each living node of the connected cluster has installed, by its address and id; text where it cannot say."""
+def ask_nodes(question: Callable[[], Any]) -> dict[str, Any]:
+    """What a function returns on each living node of the connected cluster, by its address and id; text where it fails.
+
+    Ray sends it as code, with what it refers to: a node may not have this module.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -119,7 +165,7 @@ def ask_nodes() -> dict[str, dict[str, str | None] | str]:
     for node in ray.nodes():
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ask = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(what_is_installed())
+            ask = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(question)
             calls[f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"] = ask.remote()
     done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=SECONDS_TO_ANSWER)
     answers = {}

@@ -7,6 +7,9 @@ level and goes on; so :func:`activate` reports its own.
 
 import sys
 import traceback
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from pathlib import Path
 
 SUPPORTED_VERL = ">=0.9.1,<0.10"
 """verl versions that this package is written for, as a PEP 440 specifier."""
@@ -30,11 +33,49 @@ def check_verl_version(found: str) -> None:
         )
 
 
+SHARED = ("recipe.disco", "hydra_plugins.verl_ext_sweep")
+"""Ours in packages that others may have, too: without an ``__init__.py``, they join; with one, it hides all others."""
+
+
+def check_not_hidden() -> None:
+    """Refuse to start where a package of the same name, such as one in the working folder, hides ours.
+
+    Raises:
+        RuntimeError: names what hides it.
+    """
+    for name in SHARED:
+        package, _, part = name.partition(".")
+        try:
+            outer = find_spec(package)
+        except ValueError:
+            # Somebody put a module there by hand.
+            outer = None
+        places = outer.submodule_search_locations if outer else None
+        inner = PathFinder.find_spec(name, list(places)) if places else None
+        mine = Path(__file__).resolve().parents[1] / package / part
+        if (
+            inner is not None
+            and inner.origin
+            and Path(inner.origin).resolve()
+            in (
+                mine.with_suffix(".py"),
+                mine / "__init__.py",
+            )
+        ):
+            continue
+        hiding = (inner and inner.origin) or (outer and outer.origin) or f"sys.modules['{package}']"
+        raise RuntimeError(
+            f"{hiding} hides verl-disco's {name}, since Python takes the first {package} on sys.path; rename that "
+            "one, or start in another folder"
+        )
+
+
 def activate() -> None:
     """Register all extensions, in the order in which they matter."""
     import verl
 
     check_verl_version(verl.__version__)
+    check_not_hidden()
 
     from wrapt import register_post_import_hook
 
@@ -46,6 +87,10 @@ def activate() -> None:
 
 
 def _register_trainers(_module) -> None:
+    # Whoever imports verl_ext.trainer first gets here in the middle of it. With verl's trainers there, a second import
+    # is whole, and Python's import of the first returns what stands in sys.modules at its end.
+    if not hasattr(sys.modules.get("verl_ext.trainer"), "register"):
+        sys.modules.pop("verl_ext.trainer", None)
     from verl_ext import trainer
 
     trainer.register()

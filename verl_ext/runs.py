@@ -12,7 +12,7 @@ from yaml import MarkedYAMLError
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 FINISHED_FILE = "finished"
-"""There as soon as the job has ended without an error."""
+"""There once the run has made all its steps and logged its last evaluation."""
 LOG_FILE = "log.txt"
 """What the job printed, where a sweep or the quickstart started it."""
 CHECKPOINT_FILE = "latest_checkpointed_iteration.txt"
@@ -137,3 +137,31 @@ def is_finished(run: Path, config: DictConfig) -> bool:
     if not ((run / FINISHED_FILE).exists() and (run / CONFIG_FILE).exists()):
         return False
     return read_settings(run) == flatten(config)
+
+
+def what_is_left(run: Path, config: DictConfig) -> str:
+    """Tell what a job that ended without an error has left to do in its folder; empty if nothing.
+
+    Where it wrote no metrics (verl's legacy trainer), nothing else tells.
+
+    Raises:
+        ValueError: the metrics are damaged.
+    """
+    if not (run / METRICS_FILE).exists():
+        return ""
+    rows = read_metrics(run)
+    evaluated = [row["step"] for row in rows if any(name.startswith("val-") for name in row)]
+    last = rows[-1]["step"] if rows else 0
+    trainer = config.trainer
+    if trainer.get("val_only"):
+        if not evaluated:
+            return f"no evaluation is in {METRICS_FILE}"
+        # Of a run that does nothing but evaluate.
+        if not any(name.startswith(("actor/", "training/", "timing_s/")) for row in rows for name in row):
+            return ""
+    total = trainer.get("total_training_steps")
+    if total is not None and last < total:
+        return f"step {last} of {total} is the last in {METRICS_FILE}"
+    if trainer.get("test_freq", -1) > 0 and last not in evaluated:
+        return f"the evaluation of step {last} is not in {METRICS_FILE}"
+    return ""

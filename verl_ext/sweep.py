@@ -5,55 +5,68 @@ fails, says so at the end with exit status 1, and started again skips what is fi
 job has its own directory ``hydra.sweep.dir/NAME`` (by default ``outputs/sweeps/EXPERIMENT/NAME``) with metrics,
 checkpoints, settings and ``log.txt``, NAME being algorithm, overrides and seed.
 
-:mod:`verl_ext.hydra_callbacks` puts it in the place of Hydra's basic launcher; another launcher is left alone.
+:mod:`verl_ext.hydra_callbacks` puts it in the place of Hydra's basic launcher. Another launcher (``hydra/launcher=
+joblib``) runs the jobs itself, in the directories that this one gives them.
 """
 
 import hashlib
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from verl_ext.hydra_config import DEFAULT_ALGORITHM
-from verl_ext.runs import LOG_FILE, is_finished, without_hydra
+from verl_ext.identity import changes_results
+from verl_ext.paths import as_override, settled
+from verl_ext.runs import FINISHED_FILE, LOG_FILE, is_finished, without_hydra
 
 LONGEST_NAME = 120
 GRACE = 60
 """Seconds that a job has to end in when the sweep is interrupted."""
 
-NOT_NAMED = ("experiment", "algorithm", "seed", "trainer", "ray_kwargs", "hydra", "verl_ext")
-"""First parts of overrides that go into a job's name only where the jobs of a sweep differ in them."""
+NOT_NAMED = ("experiment", "algorithm", "seed", "trainer.nnodes", "trainer.n_gpus_per_node")
+"""Overrides that are not in a job's name: the experiment is in that of the folder above, algorithm and seed have their
+own places, and on a cluster the number of GPUs follows from the allocation."""
 
 
 def job_name(job: DictConfig, overrides: Sequence[str], swept: Collection[str] = ()) -> str:
-    """``disco,disco.tau=1,seed=2``: algorithm, overrides, seed; with a hash at the end where it would be too long.
+    """``disco,disco.tau=1,seed=2``: algorithm, the overrides that change results, seed; cut, with a hash, at 120 bytes.
 
     Args:
         job: the job's settings.
         overrides: all of its overrides.
-        swept: those overrides that not all jobs of the sweep have.
+        swept: those overrides that not all jobs of the sweep have. They are in the name, whatever they set.
     """
 
     def is_named(override: str) -> bool:
-        first = re.split(r"[./@=]", override.lstrip("+~"))[0]
-        return first not in NOT_NAMED or (override in swept and first not in ("algorithm", "seed"))
+        name = name_of(override)
+        if override in swept:
+            return name not in ("algorithm", "seed")
+        return name not in NOT_NAMED and changes_results(name)
 
-    parts = [o.lstrip("+~") for o in overrides if is_named(o)]
-    if "seed" in job:
-        parts.append(f"seed={job.seed}")
     algorithm = OmegaConf.select(job, "verl_ext.algorithm", default=DEFAULT_ALGORITHM)
-    name = re.sub(r"[^\w.,=+-]", "_", ",".join([algorithm, *parts]))
-    if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    named = ",".join([str(algorithm), *(o.lstrip("+~") for o in overrides if is_named(o))])
+    seed = f",seed={job.seed}" if "seed" in job else ""
+    head, seed = (re.sub(r"[^\w.,=+-]", "_", part, flags=re.ASCII) for part in (named, seed))
+    if len(head + seed) > LONGEST_NAME or not named.isascii():
+        digest = hashlib.sha256(named.encode(errors="surrogatepass")).hexdigest()[:8]
+        head = f"{head[: LONGEST_NAME - len(seed) - 9]}-{digest}"
+    return head + seed
+
+
+def name_of(override: str) -> str:
+    """The full name of what an override sets, adds or deletes."""
+    return override.lstrip("+~").split("=")[0].partition("@")[0]
 
 
 def job_command(config: DictConfig) -> list[str]:
@@ -97,53 +110,106 @@ def run(command: list[str], log: Path) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+OUTCOME: dict[Path, str] = {}
+"""How the jobs of this process's sweep ended, by directory: its sweeper may launch them in several batches."""
+
+
+def sum_up() -> None:
+    """Say how the jobs ended.
+
+    Raises:
+        SystemExit: with status 1, if one failed.
+    """
+    if not OUTCOME:
+        return
+    print("\n".join(["sweep:", *(f"  {state}: {shown(folder)}" for folder, state in OUTCOME.items())]), flush=True)
+    if failed := sum("FAILED" in state for state in OUTCOME.values()):
+        print(f"sweep: {failed} of {len(OUTCOME)} jobs failed; their output is in {LOG_FILE} of each", flush=True)
+        raise SystemExit(1)
+
+
+def shown(folder: Path) -> Path:
+    """A path as a reader wants it: relative to where the command was given, if it is below."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
 class SweepLauncher(Launcher):
-    """Hydra's launcher for this package's sweeps."""
+    """Hydra's launcher for this package's sweeps.
+
+    Args:
+        launcher: settings of another launcher, which is to run the jobs.
+    """
+
+    def __init__(self, launcher: DictConfig | None = None):
+        self.other, self.folders = launcher, set()
 
     def setup(self, *, hydra_context, task_function, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
+        OUTCOME.clear()
+        task = OverridesParser.create().parse_overrides(OmegaConf.to_container(config.hydra.overrides.task))
+        self.common = {name_of(o.input_line) for o in task if not o.is_sweep_override()}
+        if self.other is not None:
+            config = config.copy()
+            with read_write(config):
+                config.hydra.launcher = self.other
+            self.other = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs of a sweep.
+        """Run the jobs of a sweep, or of one batch of it.
 
         Raises:
             ValueError: two jobs have one directory.
-            SystemExit: with status 1 at the end, if a job failed.
         """
-        common = set.intersection(*map(set, job_overrides))
-        jobs = [self._job(list(overrides), set(overrides) - common) for overrides in job_overrides]
-        shared = [folder for folder, count in Counter(folder for folder, *_ in jobs).items() if count > 1]
-        if shared:
-            raise ValueError(f"several jobs of the sweep would share {shared[0]}: let trainer.default_local_dir differ")
-        outcome: dict[Path, str] = {}
+        jobs = [self._job(list(overrides), number) for number, overrides in enumerate(job_overrides, initial_job_idx)]
+        for folder, *_ in jobs:
+            if folder in self.folders:
+                name = "trainer.default_local_dir"
+                raise ValueError(f"several jobs of the sweep would share {shown(folder)}: let {name} differ")
+            self.folders.add(folder)
+        if self.other is not None:
+            return self.other.launch([overrides for *_, overrides in jobs], initial_job_idx)
         command = job_command(self.config)
-        for number, (folder, job, overrides) in enumerate(jobs, 1):
-            title = f"sweep: job {number} of {len(jobs)}, {folder}"
+        last = initial_job_idx + len(jobs)
+        for number, (given, (folder, job, overrides)) in enumerate(
+            zip(job_overrides, jobs, strict=True), initial_job_idx + 1
+        ):
+            title = f"sweep: job {number} of {last}, {shown(folder)}"
             if is_finished(folder, job):
-                outcome[folder] = "finished before"
-                print(f"{title}: {outcome[folder]}", flush=True)
+                OUTCOME[folder] = "finished before"
+                print(f"{title}: {OUTCOME[folder]}", flush=True)
                 continue
-            print(f"{title}: {' '.join(overrides)}", flush=True)
+            print(f"{title}: {' '.join(given)}", flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             started = time.time()
-            status = run([*command, *overrides, f"hydra.run.dir='{folder}/hydra'"], folder / LOG_FILE)
-            ended = "done" if status == 0 else f"FAILED with status {status}"
-            outcome[folder] = f"{ended}, {time.time() - started:.0f} s"
-        print("\n".join(["sweep:", *(f"  {state}: {folder}" for folder, state in outcome.items())]), flush=True)
-        failed = sum("FAILED" in state for state in outcome.values())
-        if failed:
-            print(f"sweep: {failed} of {len(jobs)} jobs failed; their output is in {LOG_FILE} of each", flush=True)
-            raise SystemExit(1)
+            status = run([*command, *overrides], folder / LOG_FILE)
+            done = "done" if (folder / FINISHED_FILE).exists() else "FAILED: it ended early"
+            ended = done if status == 0 else f"FAILED with status {status}"
+            OUTCOME[folder] = f"{ended}, {time.time() - started:.0f} s"
         return [JobReturn(overrides=o, status=JobStatus.COMPLETED, _return_value=None) for o in job_overrides]
 
-    def _job(self, overrides: list[str], swept: set[str]) -> tuple[Path, DictConfig, list[str]]:
-        """A job's directory, its settings, and all its overrides."""
-        compose = self.hydra_context.config_loader.load_sweep_config
-        given = {o.lstrip("+").split("=")[0] for o in overrides}
-        name = job_name(compose(self.config, overrides), overrides, swept)
-        if "trainer.default_local_dir" not in given:
-            overrides = [*overrides, f"trainer.default_local_dir='{self.config.hydra.sweep.dir}/{name}'"]
-        if "trainer.experiment_name" not in given:
-            overrides = [*overrides, f"trainer.experiment_name='{name}'"]
-        job = without_hydra(compose(self.config, overrides))
-        return Path(job.trainer.default_local_dir), job, overrides
+    def _job(self, overrides: list[str], number: int) -> tuple[Path, DictConfig, list[str]]:
+        """A job's directory, its settings, and all its overrides, which other processes understand, too."""
+        job = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        given = {name_of(o) for o in overrides}
+        name = job_name(job, overrides, [o for o in overrides if name_of(o) not in self.common])
+        top = os.path.abspath(self.config.hydra.sweep.dir)
+        places = {"trainer.default_local_dir": f"{top}/{name}", "trainer.experiment_name": name}
+        places = {name: value for name, value in places.items() if name not in given}
+        for setting, value in places.items():
+            OmegaConf.update(job, setting, value)
+        with read_write(job.hydra), open_dict(job.hydra):
+            job.hydra.job.num, job.hydra.job.id = number, str(number)
+            if self.other is None:
+                job.hydra.run.dir = f"{top}/{name}/hydra"
+            else:
+                job.hydra.runtime.output_dir = f"{top}/{job.hydra.sweep.subdir}"
+        places |= settled(job)
+        for setting, value in places.items():
+            OmegaConf.update(job, setting, value)
+        folder = Path(job.trainer.default_local_dir)
+        overrides = [o for o in overrides if name_of(o) not in places]
+        overrides += [as_override(setting, value) for setting, value in places.items()]
+        if self.other is None:
+            overrides.append(as_override("hydra.run.dir", f"{top}/{name}/hydra").lstrip("+"))
+        return folder, without_hydra(job), overrides

@@ -4,74 +4,38 @@ They stand in verl's ``TRAINER_REGISTRY`` under verl's own names, because verl a
 places. Without a ``verl_ext`` node in the configuration they do what verl's do, and write ``metrics.jsonl``.
 """
 
+import copy
 import functools
-import itertools
-import os
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import ray
 import torch
 import transfer_queue as tq
 import verl  # noqa: F401  (first, whole: its plugins register this module's trainers while parts of it are imported)
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.padding_utils import SYNTHETIC_PADDING_SEQ_LEN, upsample_batch_to_divisible_size
-from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync
+from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, trainer_base
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
 
 from verl_ext.detached import DetachedWorker
+from verl_ext.files import write_whole
 from verl_ext.grouping import deal
+from verl_ext.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_row
+from verl_ext.replay import watched
+from verl_ext.resume import name_whole_checkpoint, remove_old_checkpoints, step_folder
+from verl_ext.reward_loop import CountingRewardManager, Tally, reward_function
 from verl_ext.runs import METRICS_FILE
-
-
-class MetricsLog:
-    """verl's ``Tracking``, and a JSONL file: one object a logged step, flat metric names plus ``step``.
-
-    A resumed run appends. Lines that do not belong to it (of steps that it runs again, or of an earlier run that is not
-    resumed) are moved out of the way with the file that held them: ``metrics.jsonl.1``, ``.2`` and so on.
-    """
-
-    def __init__(self, tracking, path: str, resumed_step: int):
-        self._tracking = tracking
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        found = []
-        if os.path.exists(path):
-            with open(path, "rb") as f:
-                # Without the newline it is the half of a line that a crash left behind.
-                found = [(orjson.loads(line)["step"], line) for line in f if line.endswith(b"\n")]
-        kept = [(step, line) for step, line in found if 0 < resumed_step and step <= resumed_step]
-        if len(kept) < len(found):
-            number = next(i for i in itertools.count(1) if not os.path.exists(f"{path}.{i}"))
-            os.rename(path, f"{path}.{number}")
-        with open(f"{path}.new", "wb") as f:
-            f.writelines(line for _, line in kept)
-        os.replace(f"{path}.new", path)
-        self._logged = {step for step, _ in kept}
-        self._file = open(path, "ab", buffering=0)
-
-    def log(self, data: dict[str, Any], step: int, **kwargs) -> None:
-        self._tracking.log(data=data, step=step, **kwargs)
-        if step in self._logged:
-            # verl evaluates a checkpoint once more when it resumes.
-            return
-        numbers = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
-        line = orjson.dumps({"step": step, **numbers}, option=orjson.OPT_SERIALIZE_NUMPY, default=str)
-        self._file.write(line + b"\n")
-
-    def finish(self, *args, **kwargs):
-        self._file.close()
-        return self._tracking.finish(*args, **kwargs)
-
-    def __getattr__(self, name: str):
-        return getattr(self._tracking, name)
-
+from verl_ext.watch import Watch
 
 GROUP_FIELDS = (
     *("group_id", "group_size", "sample_index", "sequence_reward", "fresh_old_log_probs", "mini_batch_id"),
@@ -81,6 +45,9 @@ GROUP_FIELDS = (
 
 TOTALS = ("training/failed_questions", "training/padding_rows", "disco/measure_seconds")
 """Metrics of which a step logs the sum, not the mean, over its local updates."""
+
+MOST_FAILED_REWARDS = 0.1
+"""Share of a step's rewards that may fail, unless ``verl_ext.max_failed_rewards`` says another."""
 
 UNREAD = {"rm_scores", "log_probs", "entropy"}
 """Tensors of a batch that no model and no loss reads: verl copies them to other names, or uses them in the trainer."""
@@ -123,14 +90,29 @@ class ExtendedTrainer:
     - ``validator``: function (config) -> None that refuses wrong settings;
     - ``actor_worker_class``: subclass of verl's ``ActorRolloutRefWorker`` to use instead;
     - ``whole_groups``: mini-batches of whole questions, tokens balanced over ranks within each;
-    - ``metrics``: the worker's metrics with this prefix are logged without verl's ``actor/`` before it.
+    - ``metrics``: the worker's metrics with this prefix are logged without verl's ``actor/`` before it;
+    - ``max_failed_rewards``: share of a step's rewards that may fail before the run stops.
     """
 
     def __init__(self, config):
         if validator := OmegaConf.select(config, "verl_ext.validator"):
             load_class_from_fqn(validator, "validator")(config)
         self._whole_groups = bool(OmegaConf.select(config, "verl_ext.whole_groups", default=False))
+        self._most_failed_rewards = most_failed_rewards(config)
+        self._rewards, self._watch = Tally(), Watch(config)
+        self._checkpoints_are_elsewhere = False
         super().__init__(config)
+
+    def _build_replay_buffer(self):
+        buffer = super()._build_replay_buffer()
+        if "verl_ext" not in self.config:
+            return buffer
+        return watched(
+            buffer,
+            batch_size=self.config.data.train_batch_size,
+            most_batches=OmegaConf.select(self.config, "algorithm.filter_groups.max_num_gen_batches", default=0) or 0,
+            on_failure=self._on_failed_questions,
+        )
 
     @property
     def logger(self):
@@ -139,8 +121,148 @@ class ExtendedTrainer:
 
     @logger.setter
     def logger(self, tracking) -> None:
-        path = os.path.join(self.config.trainer.default_local_dir, METRICS_FILE)
-        self._logger = MetricsLog(tracking, path, resumed_step=self.global_steps)
+        trainer = self.config.trainer
+        self._logger = MetricsLog(
+            tracking,
+            self._folder / METRICS_FILE,
+            resumed_step=self.global_steps,
+            trains=not trainer.get("val_only", False),
+            unlogged=read_row(step_folder(self._folder, self.global_steps)) if self.global_steps else None,
+        )
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.config.trainer.default_local_dir).absolute()
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        """Train, after the evaluation of the resumed checkpoint if the run was lost before it was logged."""
+        trainer = self.config.trainer
+        if "verl_ext" in self.config and not trainer.get("val_before_train", True):
+            # verl looks at val_only nowhere else than after this evaluation, and would train.
+            if trainer.get("val_only", False):
+                trainer.val_before_train = True
+            elif self._misses_evaluation():
+                print(f"verl-disco: step {self.global_steps} was not evaluated before the run ended; now", flush=True)
+                trainer.val_before_train = True
+        super().fit(agent_loop_manager)
+
+    def _misses_evaluation(self) -> bool:
+        """Whether the resumed checkpoint's evaluation is not logged, and should be."""
+        trainer, step = self.config.trainer, self.global_steps
+        if step == 0 or trainer.test_freq <= 0 or trainer.resume_mode != "auto":
+            return False
+        due = step >= self.total_training_steps or step % trainer.test_freq == 0
+        return due and not is_evaluated(self._folder / METRICS_FILE, step)
+
+    def _load_checkpoint(self) -> None:
+        trainer, actor = self.config.trainer, self.config.actor_rollout_ref.actor
+        if "verl_ext" in self.config and trainer.resume_mode == "auto":
+            name_whole_checkpoint(
+                self._folder,
+                ["actor", "critic"] if self.use_critic else ["actor"],
+                megatron=actor.strategy == "megatron",
+                contents=OmegaConf.select(actor, "checkpoint.load_contents") or (),
+            )
+        super()._load_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        """Save as verl does; remove older checkpoints after that, when verl's tracker names the new one."""
+        if "verl_ext" not in self.config:
+            return super()._save_checkpoint()
+        self._keep_row()
+        later = OmegaConf.select(self.config, "actor_rollout_ref.actor.checkpoint.async_save", default=False)
+        if later or self._checkpoints_are_elsewhere:
+            # verl's own engine counts them, where and when it writes them.
+            return super()._save_checkpoint()
+        with self._all_checkpoints_kept() as keep:
+            super()._save_checkpoint()
+        # Without a shared disk the weights are on the nodes of the workers.
+        self._checkpoints_are_elsewhere = not (step_folder(self._folder, self.global_steps) / "actor").is_dir()
+        if removed := remove_old_checkpoints(self._folder, self.global_steps, keep):
+            print(f"verl-disco: removed the checkpoints of steps {', '.join(map(str, removed))}", flush=True)
+
+    @contextmanager
+    def _all_checkpoints_kept(self) -> Iterator[dict[str, int | None]]:
+        """Keep verl from removing checkpoints meanwhile; gives how many are to be kept, by folder."""
+        trainer = self.config.trainer
+        names = {role: f"max_{role}_ckpt_to_keep" for role in ("actor", "critic")}
+        before = {name: trainer.get(name) for name in (*names.values(), "remove_previous_ckpt_in_save")}
+        only_one = before["remove_previous_ckpt_in_save"]
+        try:
+            for name in before:
+                if name in trainer:
+                    trainer[name] = None
+            yield {role: 1 if only_one else before[name] for role, name in names.items()}
+        finally:
+            for name, value in before.items():
+                if name in trainer:
+                    trainer[name] = value
+
+    def _keep_row(self) -> None:
+        """Put the step's row into its checkpoint: verl evaluates before it logs, and the run may be lost meanwhile."""
+        batch, metrics, started = self._done
+        metrics, timing = dict(metrics), self.timing_raw | {"step": time.perf_counter() - started}
+        accumulator = self._rollout_moe_lb_metrics_accumulator
+        self._rollout_moe_lb_metrics_accumulator = copy.deepcopy(accumulator)
+        try:
+            epoch = (self.global_steps - 1) // self.steps_per_epoch
+            self._compute_metrics(batch, metrics, timing, global_steps=self.global_steps, epoch=epoch)
+        finally:
+            self._rollout_moe_lb_metrics_accumulator = accumulator
+        metrics.pop(trainer_base.DAPO_FILTERED_REWARD_COUNTS_KEY, None)
+        folder = step_folder(self._folder, self.global_steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ROW_FILE, as_line(self.global_steps, metrics))
+
+    def _validate(self) -> dict[str, float]:
+        """Evaluate; failed rewards are counted apart from the step's, unless training goes on meanwhile."""
+        if "verl_ext" not in self.config:
+            return super()._validate()
+        self._take_tally()
+        before, self._rewards = self._rewards, Tally()
+        where = f"the evaluation at step {self.global_steps}"
+        try:
+            metrics = super()._validate()
+        except Exception:
+            self._count_rewards(where)
+            raise
+        metrics["validation/failed_rewards"] = self._count_rewards(where)
+        self._rewards = before
+        return metrics
+
+    def _take_tally(self) -> None:
+        self._rewards += self.reward_loop_manager.take_tally()
+
+    def _count_rewards(self, where: str) -> int:
+        """Count the rewards that failed since the last call, and show the first one's error.
+
+        Raises:
+            ValueError: as :meth:`_refuse_failures` does.
+        """
+        self._take_tally()
+        self._refuse_failures(where)
+        tally, self._rewards = self._rewards, Tally()
+        if tally.failed:
+            print(f"verl-disco: warning: {tally.text(where)}", flush=True)
+        return tally.failed
+
+    def _refuse_failures(self, where: str) -> None:
+        """Stop when too many rewards fail.
+
+        Raises:
+            ValueError: more than ``verl_ext.max_failed_rewards`` allows; names the reward function.
+        """
+        if self._rewards.failed > self._most_failed_rewards * self._rewards.asked:
+            raise ValueError(
+                f"{self._rewards.text(where)}; verl_ext.max_failed_rewards={self._most_failed_rewards} is the share "
+                "that may fail"
+            )
+
+    def _on_failed_questions(self) -> None:
+        """Look at the rewards where verl replaces questions with failed responses, which it might do for ever."""
+        self._take_tally()
+        if self._rewards.asked >= self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n:
+            self._refuse_failures(f"step {self.global_steps}")
 
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()
@@ -159,10 +281,11 @@ class ExtendedTrainer:
             return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
         group = [key.rsplit("_", 2)[0] for key in batch.keys]
         reward = self._sequence_rewards(batch)
-        metrics["training/mixed_questions"] = mixed_share(group, reward)
+        metrics["training/mixed_questions"], metrics["training/right_questions"] = shares(group, reward)
         if not self._whole_groups:
             return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
         actor = self.config.actor_rollout_ref.actor
+        refuse_several_trajectories(batch.keys, self.config.actor_rollout_ref.rollout.agent.default_agent_loop)
         lengths = [tag["seq_len"] for tag in batch.tags]
         plan = deal(
             group,
@@ -173,6 +296,7 @@ class ExtendedTrainer:
             padding_length=SYNTHETIC_PADDING_SEQ_LEN,
             shuffle_seed=actor.data_loader_seed + self.global_steps if actor.shuffle else None,
         )
+        self._mini_batches += (max(plan.mini_batch) + 1) * actor.ppo_epochs
         names = {name: i for i, name in enumerate(dict.fromkeys(group))}
         size = Counter(group)
         padding = plan.num_padding
@@ -206,10 +330,23 @@ class ExtendedTrainer:
         return batch
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        started = time.perf_counter()
         self._totals: Counter[str] = Counter()
-        batch = super().step(metrics, timing_raw)
+        self._mini_batches = 0
+        try:
+            batch = super().step(metrics, timing_raw)
+        except Exception:
+            # What verl says of a batch without responses does not name the reward.
+            if "verl_ext" in self.config:
+                self._count_rewards(f"step {self.global_steps}")
+            raise
         # verl averages over the step's local updates.
         metrics.update(self._totals)
+        if "verl_ext" in self.config:
+            metrics["training/failed_rewards"] = self._count_rewards(f"step {self.global_steps}")
+            for line in self._watch.lines(metrics, self._mini_batches, fresh=not self._bypass_mode()):
+                print(f"verl-disco: warning: {line}", flush=True)
+        self._done = batch, metrics, started
         return batch
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
@@ -231,8 +368,9 @@ class ExtendedTrainer:
         bad = [i for i, r in enumerate(reward) if not np.isfinite(r)]
         if bad:
             raise ValueError(
-                f"the reward of sample {batch.keys[bad[0]]} (row {bad[0]}) is {reward[bad[0]]}; "
-                f"{len(bad)} of {len(reward)} samples of step {self.global_steps} have no finite reward"
+                f"{reward_function(self.config)}: the reward of sample {batch.keys[bad[0]]} (row {bad[0]}) is "
+                f"{reward[bad[0]]}; {len(bad)} of {len(reward)} samples of step {self.global_steps} have no finite "
+                "reward"
             )
         return reward
 
@@ -275,12 +413,45 @@ class ExtendedTrainer:
         return batch
 
 
-def mixed_share(group: list[str], reward: list[float]) -> float:
-    """Share of the questions whose responses did not all get the same reward."""
+def most_failed_rewards(config: DictConfig) -> float:
+    """Read the share of a step's rewards that may fail.
+
+    Raises:
+        ValueError: it is no share.
+    """
+    most = OmegaConf.select(config, "verl_ext.max_failed_rewards", default=MOST_FAILED_REWARDS)
+    if type(most) not in (int, float) or not 0 <= most <= 1:
+        raise ValueError(f"verl_ext.max_failed_rewards={most} must be a number from 0 (none may fail) to 1")
+    return most
+
+
+def shares(group: list[str], reward: list[float]) -> tuple[float, float]:
+    """Shares of the questions whose responses got different rewards, and of those that all got one above 0."""
     rewards: dict[str, set[float]] = {}
     for name, value in zip(group, reward, strict=True):
         rewards.setdefault(name, set()).add(value)
-    return sum(len(values) > 1 for values in rewards.values()) / max(len(rewards), 1)
+    mixed = sum(len(values) > 1 for values in rewards.values())
+    right = sum(len(values) == 1 and max(values) > 0 for values in rewards.values())
+    return mixed / max(len(rewards), 1), right / max(len(rewards), 1)
+
+
+def refuse_several_trajectories(keys: Iterable[str], agent_loop: str) -> None:
+    """Refuse a batch in which one session has several rows.
+
+    Args:
+        keys: verl's, ``{uid}_{session}_{index of the trajectory}``.
+        agent_loop: the default one's name.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    session, number = Counter(key.rpartition("_")[0] for key in keys).most_common(1)[0]
+    if number > 1:
+        raise ValueError(
+            f"an agent loop returned {number} trajectories for one session ({session}), and each would count as a "
+            "response of its own, so that long sessions weigh more; use one that returns one trajectory: "
+            f"actor_rollout_ref.rollout.agent.default_agent_loop={agent_loop}, or agent_name in the data"
+        )
 
 
 class ExtendedTrainerSync(ExtendedTrainer, PPOTrainerSync):
@@ -300,10 +471,14 @@ class ExtendedTrainerSeparateAsync(ExtendedTrainer, PPOTrainerSeparateAsync):
 
 
 def register() -> None:
-    """Put the extended trainers in the place of verl's."""
+    """Put the extended trainers, and the reward workers that count, in the place of verl's."""
     for cls in (ExtendedTrainerSync, ExtendedTrainerColocateAsync, ExtendedTrainerSeparateAsync):
         stock = cls.__mro__[2]
         name = next((n for n, c in TRAINER_REGISTRY.items() if c in (stock, cls)), None)
         if name is None:
             raise RuntimeError(f"verl no longer registers its trainer {stock.__name__}; verl-disco needs an update")
         TRAINER_REGISTRY[name] = cls
+    # verl builds its reward workers from this name alone.
+    if not issubclass(CountingRewardManager, getattr(trainer_base, "RewardLoopManager", ())):
+        raise RuntimeError("verl's trainer no longer uses its RewardLoopManager; verl-disco needs an update")
+    trainer_base.RewardLoopManager = CountingRewardManager

@@ -3,7 +3,7 @@
 A name that only an override adds is read if it is a field of the dataclass that its node becomes, a parameter of the
 function that its node is passed to, or if the sources of verl, ours, or those that the settings name read it from a
 node of that name. What lies in a dictionary that is handed on whole (``override_config``, ``engine_kwargs`` ...) is
-not judged.
+not judged. What verl itself has and its V1 trainers do not read is in :data:`IGNORED`.
 """
 
 import importlib.metadata as metadata
@@ -43,6 +43,34 @@ PACKAGES = {"verl", "verl_ext", "recipe", "transfer_queue"}
 
 SELDOM = ("distillation", "reward_model", "custom_reward_function", "critic", "arithmetic")
 
+ROLES = {"actor", "critic", "ref", "rollout", "reward_model", "distillation"}
+"""Nodes of whose settings some have one name, but are read from each alone."""
+
+BY_TOKENS = "the V1 trainers cut the critic's micro-batches by tokens: set critic.ppo_infer_max_token_len_per_gpu"
+NOT_IN_V1 = "it belongs to verl's legacy trainer: leave it out"
+NOWHERE = "no part of verl reads it: leave it out"
+
+IGNORED: dict[str, str] = {
+    r"actor_rollout_ref\.actor\.grad_clip": "set actor_rollout_ref.actor.optim.clip_grad",
+    r"critic\.grad_clip": "set critic.optim.clip_grad",
+    r"critic\.(ppo_max|forward_max)_token_len_per_gpu": BY_TOKENS,
+    r"critic\.(use_dynamic_bsz|(ppo|forward)_micro_batch_size(_per_gpu)?)": BY_TOKENS,
+    r"actor_rollout_ref\.actor\.ppo_micro_batch_size": "set actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    r"trainer\.balance_batch": "the V1 trainers always balance: leave it out",
+    r"trainer\.(esi_redundant_time|ray_wait_register_center_timeout)": NOT_IN_V1,
+    r"algorithm\.(use_pf_ppo|pf_ppo\..*)": NOT_IN_V1,
+    r"actor_rollout_ref\.actor\.calculate_sum_pi_squared": NOT_IN_V1,
+    r"data\.reward_fn_key": "the V1 trainers take the column data_source: name it so",
+    r"data\.return_raw_input_ids": NOWHERE,
+    r"actor_rollout_ref\.nccl_timeout|critic\.nccl_timeout": NOWHERE,
+    r"actor_rollout_ref\.actor\.freeze_vision_tower": NOWHERE,
+    r"(actor_rollout_ref|critic)\.model\.tiled_mlp\..*": NOWHERE,
+    r".*\.rollout\.(over_sample_rate|multi_stage_wake_up)": NOWHERE,
+    r".*\.multi_turn\.(use_inference_chat_template|tokenization_sanity_check_mode|num_repeat_rollouts)": NOWHERE,
+    r".*\.megatron\.(dist_checkpointing_prefix|router_replay\.(record|replay)_file)": NOWHERE,
+}
+"""Settings of verl's that its V1 trainers read nowhere -> what to do instead."""
+
 RAY_INIT = "ray_kwargs.ray_init"
 
 GROUPS = Path(__file__).parent / "config"
@@ -50,6 +78,7 @@ GROUPS = Path(__file__).parent / "config"
 
 def check_unread(composition: Composition) -> Iterator[Finding]:
     """Name each override that nothing reads, and the nearest setting that something does."""
+    yield from check_ignored(composition)
     plain, known = composition.plain, names(composition.plain)
     raw = OmegaConf.to_container(composition.config, resolve=False)
     interpolated = "\n".join(re.findall(r"\$\{[^}]*\}", str(raw)))
@@ -75,6 +104,21 @@ def check_unread(composition: Composition) -> Iterator[Finding]:
             yield Finding(name, "", f"{name} is read by nothing", fix)
 
 
+def check_ignored(composition: Composition) -> Iterator[Finding]:
+    """Warn of each value of the user's that verl takes and its V1 trainers do not read."""
+    if OmegaConf.select(composition.config, "trainer.use_v1") is not True:
+        return
+    plain = {s.name: s.value for s in walk(OmegaConf.to_container(composition.plain, resolve=False))}
+    for setting in walk(OmegaConf.to_container(composition.config, resolve=False)):
+        name, value = setting.name, setting.value
+        # The critic's micro-batches are cut by tokens, whatever asks for it.
+        if isinstance(value, dict) or value == plain.get(name) or (name, value) == ("critic.use_dynamic_bsz", True):
+            continue
+        if advice := next((a for pattern, a in IGNORED.items() if re.fullmatch(pattern, name)), ""):
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            yield Finding(name, "", f"{name}={shown} changes nothing: verl does not read it", advice, warning=True)
+
+
 def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
     """Whether something reads this name, which ``plain`` has not; ``owner``: the dataclass that its node becomes."""
     parent, _, key = name.rpartition(".")
@@ -88,7 +132,7 @@ def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
     node = OmegaConf.select(plain, parent) if parent else plain
     # What a dataclass does not have can be read only before it is made, from a node of that name.
     siblings = {str(k) for k in node} - {"_target_"} if isinstance(node, DictConfig) and owner is None else set()
-    return any(_reads(_as_attributes(text), parts, key, siblings) for text in _sources() if key in text)
+    return any(reads(as_attributes(text), parts, key, siblings) for text in sources().values() if key in text)
 
 
 def _nearly(name: str, plain: DictConfig) -> str | None:
@@ -98,8 +142,8 @@ def _nearly(name: str, plain: DictConfig) -> str | None:
     if not (last in HANDED_ON or last.startswith("override_")):
         return None
     known = {str(k) for k in node} if isinstance(node, DictConfig) else set()
-    for text in filter(lambda text: last in text, _sources()):
-        known |= set(re.findall(rf"\b{last}\.(\w+)\b(?!\()", _as_attributes(text)))
+    for text in filter(lambda text: last in text, sources().values()):
+        known |= set(re.findall(rf"\b{last}\.(\w+)\b(?!\()", as_attributes(text)))
     near = nearest(key, known, 0.88)
     return f"{parent}.{near[0]}" if near and key not in known else None
 
@@ -127,37 +171,44 @@ def suggestions(name: str, plain: DictConfig, owner: type | None = None) -> list
 # Sources --------------------------------------------------------------------------------------------------------------
 
 
-def _reads(text: str, parts: list[str], key: str, siblings: set[str]) -> bool:
+def reads(text: str, parts: list[str], key: str, siblings: set[str]) -> bool:
     """Whether a source reads ``key`` from the node ``parts``: by its name, or from what it reads two siblings from."""
+    others = ROLES.difference(parts) if ROLES.intersection(parts) else set()
     for receiver in set(re.findall(rf"([A-Za-z_][\w.]*)\.{re.escape(key)}\b(?!\()", text)):
         *before, last = receiver.split(".")
         # An object's own attributes, and the names of modules in texts.
         if receiver in ("self", "cls") or receiver.split(".")[0] in PACKAGES:
+            continue
+        if others & {re.sub("_(config|cfg)$", "", part) for part in (*before, last)}:
             continue
         if last in (f"{parts[-1]}_config", f"{parts[-1]}_cfg", f"{parts[-1]}_kwargs"):
             return True
         if last == parts[-1] and any(x.endswith(("config", "cfg", *parts[-2:-1])) for x in (last, *before[-1:])):
             return True
         if siblings:
-            others = set(re.findall(rf"(?<![\w.]){re.escape(receiver)}\.(\w+)", text))
-            if len(others & siblings) >= min(2, len(siblings)):
+            if len(_read_from(receiver, text) & siblings) >= min(2, len(siblings)):
                 return True
     return False
 
 
 @cache
-def _sources() -> list[str]:
-    """Python sources that may read settings."""
+def _read_from(receiver: str, text: str) -> set[str]:
+    return set(re.findall(rf"(?<![\w.]){re.escape(receiver)}\.(\w+)", text))
+
+
+@cache
+def sources() -> dict[Path, str]:
+    """Python sources that may read settings, by file."""
     packages = PACKAGES | {e.value.split(":")[0].split(".")[0] for e in metadata.entry_points(group="verl.plugins")}
     folders = []
     for package in sorted(packages):
         spec = importlib.util.find_spec(package)
         folders += spec.submodule_search_locations or [] if spec else []
-    return [f.read_text(errors="replace") for d in folders for f in Path(d).rglob("*.py")]
+    return {f: f.read_text(errors="replace") for d in folders for f in Path(d).rglob("*.py")}
 
 
 @cache
-def _as_attributes(text: str) -> str:
+def as_attributes(text: str) -> str:
     """``node["key"]``, ``node.get("key")`` and the like as ``node.key``; imports left out."""
     text = re.sub(r"^\s*(?:from|import) .*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"""\bgetattr\(\s*([\w.]+),\s*["'](\w+)["']""", r"\1.\2 ", text)

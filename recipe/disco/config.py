@@ -9,15 +9,26 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 from verl.utils.import_utils import load_module
+from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import PolicyLossConfig
 
 from recipe.disco.constraint import CONTROLLERS, KL_ESTIMATORS, Controller, build_controller
 from recipe.disco.objectives import NEGATIVES, OBJECTIVES, SURROGATES, select
 from recipe.disco.registry import require_finite
 from recipe.disco.scores import SCORES
+from verl_ext.lost_updates import refuse_adapters_left_behind
 
 ENGINES = ("fsdp", "fsdp2", "megatron")
 """verl's training engines that the exact update is made for."""
+
+BYPASS_FLOOR = 1e-3
+"""KL of a bfloat16 rollout to the actor of the same weights, nats per token. A public run of verl showed 1.6e-3."""
+
+K3_FLOOR = 2e-4
+"""What k3 says of two bfloat16 passes with the same weights: sigma^2, sigma the rounding noise of a log-probability.
+
+Simulated: 1e-4 for sigma = 0.01, 4e-4 for 0.02. Of k1, such noise has mean 0.
+"""
 
 MEASURES = {
     "exact": "scores and KL of the whole mini-batch are measured before each update; the gradient of L is exact",
@@ -42,6 +53,7 @@ class DiscoConfig:
         kl_estimator: k1 or k3.
         constraint: registered controller: squared_hinge, augmented_lagrangian, fixed, none.
         delta: radius of the trust region, nats a token, >= 0.
+        kl_floor: KL at the same weights, as a run logged it (``disco/kl_floor``), >= 0; null: assumed by precision.
         beta: weight of the squared hinge, >= 0.
         rho: step of the augmented Lagrangian, > 0.
         coefficient: weight of the KL for ``constraint=fixed``, >= 0.
@@ -66,6 +78,7 @@ class DiscoConfig:
     kl_estimator: str = "k1"
     constraint: str = "squared_hinge"
     delta: float = 1e-4
+    kl_floor: float | None = None
     beta: float = 1e3
     rho: float = 1e3
     coefficient: float = 0.1
@@ -95,6 +108,8 @@ class DiscoConfig:
         select(OBJECTIVES[self.objective], self.settings())
         require_finite("disco.positive_threshold", self.positive_threshold)
         require_finite("disco.delta", self.delta, minimum=0)
+        if self.kl_floor is not None:
+            require_finite("disco.kl_floor", self.kl_floor, minimum=0)
         require_finite("disco.beta", self.beta, minimum=0)
         require_finite("disco.rho", self.rho, above=0)
         require_finite("disco.coefficient", self.coefficient, minimum=0)
@@ -224,6 +239,8 @@ def validate(config: DictConfig) -> None:
     if get("actor_rollout_ref.actor.use_prefix_grouper", False):
         refuse("actor_rollout_ref.actor.use_prefix_grouper", True, "it is not supported; use false")
     _refuse_corrections_without_effect(disco, get, refuse)
+    _refuse_delta_below_the_floor(disco, get, refuse)
+    refuse_adapters_left_behind(config)
     if actor.strategy not in ENGINES:
         refuse("actor_rollout_ref.actor.strategy", actor.strategy, f"it is not tested; use one of {', '.join(ENGINES)}")
     virtual = get("actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size")
@@ -271,6 +288,40 @@ def _refuse_corrections_without_effect(disco: DiscoConfig, get, refuse) -> None:
         refuse(node, OmegaConf.to_container(get(node), resolve=True), f"verl says: {e}")
     if chosen["rollout_is"] and not SCORES[disco.score].correctable:
         refuse(f"{node}.rollout_is", chosen["rollout_is"], f"disco.score={disco.score} takes no weights; use null")
+
+
+def _refuse_delta_below_the_floor(disco: DiscoConfig, get, refuse) -> None:
+    if "delta" not in disco.chosen():
+        return
+    if get("actor_rollout_ref.actor.strategy") == "megatron":
+        engine, default = "actor_rollout_ref.actor.megatron.dtype", "bfloat16"
+    else:
+        engine = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"
+        default = "fp32" if get("trainer.device") == "cpu" else "bf16"
+    rollout = "actor_rollout_ref.rollout.dtype"
+    found = {engine: get(engine) or default, rollout: get(rollout)}
+    coarse = [f"{name}={value}" for name, value in found.items() if PrecisionType.is_bf16(value)]
+    if quantized := get("actor_rollout_ref.rollout.quantization"):
+        coarse.append(f"actor_rollout_ref.rollout.quantization={quantized}")
+    bypass = "algorithm.rollout_correction.bypass_mode"
+    if disco.kl_floor is not None:
+        floor, why, cure = disco.kl_floor, f"disco.kl_floor={disco.kl_floor:g}", ""
+    elif get(bypass) and coarse:
+        floor, why = BYPASS_FLOOR, f"{bypass}=True and {', '.join(coarse)}"
+        cure = f"{bypass}=False, float32 for the rollout and the engine, "
+    elif disco.kl_estimator == "k3" and PrecisionType.is_bf16(found[engine]):
+        floor, why = K3_FLOOR, f"disco.kl_estimator=k3 and {engine}={found[engine]}"
+        cure = "disco.kl_estimator=k1, "
+    else:
+        return
+    if disco.delta < floor:
+        refuse(
+            "disco.delta",
+            disco.delta,
+            f"with {why} the KL is about {floor:g} nats per token before any update, so the constraint would chase "
+            f"noise; use {cure}a disco.delta of at least {floor:g}, or set disco.kl_floor to what a run with "
+            "disco.constraint=none logs as disco/kl_floor",
+        )
 
 
 def _refuse_torn_or_wrong_parallelism(config: DictConfig, get, refuse) -> None:

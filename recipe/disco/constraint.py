@@ -9,6 +9,7 @@ its ``options``.
 """
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 
 import torch
@@ -37,6 +38,26 @@ def kl_estimate(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, estimator:
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator={estimator!r} is unknown; choose from {sorted(KL_ESTIMATORS)}")
     return KL_ESTIMATORS[estimator](masked(log_prob, mask) - masked(old_log_prob, mask))
+
+
+def kl_standard_error(kl_sum: Tensor, length: Tensor) -> float | None:
+    """Standard error of a mini-batch's KL, in nats per token; None for fewer than two responses with tokens.
+
+        KL = sum_i k_i / N,    SE^2 = m/(m-1) sum_i (k_i - n_i KL)^2 / N^2,    N = sum_i n_i
+
+    Responses are the units: the tokens of one share a context and move together, so they count as a cluster. It is the
+    variance of a ratio of two sums over independent units (Cochran, Sampling Techniques, 1977, chapter 6).
+
+    Args:
+        kl_sum: (B,) k_i, the estimates summed over a response's tokens, in nats.
+        length: (B,) n_i, its tokens; responses without any do not count.
+    """
+    counted = length > 0
+    units, tokens = int(counted.sum()), length.sum()
+    if units < 2:
+        return None
+    residual = torch.where(counted, kl_sum - length * (kl_sum[counted].sum() / tokens), 0.0)
+    return float((units / (units - 1) * residual.double().square().sum()).sqrt() / tokens)
 
 
 def relu(x):
@@ -149,15 +170,36 @@ class Unconstrained(Controller):
         return 0.0
 
 
+def price(controller: Controller, kl: float) -> tuple[float, float]:
+    """The penalty at ``kl`` and its derivative, the coefficient.
+
+    Raises:
+        ValueError: one of them is no finite number; names the controller and the KL.
+    """
+    found = []
+    for part in ("penalty", "coefficient"):
+        value = getattr(controller, part)(kl)
+        if isinstance(value, Tensor):
+            value = value.item() if value.numel() == 1 else value.tolist()
+        found.append(require_finite(f"disco.constraint ({type(controller).__name__}): {part}({kl:g})", value))
+    return tuple(found)
+
+
 def build_controller(kind: str, settings: Mapping) -> Controller:
     """The controller registered as ``kind``, with those of ``settings`` that its constructor names.
 
     Raises:
-        ValueError: for an unknown kind, or a setting that is missing or out of range, naming it.
+        ValueError: for an unknown kind, a setting that is missing or out of range, or a state that no checkpoint can
+            hold, naming it.
     """
     cls = CONTROLLERS[kind]
     wanted = inspect.signature(cls).parameters
     for name, parameter in wanted.items():
         if name not in settings and parameter.default is parameter.empty:
             raise ValueError(f"constraint={kind} needs the setting {name!r}; give it as +disco.options.{name}=VALUE")
-    return cls(**{n: settings[n] for n in wanted if n in settings})
+    controller = cls(**{n: settings[n] for n in wanted if n in settings})
+    try:
+        json.dumps(controller.state_dict(), allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"constraint={kind} has a state that JSON cannot hold ({e}): {controller.state_dict()}") from e
+    return controller

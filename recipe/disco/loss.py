@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipe.disco.constraint import CONTROLLERS, build_controller, kl_estimate
+from recipe.disco.constraint import CONTROLLERS, build_controller, kl_estimate, kl_standard_error, price
 from recipe.disco.metrics import group_metrics
 from recipe.disco.objectives import OBJECTIVES, evaluate, weigh
 from recipe.disco.registry import require_finite
@@ -141,19 +141,25 @@ def disco_loss(
 
     length, positive = mask.sum(-1), reward >= positive_threshold
     s = compute_score(score, log_prob, old_log_prob, mask, ref_log_prob, rollout_is_weights)
-    kl = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum() / length.sum().clamp(min=1)
+    kl_sum = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum(-1)
+    require_numbers(f"score={score}", s)
+    require_numbers("KL", kl_sum)
+    kl = kl_sum.sum() / length.sum().clamp(min=1)
     j = evaluate(objective, s, positive, question, length, settings)
     loss = -j.value + controller.penalty(kl)
 
     _, weight = weigh(objective, s, positive, question, length, settings)
+    penalty, coefficient = price(controller, kl.item())
+    standard_error = kl_standard_error(kl_sum.detach(), length)
     metrics = {
         "loss": loss.item(),
         "objective": j.value.item(),
         "objective_positive": j.positive.item(),
         "objective_negative": j.negative.item(),
         "kl": kl.item(),
-        "coefficient": controller.coefficient(kl.item()),
-        "penalty": controller.penalty(kl.item()),
+        **({} if standard_error is None else {"kl_standard_error": standard_error}),
+        "coefficient": coefficient,
+        "penalty": penalty,
         **group_metrics(s.detach(), positive, question, length, weight),
     }
     return loss, metrics

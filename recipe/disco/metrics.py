@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from recipe.disco.objectives import indices_by_question
+from recipe.disco.objectives import by_question
 
 
-def _mean(values: list[float] | Tensor) -> float | None:
-    values = torch.as_tensor(values, dtype=torch.float64)
+def _mean(values: list[Tensor]) -> float | None:
+    values = torch.cat([x.double() for x in values]) if values else torch.zeros(0)
     return float(values.mean()) if len(values) else None
 
 
@@ -25,36 +25,35 @@ def group_metrics(
         ``effective_negatives``), means over responses (``length_*``) and the count ``empty_responses``. A mean over
         nothing is left out.
     """
-    real = question >= 0
-    counts = {"mixed": 0, "all_positive": 0, "all_negative": 0, "empty": 0}
+    questions = by_question(positive, question, length)
+    count = max(len(questions.positives), 1)
+    right, wrong = questions.positives > 0, questions.negatives > 0
+    counts = {
+        "mixed": right & wrong,
+        "all_positive": right & ~wrong,
+        "all_negative": ~right & wrong,
+        "empty": ~(right | wrong),
+    }
     auc, effective, positives, negatives = [], [], [], []
-    questions = indices_by_question(question)
-    for rows in questions:
-        scored = rows[length[rows] > 0]
-        pos, neg = scored[positive[scored]], scored[~positive[scored]]
-        if len(pos) and len(neg):
-            counts["mixed"] += 1
-            difference = score[pos][:, None] - score[neg][None, :]
-            auc.append(float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean()))
-            share = weight[neg] / weight[neg].sum()
-            effective.append(float(1.0 / share.square().sum()))
-            positives.append(score[pos].double())
-            negatives.append(score[neg].double())
-        elif len(pos):
-            counts["all_positive"] += 1
-        elif len(neg):
-            counts["all_negative"] += 1
-        else:
-            counts["empty"] += 1
-    scored = real & (length > 0)
-    metrics = {f"groups_{k}": v / max(len(questions), 1) for k, v in counts.items()}
+    for _, pos, neg in questions.mixed:
+        ordered = score[neg].sort(-1).values
+        # Negatives below a positive, and those not above it: ties count by half.
+        below, most = (torch.searchsorted(ordered, score[pos].contiguous(), side=s) for s in ("left", "right"))
+        auc.append((below + most).double().mean(-1) / (2 * neg.shape[-1]))
+        share = weight[neg] / weight[neg].sum(-1, keepdim=True)
+        effective.append(1.0 / share.square().sum(-1))
+        positives.append(score[pos].flatten())
+        negatives.append(score[neg].flatten())
+    scored = (question >= 0) & (length > 0)
+    metrics = {f"groups_{k}": float(v.sum()) / count for k, v in counts.items()}
     metrics |= {
-        "score_positive": _mean(torch.cat(positives) if positives else []),
-        "score_negative": _mean(torch.cat(negatives) if negatives else []),
+        "score_positive": _mean(positives),
+        "score_negative": _mean(negatives),
         "auc": _mean(auc),
-        "effective_negatives": _mean(effective),
-        "length_positive": _mean(length[scored & positive]),
-        "length_negative": _mean(length[scored & ~positive]),
-        "empty_responses": float((real & (length == 0)).sum()),
+        # No share, where no negative has a weight: a squared hinge at 0.
+        "effective_negatives": _mean([x[x.isfinite()] for x in effective]),
+        "length_positive": _mean([length[scored & positive]]),
+        "length_negative": _mean([length[scored & ~positive]]),
+        "empty_responses": float(((question >= 0) & (length == 0)).sum()),
     }
     return {k: v for k, v in metrics.items() if v is not None}

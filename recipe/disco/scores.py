@@ -99,16 +99,30 @@ def compute_score(
         rollout_is_weights: (B, T) rho, the tokens' importance weights in the gradient; None where nothing is corrected.
 
     Raises:
-        ValueError: for an unknown score, a missing ``ref_log_prob``, or weights for a score that takes none.
+        ValueError: for an unknown score, a missing ``ref_log_prob``, weights for a score that takes none, or what is
+            not one score a response with a gradient.
     """
     chosen = SCORES[score]
     if chosen.base == "reference" and ref_log_prob is None:
         raise ValueError(f"score={score!r} compares with a reference model, but there is no ref_log_prob")
     base = ref_log_prob if chosen.base == "reference" else old_log_prob
-    s = chosen.fn(log_prob, base, mask)
+    s = _call(score, log_prob, base, mask)
     if rollout_is_weights is None:
         return s
     if not chosen.correctable:
         raise ValueError(f"score={score!r} takes no importance weights: give its function a fourth argument, rho")
-    trained = chosen.fn(log_prob, base, mask, rollout_is_weights.detach())
+    trained = _call(score, log_prob, base, mask, rollout_is_weights.detach())
     return s.detach() + (trained - trained.detach())
+
+
+def _call(score: str, log_prob: Tensor, *arguments: Tensor) -> Tensor:
+    s = SCORES[score].fn(log_prob, *arguments)
+    if not isinstance(s, Tensor) or s.shape != log_prob.shape[:1] or not s.is_floating_point():
+        found = f"{s.dtype} of shape {tuple(s.shape)}" if isinstance(s, Tensor) else repr(s)
+        raise ValueError(f"disco.score={score} gave {found}; it must give one number a response, {len(log_prob)} here")
+    if log_prob.requires_grad and torch.is_grad_enabled() and not s.requires_grad:
+        raise ValueError(
+            f"disco.score={score} has no gradient, so nothing would be learned; compute it from log_prob by torch, "
+            "without detach, item or numpy"
+        )
+    return s

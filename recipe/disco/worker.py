@@ -17,6 +17,7 @@ dp_size times its micro-batch's share of the global sum; fields of the batch rea
 
 import json
 import logging
+import math
 import os
 import time
 from typing import Any
@@ -32,7 +33,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
 from recipe.disco.config import DiscoConfig
-from recipe.disco.constraint import kl_estimate
+from recipe.disco.constraint import kl_estimate, kl_standard_error, price
 from recipe.disco.loss import micro_batch_loss, require_numbers
 from recipe.disco.metrics import group_metrics
 from recipe.disco.objectives import weigh
@@ -63,6 +64,8 @@ class DiscoTrainingWorker(TrainingWorker):
         self.entropy_coeff = entropy_coeff
         self._first_after_rollout = True
         self._last_kl = 0.0
+        self._noise_told = 0.0
+        self._sides_told = False
         self.set_loss_fn(self._loss)
 
     # One rollout ----------------------------------------------------------------------------------------------------
@@ -99,7 +102,38 @@ class DiscoTrainingWorker(TrainingWorker):
             metrics = tu.get(output, "metrics")
             # What verl would average over the mini-batches.
             metrics["disco/measure_seconds"] = sum(metrics["disco/measure_seconds"])
+            self._tell_of_noise(metrics)
         return output
+
+    def _tell_of_noise(self, metrics: dict[str, list[float]]) -> None:
+        """Say when delta is below what the KL can be measured to: once, and again when that changes threefold."""
+        if "delta" not in self.disco.chosen() or not self._speaks_for_all():
+            return
+        names = ("disco/kl_standard_error", "disco/kl_floor")
+        error, floor = (sum(metrics[n]) / len(metrics[n]) if n in metrics else 0.0 for n in names)
+        noise, delta = max(error, floor), self.disco.delta
+        if noise <= delta or self._noise_told / 3 < noise < self._noise_told * 3:
+            return
+        self._noise_told = noise
+        advice = [f"a disco.delta of {2 * noise:.1g}"]
+        if error > delta:
+            advice.append("more questions a mini-batch (the error falls with the root of the responses)")
+            advice += ["disco.kl_estimator=k3 (a tenth of the error)"] * (self.disco.kl_estimator == "k1")
+        if floor > delta:
+            advice.append("float32, or bypass_mode=False where old_log_probs are the rollout's")
+        logger.warning(
+            "disco.delta=%g is below what this batch can measure: the KL's standard error is %.1e nats per token "
+            "(disco/kl_standard_error), and before any update the KL is %.1e (disco/kl_floor), so the constraint acts "
+            "on noise. Use %s",
+            delta,
+            error,
+            floor,
+            "; or ".join(advice),
+        )
+
+    def _speaks_for_all(self) -> bool:
+        """Whether this rank is the one that says what every rank knows."""
+        return self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
 
     def infer_batch(self, data: TensorDict) -> TensorDict:
         """verl's, with a micro-batch size that divides the rows whatever their number."""
@@ -116,6 +150,8 @@ class DiscoTrainingWorker(TrainingWorker):
         # At pi_theta = pi_old there is nothing to measure: scores follow from old_log_probs and the KL is 0.
         fresh = bool(data["fresh_old_log_probs"].all())
         free = lagged or (first and fresh)
+        # No update has come between: what the KL differs from 0 by is kernels, rounding and, of a rollout, old weights.
+        same_weights = first and bool((data["local_step"] == 0).all())
         # verl's pass for old_log_probs logs the entropy; where there is none (bypass mode), we do.
         entropy_unknown = first and not bool(data["entropy_logged"].all())
         if free:
@@ -123,26 +159,49 @@ class DiscoTrainingWorker(TrainingWorker):
         else:
             log_prob, entropy = self._forward(data, with_entropy=entropy_unknown)
         # None on pipeline stages before the last: no loss is evaluated there.
-        metrics = {} if log_prob is None else self._weigh(data, log_prob, entropy)
+        metrics = {} if log_prob is None else self._weigh(data, log_prob, entropy, free)
         measured = time.perf_counter() - started
 
         self._fit_micro_batches(data, self.engine_config.micro_batch_size_per_gpu)
         if lagged and entropy_unknown:
             tu.assign_non_tensor(data, calculate_entropy=True)
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        # What the loss sees of each response, where nothing was measured before.
+        self._trained: list[Tensor] | None = [] if free else None
         result = super().train_batch(data)
-        if lagged and log_prob is not None:
-            # Known only now; coefficient and penalty stay those that were in force.
-            sums = self._sums.to(log_prob.device)
-            dist.all_reduce(sums, group=self.engine.get_data_parallel_group())
-            self._last_kl, mean_entropy = (sums / max(self._tokens, 1)).tolist()
-            metrics |= {"kl": self._last_kl, "over_delta": float(self._last_kl > self.disco.delta)}
-            metrics |= {"entropy": mean_entropy} if entropy_unknown else {}
+        seen = metrics
+        # Not on pipeline stages before the last.
+        if self._trained:
+            # Coefficient and penalty stay those that were in force.
+            kl_sum, length, entropy_sum = self._gather(torch.cat(self._trained).to(log_prob.device)).unbind(-1)
+            seen = self._kl_metrics(kl_sum, length)
+            if lagged:
+                self._last_kl = seen["kl"]
+                metrics |= seen | {"over_delta": float(self._last_kl > self.disco.delta)}
+                metrics |= {"entropy": float(entropy_sum.sum()) / max(self._tokens, 1)} if entropy_unknown else {}
+        if same_weights and seen:
+            metrics["kl_floor"] = seen["kl"]
         if result is not None:
+            found = tu.get(result, "metrics")
             metrics |= {"measured": float(not free), "measure_seconds": measured}
+            # verl goes on without an update where the gradient is not finite.
+            metrics["skipped_updates"] = float(not math.isfinite(found.get("grad_norm", 0.0)))
             # verl's "loss" is the value of the separable form, which only has L's gradient.
-            tu.get(result, "metrics").update({f"disco/{k}": v for k, v in metrics.items()}, loss=metrics["loss"])
+            found.update({f"disco/{k}": v for k, v in metrics.items()}, loss=metrics["loss"])
         return result
+
+    def _gather(self, table: Tensor) -> Tensor:
+        """The rows of all data-parallel ranks, which have equally many, on the CPU; the same on every rank."""
+        group = self.engine.get_data_parallel_group()
+        parts = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, table, group=group)
+        return torch.cat(parts).cpu()
+
+    @staticmethod
+    def _kl_metrics(kl_sum: Tensor, length: Tensor) -> dict[str, float]:
+        """The mini-batch's KL and its standard error, from each response's sum and tokens."""
+        error = kl_standard_error(kl_sum, length)
+        kl = float(kl_sum.sum()) / max(int(length.sum()), 1)
+        return {"kl": kl, **({} if error is None else {"kl_standard_error": error})}
 
     def _fit_micro_batches(self, data: TensorDict, size: int | None) -> None:
         if not self.engine_config.use_dynamic_bsz and size:
@@ -178,8 +237,14 @@ class DiscoTrainingWorker(TrainingWorker):
             return None
         return padded(data["ref_log_prob"]).float().to(device)
 
-    def _weigh(self, data: TensorDict, log_prob: Tensor, entropy: Tensor | None) -> dict[str, float]:
-        """Exchange the table, write each row's weight and the coefficient into ``data``; return the metrics."""
+    def _weigh(
+        self, data: TensorDict, log_prob: Tensor, entropy: Tensor | None, free: bool = False
+    ) -> dict[str, float]:
+        """Exchange the table, write each row's weight and the coefficient into ``data``; return the metrics.
+
+        Args:
+            free: ``log_prob`` are old_log_probs, which say nothing of the KL.
+        """
         mask = padded(data["response_mask"]).bool().to(log_prob.device)
         old = padded(data["old_log_probs"]).float().to(log_prob.device)
         columns = {
@@ -193,46 +258,59 @@ class DiscoTrainingWorker(TrainingWorker):
             "entropy": masked(log_prob if entropy is None else entropy, mask).sum(-1),
         }
         table = torch.stack([x.to(log_prob.device, torch.float64) for x in columns.values()], -1)
-        group = self.engine.get_data_parallel_group()
-        parts = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, table, group=group)
-        question, size, index, reward, length, score, kl_sum, entropy_sum = torch.cat(parts).cpu().unbind(-1)
+        question, size, index, reward, length, score, kl_sum, entropy_sum = self._gather(table).unbind(-1)
         question, length = question.long(), length.long()
 
         real = question >= 0
-        for name, x in (("sequence_reward", reward), ("score", score), ("KL", kl_sum)):
+        for name, x in (("sequence_reward", reward), ("score", torch.where(length > 0, score, 0.0)), ("KL", kl_sum)):
             require_numbers(name, torch.where(real, x, 0.0), index=index)
+        # Without a token the weight is 0, but 0 times NaN is NaN.
+        require_numbers(f"disco.score={self.disco.score} (0, say, for a response without a token)", score, index=index)
         refuse_torn_questions(question, size.long())
 
         # In the rewards' own precision, as in disco_loss: a reward of 0.7 reaches a threshold of 0.7.
         positive = reward.float() >= self.disco.positive_threshold
         settings = self.disco.settings()
         value, weight = weigh(self.disco.objective, score, positive, question, length, settings)
+        self._tell_of_swapped_sides(weight, positive)
         self._tokens = int(length.sum())
-        if self.disco.measure == "lagged":
-            kl = self._last_kl
-        else:
-            kl = self._last_kl = float(kl_sum.sum()) / max(self._tokens, 1)
+        # Where it is free: 0, or with disco.measure=lagged the previous mini-batch's.
+        measured = {"kl": self._last_kl} if free else self._kl_metrics(kl_sum, length)
+        kl = self._last_kl = measured["kl"]
+        penalty, coefficient = price(self.controller, kl)
 
         rank, rows = self.engine.get_data_parallel_rank(), len(data)
         data["disco_weight"] = weight[rank * rows : (rank + 1) * rows].float().to(data["group_id"].device)
-        tu.assign_non_tensor(data, disco_coefficient=self.controller.coefficient(kl), disco_tokens=self._tokens)
+        tu.assign_non_tensor(data, disco_coefficient=coefficient, disco_tokens=self._tokens)
         return {
-            "loss": self.controller.penalty(kl) - float(value.value),
+            "loss": penalty - float(value.value),
             "objective": float(value.value),
             "objective_positive": float(value.positive),
             "objective_negative": float(value.negative),
-            "kl": kl,
-            "coefficient": self.controller.coefficient(kl),
-            "penalty": self.controller.penalty(kl),
+            **measured,
+            "coefficient": coefficient,
+            "penalty": penalty,
             "over_delta": float(kl > self.disco.delta),
-            **{f"constraint_{k}": v for k, v in self.controller.state_dict().items()},
+            **{f"constraint_{k}": v for k, v in self.controller.state_dict().items() if isinstance(v, int | float)},
             **group_metrics(score, positive, question, length, weight),
             "questions": float(len(question[real].unique())),
             "padding_rows": float((~real).double().mean()),
             "no_mixed_group": float(not bool(weight.any())),
             **({} if entropy is None else {"entropy": float(entropy_sum.sum()) / max(self._tokens, 1)}),
         }
+
+    def _tell_of_swapped_sides(self, weight: Tensor, positive: Tensor) -> None:
+        """Say once when an objective of the user's favours wrong responses."""
+        right, wrong = float(weight[positive].sum()), float(weight[~positive].sum())
+        if (right < 0 or wrong > 0) and not self._sides_told and self._speaks_for_all():
+            self._sides_told = True
+            logger.warning(
+                "disco.objective=%s favours wrong responses: the weights dJ/ds of right ones add up to %.2g, of wrong "
+                "ones to %.2g. Its J = positive - negative should rise with the scores of right responses",
+                self.disco.objective,
+                right,
+                wrong,
+            )
 
     # One micro-batch ------------------------------------------------------------------------------------------------
 
@@ -257,14 +335,19 @@ class DiscoTrainingWorker(TrainingWorker):
             ref_log_prob=self._reference(data, log_prob.device),
             rollout_is_weights=rho,
         )
-        if self.disco.measure == "lagged":
-            kl = kl_estimate(log_prob.detach(), old, mask, self.disco.kl_estimator)
-            self._sums[0] += kl.double().sum().cpu()
+        # In float16 verl scales the loss until gradients overflow, and back.
+        if log_prob.requires_grad and log_prob.dtype != torch.float16:
+            name = f"the gradient of disco.score={self.disco.score} by the log-probabilities"
+            log_prob.register_hook(lambda g: require_numbers(name, g.sum(-1), index=data["sample_index"]))
+        entropy = torch.zeros_like(loss)
         if "entropy" in model_output:
-            entropy = masked(no_padding_2_padding(model_output["entropy"], data), mask).sum()
-            self._sums[1] += entropy.detach().double().cpu()
+            entropy = masked(no_padding_2_padding(model_output["entropy"], data), mask).sum(-1)
             if self.entropy_coeff:
-                loss = loss - self.entropy_coeff * entropy / max(tokens, 1)
+                loss = loss - self.entropy_coeff * entropy.sum() / max(tokens, 1)
+        if self._trained is not None:
+            kl = kl_estimate(log_prob.detach(), old, mask, self.disco.kl_estimator).sum(-1)
+            columns = (kl, mask.sum(-1), entropy.detach().expand_as(kl))
+            self._trained.append(torch.stack([x.double() for x in columns], -1))
         return loss * data["dp_size"], {}
 
     # Checkpoints ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ def check(steps: list[dict]) -> None:
         assert step["actor/grad_norm"] > 0
     # The importance weights tell an older policy from the one that trains.
     first, second = (s["rollout_corr/rollout_is_std"] for s in steps)
-    assert first < 1e-4 < 1e-2 < second
+    # verl's formula cancels: up to 2e-4 where all weights are within 1e-6 of 1.
+    assert first < 1e-3 < 1e-2 < second
 
 
 @pytest.mark.slow

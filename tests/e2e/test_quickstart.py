@@ -28,16 +28,17 @@ SMALL = (
 def test_it_trains_and_summarises_and_a_second_start_only_summarises(tmp_path):
     run = tmp_path / "run"
 
-    def start() -> str:
+    def start(*overrides: str, status: int = 0) -> str:
+        settings = (f"arithmetic.folder={tmp_path / 'assets'}", *SMALL, *overrides)
         done = subprocess.run(
-            ["bash", str(ROOT / "examples/quickstart.sh"), f"arithmetic.folder={tmp_path / 'assets'}", *SMALL],
+            ["bash", str(ROOT / "examples/quickstart.sh"), *settings],
             env=os.environ | {"RUN": str(run)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=600,
         )
-        assert done.returncode == 0, done.stdout[-5000:]
+        assert done.returncode == status, done.stdout[-5000:]
         return done.stdout
 
     first = start()
@@ -72,3 +73,8 @@ def test_it_trains_and_summarises_and_a_second_start_only_summarises(tmp_path):
     assert "finished before" in second and "pre-training" not in second
     assert "before (step 0) and after (step 2)" in second
     assert (run / "metrics.jsonl").read_bytes() == before
+
+    # Another run is not taken for this one.
+    other = start("disco.score=l_ratio", status=1)
+    assert f"{run} holds another run: disco.score=l_ratio, there log_l" in other and "step   1" not in other
+    assert (run / "metrics.jsonl").read_bytes() == before and (run / "finished").exists()

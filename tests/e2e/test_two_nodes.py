@@ -44,7 +44,7 @@ def cluster(tmp_path, monkeypatch):
                 env=os.environ | {"RAY_worker_niceness": "0"} | (env or {}),
                 stdout=(tmp_path / f"node_{len(nodes)}.txt").open("w"),
                 stderr=subprocess.STDOUT,
-                cwd=tmp_path,
+                cwd=temporary,
                 start_new_session=True,
             )
         )
@@ -69,8 +69,10 @@ def settings(address: str) -> list[str]:
 def test_the_plugin_works_on_the_node_that_did_not_start_the_driver(main_ppo, cluster):
     cluster()
     address = cluster()
-    run = main_ppo(*settings(address), ranks=1)
+    # verl's processes have the working folder of the node's Ray, not that of the command.
+    run = main_ppo(*settings(address), "trainer.default_local_dir=run", ranks=1)
     assert run.returncode == 0, run.output[-5000:]
+    assert (run.folder / "finished").exists() and "does not see" not in run.output
     for step in run.metrics():
         assert step["disco/questions"] == 3 and step["disco/measured"] == 0.5 and step["actor/grad_norm"] > 0
     # Each node has room for one of the two ranks; Ray names the address of those that are not the driver's.

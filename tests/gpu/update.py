@@ -1,17 +1,26 @@
-"""One actor update of DisCO and one of GRPO through verl's FSDP2 engine: seconds, peak memory, and DisCO's error.
+"""One actor update of DisCO and one of GRPO through verl's FSDP2 engine: seconds, peak memory, and DisCO's errors.
 
 Run by test_gpu.py, or by hand, with the folder tests/recipe/disco on PYTHONPATH:
 
     torchrun --standalone --nproc-per-node 1 tests/gpu/update.py --size 0.5b --out result.json
 
-The error is that of bfloat16: |update - update in float32| / |update in float32| over all parameters, by plain SGD.
-Seconds and memory are those of AdamW. The model is a random Qwen2, so it says nothing of learning.
+As in a run, the batch stays on the CPU, so that the ranks exchange their tables by gloo where nothing is measured and
+by NCCL where something is; the engine has verl's settings of main_ppo.
+
+Errors are those of bfloat16: |update - update in float32| / |update in float32| over all parameters, by plain SGD; of
+the objective alone (beta = 0), and of the constraint alone (all responses right, so that no question is mixed, under
+old log-probabilities that are higher). Log-probabilities are compared with those of PyTorch, row by row; flash-attn's
+Triton kernel makes the others, where it is installed. Seconds and memory are those of AdamW. The model is a random
+Qwen2, so it says nothing of learning.
+
+On a CPU, to rehearse: --device cpu --size tiny --questions 4 --responses 4 --prompt 8 --response 24
 """
 
 import argparse
 import functools
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -87,6 +96,8 @@ def worker_config(args: argparse.Namespace, folder: str, dtype: str, optimizer: 
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
             use_torch_compile=False,
+            # The dataclass would defer the exchange of gradients; main_ppo's YAML does not.
+            use_no_sync_for_gradient_accumulation=False,
             use_dynamic_bsz=True,
             max_token_len_per_gpu=args.micro_batch_tokens,
             infer_max_token_len_per_gpu=args.micro_batch_tokens,
@@ -105,22 +116,28 @@ def worker_config(args: argparse.Namespace, folder: str, dtype: str, optimizer: 
     )
 
 
-def on_policy(worker, args: argparse.Namespace, rows: list[dict], case: dict) -> TensorDict:
-    """The batch as the trainer sends it, in two mini-batches, with the worker's own log-probabilities as the old."""
+def batch_of(
+    worker, args: argparse.Namespace, rows: list[dict], case: dict, *, mini_batches: int = 2, offset: float = 0.0
+) -> TensorDict:
+    """The batch as the trainer sends it, on the CPU.
+
+    Args:
+        offset: of the old log-probabilities over the worker's own, so the KL per token.
+    """
     from verl_ext.grouping import deal
 
     plan = deal(
         [r["uid"] for r in rows],
         [len(r["prompt"]) + len(r["response"]) for r in rows],
-        groups_per_mini_batch=args.questions // 2,
+        groups_per_mini_batch=args.questions // mini_batches,
         ranks=1,
         micro_batches=(),
         padding_length=8,
     )
-    data = to_batch(rows, plan, 1, 0, case).to(args.device)
-    log_prob, _ = worker._forward(data, with_entropy=False)
+    data = to_batch(rows, plan, 1, 0, case)
+    log_prob = worker._forward(data, with_entropy=False)[0].cpu()
     lengths = [len(r["response"]) for r in rows]
-    old = [log_prob[i, : lengths[index]] for i, index in enumerate(plan.order)]
+    old = [log_prob[i, : lengths[index]] + offset for i, index in enumerate(plan.order)]
     data["old_log_probs"] = torch.nested.as_nested_tensor(old, layout=torch.jagged)
     return data
 
@@ -154,28 +171,73 @@ def clean(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def measure(worker, data: TensorDict, device: str) -> dict[str, float]:
-    """Median seconds and peak GiB of an update, after one to warm up."""
+def timed(call, device: str) -> float:
+    """Median seconds of a call, after one to warm up."""
     seconds = []
     for _ in range(1 + REPEATS):
         if device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        worker.train_mini_batch(data.copy())
+        call()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def measure(worker, data: TensorDict, device: str) -> dict[str, float]:
+    """Seconds and peak GiB of an update."""
+    seconds = timed(lambda: worker.train_mini_batch(data.copy()), device)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-    return {"seconds": statistics.median(seconds[1:]), "peak_gib": peak}
+    return {"seconds": seconds, "peak_gib": peak}
 
 
-def update(args: argparse.Namespace, folder: str, rows: list[dict], dtype: str, case: dict) -> list[torch.Tensor]:
-    """What one DisCO update adds to each parameter, on the CPU."""
+def log_probabilities(worker, data: TensorDict, device: str) -> dict[str, float]:
+    """Seconds of a forward pass by verl's fastest log-probabilities and row by row, and how far they are apart."""
+
+    def forward():
+        return worker._forward(data, with_entropy=False)[0]
+
+    found = {"seconds": timed(forward, device)}
+    fast = forward()
+    os.environ["VERL_DISABLE_FLASH_ATTN_CE"] = "1"
+    try:
+        found["seconds_row_by_row"] = timed(forward, device)
+        found["largest_difference"] = float((forward() - fast).abs().max())
+    finally:
+        del os.environ["VERL_DISABLE_FLASH_ATTN_CE"]
+    return found
+
+
+def tables_of(worker, data: TensorDict) -> list[str]:
+    """On which device each mini-batch's table was exchanged."""
+    devices, gather = [], worker._gather
+
+    def spied(table):
+        devices.append(table.device.type)
+        return gather(table)
+
+    worker._gather = spied
+    worker.train_mini_batch(data.copy())
+    del worker._gather
+    return devices
+
+
+def update(
+    args: argparse.Namespace, folder: str, rows: list[dict], dtype: str, case: dict, offset: float
+) -> list[torch.Tensor]:
+    """What one mini-batch of DisCO adds to each parameter, on the CPU."""
     worker = disco_worker(args, folder, dtype, "SGD", case)
     before = [full(p).cpu() for p in worker.engine.module.parameters()]
-    worker.train_mini_batch(on_policy(worker, args, rows, case))
+    # In a second mini-batch, each type would be at weights of its own.
+    worker.train_mini_batch(batch_of(worker, args, rows, case, mini_batches=1, offset=offset))
     clean(args.device)
     return [full(p).cpu() - b for p, b in zip(worker.engine.module.parameters(), before, strict=True)]
+
+
+def relative_error(low: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    difference = sum(float((a - b).square().sum()) for a, b in zip(low, exact, strict=True))
+    return (difference / sum(float(b.square().sum()) for b in exact)) ** 0.5
 
 
 def main() -> None:
@@ -191,20 +253,27 @@ def main() -> None:
     args = parser.parse_args()
     import verl  # noqa: F401  (activates the plugin)
     from verl.utils import tensordict_utils as tu
+    from verl.utils.torch_functional import FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE
 
-    case = DEFAULTS | dict(tau=10.0, delta=1e-4, beta=1e3, temperature=1.0, fresh=True)
+    case = DEFAULTS | dict(tau=10.0, delta=1e-4, beta=1e3, temperature=0.6, fresh=False)
     rows, result = make_rows(args), {"size": args.size, "tokens": 0}
     result["tokens"] = sum(len(r["prompt"]) + len(r["response"]) for r in rows)
+    result["triton_cross_entropy"] = FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, args.size)
-        low, exact = (update(args, folder, rows, dtype, case) for dtype in ("bf16", "fp32"))
-        difference = sum(float((a - b).square().sum()) for a, b in zip(low, exact, strict=True))
-        result["error"] = (difference / sum(float(b.square().sum()) for b in exact)) ** 0.5
-        del low, exact
+        all_right = [r | {"reward": 1.0} for r in rows]
+        parts = {"objective": (rows, case | {"beta": 0.0}, 0.0), "constraint": (all_right, case, 0.01)}
+        result["error"] = {
+            name: relative_error(*(update(args, folder, chosen, dtype, c, offset) for dtype in ("bf16", "fp32")))
+            for name, (chosen, c, offset) in parts.items()
+        }
 
         clean(args.device)
         worker = disco_worker(args, folder, "bf16", "AdamW", case)
-        data = on_policy(worker, args, rows, case)
+        data = batch_of(worker, args, rows, case | {"fresh": True})
+        result["log_probs"] = log_probabilities(worker, data, args.device)
+        result["exchanged_on"] = tables_of(worker, data)
+        clean(args.device)
         result["disco"] = measure(worker, data, args.device)
         del worker
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from verl_ext import doctor, dry_run, hydra_config
-from verl_ext.memory import GIB, Shape, estimate, lora_parameters
+from verl_ext.memory import lora_parameters
 
 EXPERIMENTS = sorted(p.stem for p in (Path(hydra_config.__file__).parent / "config/experiment").glob("*.yaml"))
 SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "evaluate")]
@@ -39,7 +39,10 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder)
-    build_model(tokenizer, seed=1).save_pretrained(folder)
+    small = build_model(tokenizer, seed=1)
+    # Room for the prompts and responses of math_8k.
+    small.config.max_position_embeddings = 16384
+    small.save_pretrained(folder)
     return folder
 
 
@@ -190,6 +193,39 @@ def test_wrong_data_is_named(data, tmp_path, change, problem):
     assert problems == [f"data.train_files: {file}{problem}"]
 
 
+@pytest.mark.parametrize("experiment", SHIPPED)
+def test_servers_have_room_for_the_longest_sequence_and_no_more(compose, experiment):
+    config = compose("algorithm=disco", f"+experiment={experiment}", "data.max_prompt_length=512")
+    assert config.actor_rollout_ref.rollout.max_model_len == 512 + config.data.max_response_length
+
+
+def test_what_the_engine_will_use_is_judged(data):
+    rollout = "actor_rollout_ref.rollout"
+    run_of = ["algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", "verl_ext.gpu_memory=24"]
+    run_of.append(f"{rollout}.gpu_memory_utilization=0.3")
+    assert run(*run_of)[0] == []
+    # The share less 3.3 GiB of weights and 3 GiB of the engine's own, at 28 KiB a token.
+    (finding,) = [f for f in dry_run.dry_run([*run_of, f"{rollout}.max_model_len=null"]) if f.name == "KV cache"]
+    room = int((0.3 * 24 - 3.31 - 3) * 2**30 / 28672) // 1000
+    assert finding.problem.startswith(f"{rollout}.max_model_len=null stands for the model's 131072 positions, of which")
+    assert f"holds {room}" in finding.problem and "vllm does not start" in finding.problem
+    assert finding.fix == f"set {rollout}.max_model_len=9216, the longest prompt and response"
+    # With room for all positions, or with an engine that takes what it needs, null is no problem.
+    assert run(*run_of[:3], f"{rollout}.max_model_len=null")[0] == []
+    assert run(*run_of, f"{rollout}.max_model_len=null", f"{rollout}.name=hf")[0] == []
+    (problem,) = run(*run_of, f"{rollout}.max_model_len=65536")[0]
+    assert re.fullmatch(rf"the KV cache holds {room}\d\d\d tokens, fewer than one sequence of 65536", problem)
+
+
+def test_sequences_longer_than_the_models_positions_are_named(data):
+    run_of = ["algorithm=disco", "+experiment=qwen3_4b", f"math.folder={data}", "data.max_response_length=40000"]
+    problems, _, _ = run(*run_of, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=41024")
+    assert problems == ["actor_rollout_ref.rollout.max_model_len=41024 is more than the model's 40960 positions"]
+    unset = [*run_of, "actor_rollout_ref.rollout.max_model_len=null"]
+    problems, _, _ = run(*unset, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=41024")
+    assert problems == ["prompt and response=41024 is more than the model's 40960 positions"]
+
+
 def test_wrong_values_are_all_named_and_nothing_is_built_on_them(data):
     overrides = [
         "trainer.n_gpus_per_node=0",
@@ -208,6 +244,17 @@ def test_wrong_values_are_all_named_and_nothing_is_built_on_them(data):
         "trainer.nnodes=two is wrong",
     ]
     assert "checks" not in found and found["further checks"].startswith("not made")
+
+
+def test_what_verl_ignores_is_a_warning_and_stays_in_the_settings(data):
+    overrides = ["trainer.balance_batch=false", "critic.ppo_max_token_len_per_gpu=9216", "critic.use_dynamic_bsz=false"]
+    overrides += ["critic.ppo_micro_batch_size_per_gpu=2"]
+    problems, warnings, found = run(
+        "algorithm=ppo", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides
+    )
+    assert problems == [] and "passed for" in found["checks"]
+    for override in overrides:
+        assert f"{override} changes nothing: verl does not read it" in warnings
 
 
 def test_data_in_json_pass(data, tmp_path):
@@ -333,31 +380,3 @@ def test_adapters_are_counted_as_peft_makes_them(model):
     )
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert lora_parameters(dry_run.find_shape(str(model))[0], 8) == trained
-
-
-def test_memory_follows_the_settings(compose):
-    shape = Shape.of(
-        dict(hidden_size=1024, num_hidden_layers=10, num_attention_heads=8, intermediate_size=4096, vocab_size=1000)
-    )
-    assert (shape.num_key_value_heads, shape.head_dim) == (8, 128)
-
-    def memory(*overrides):
-        return estimate(compose("algorithm=disco", "+experiment=deepseek_qwen_1_5b", *overrides), shape, 80 * GIB)
-
-    plain = memory()
-    # Adam in float32: two moments of four bytes, over eight GPUs.
-    assert plain.optimizer == shape.parameters and plain.gradients == shape.parameters / 2
-    # Logits in half precision and their gradient.
-    assert plain.logits == 18432 * 1000 * 4 and memory("actor_rollout_ref.model.use_fused_kernels=true").logits == 0
-    assert memory("trainer.nnodes=2").optimizer == plain.optimizer / 2
-    assert memory("actor_rollout_ref.actor.fsdp_config.fsdp_size=4").optimizer == 2 * plain.optimizer
-    offloaded = memory(
-        "actor_rollout_ref.actor.fsdp_config.param_offload=true",
-        "actor_rollout_ref.actor.fsdp_config.optimizer_offload=true",
-    )
-    assert offloaded.resident == 0 and offloaded.offloaded == plain.weights + plain.optimizer
-    assert memory("actor_rollout_ref.model.enable_gradient_checkpointing=false").activations > 3 * plain.activations
-    assert plain.engine == 0.6 * 80 * GIB
-    assert memory("actor_rollout_ref.rollout.tensor_model_parallel_size=2").cache_tokens > 2 * plain.cache_tokens
-    lora = memory("actor_rollout_ref.model.lora_rank=8")
-    assert lora.optimizer == lora_parameters(shape, 8)

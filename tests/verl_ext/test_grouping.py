@@ -2,11 +2,13 @@
 
 import math
 import random
+import tracemalloc
 from itertools import combinations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 from verl_ext.grouping import balance, deal, split_evenly
 
@@ -99,6 +101,42 @@ def test_balance_is_better_than_slicing():
     lengths = [8000, 7000, 6000, 5000, 400, 300, 200, 100]
     heaviest = max(sum(lengths[i] for i in part) for part in balance(lengths, 2))
     assert heaviest == 13500
+
+
+def heaviest(lengths, parts):
+    return max(sum(lengths[i] for i in part) for part in parts)
+
+
+@pytest.mark.parametrize("ranks, rows", [(2, 3), (8, 4), (64, 4), (64, 8), (256, 4)])
+def test_balance_is_no_worse_than_verls_partition(ranks, rows):
+    rng = random.Random(ranks)
+    for _ in range(5):
+        lengths = [min(8192, int(rng.lognormvariate(7, 0.8)) + 1) for _ in range(ranks * rows)]
+        verls = get_seqlen_balanced_partitions(lengths, ranks, equal_size=True)
+        assert heaviest(lengths, balance(lengths, ranks)) <= 1.002 * heaviest(lengths, verls)
+
+
+@pytest.mark.parametrize("lengths", [[0] * 12, [5] * 12, [1] * 11 + [8192], [0, 1] * 6, [8192] * 6 + [1] * 6])
+def test_balance_of_odd_lengths(lengths):
+    for parts in (1, 2, 3, 4, 12):
+        split = balance(lengths, parts)
+        assert sorted(i for part in split for i in part) == list(range(12))
+        assert {len(part) for part in split} == {12 // parts}
+        assert heaviest(lengths, split) - min(sum(lengths[i] for i in part) for part in split) <= max(lengths)
+
+
+def test_the_memory_of_a_deal_is_linear_in_the_rows():
+    # A table of all trades between two ranks' rows would take 0.5 GiB.
+    count, ranks = 16384, 4
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 8192) for _ in range(count)]
+    tracemalloc.start()
+    plan = deal([i // 8 for i in range(count)], lengths, groups_per_mini_batch=count, ranks=ranks)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**11 * count
+    (parts,) = plan.partitions
+    assert heaviest(lengths, parts) - sum(lengths) / ranks < 2
 
 
 def test_split_evenly_keeps_order_and_balances():

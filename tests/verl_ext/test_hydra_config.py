@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -223,6 +224,13 @@ def test_experiments_come_from_the_same_search_path(compose):
     assert (e.value.options or []) == names
 
 
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_another():
+    """Issue: with one checkpoint to keep, verl's rotation had none for a moment."""
+    texts = [f.read_text() for f in hydra_config.ALGORITHMS.parent.rglob("*.yaml")]
+    kept = [int(n) for text in texts for n in re.findall(r"max_(?:actor|critic)_ckpt_to_keep: (\d+)", text)]
+    assert len(kept) >= 4 and min(kept) >= 2
+
+
 def test_one_seed_seeds_everything(compose):
     config = runs.flatten(compose("algorithm=ppo", "+experiment=arithmetic_cpu", "seed=77"))
     seeds = {name: value for name, value in config.items() if name.split(".")[-1].endswith("seed")}
@@ -241,16 +249,19 @@ def test_descriptions_are_the_second_line_of_each_file():
 def jobs(monkeypatch, tmp_path):
     """``jobs(*arguments)``: run ``main_ppo``'s Hydra application with training replaced; the configs that it got."""
     got = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
 
-    def run(*arguments: str) -> list:
+    def run(*arguments: str, train=lambda config, task_runner_class: None) -> list:
         logging = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-        places = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep"]
+        places = [f"hydra.run.dir={tmp_path}/hydra", f"hydra.sweep.dir={tmp_path}/sweep"]
         monkeypatch.setattr(sys, "argv", ["main_ppo", *arguments, *logging, *places])
         monkeypatch.setattr(main_ppo, "validate_config", lambda **kwargs: None)
-        monkeypatch.setattr(main_ppo, "run_ppo", lambda config, task_runner_class: got.append(config))
+        monkeypatch.setattr(main_ppo, "run_ppo", lambda config, **kwargs: (got.append(config), train(config, **kwargs)))
         main_ppo.main()
         return got
 
+    run.got = got
     yield run
     HydraConfig.instance().cfg = None
 
@@ -293,20 +304,65 @@ def test_a_users_own_directory_asks_for_the_group_by_its_search_path(jobs, tmp_p
     assert (config.trainer.total_epochs, config.disco.objective) == (3, "disco")
 
 
-def test_settings_are_saved_and_a_resumed_run_names_what_is_different(jobs, tmp_path, capsys):
-    folder = tmp_path / "run"
-    mine = ["algorithm=disco", f"trainer.default_local_dir={folder}"]
-    jobs(*mine)
-    assert OmegaConf.load(folder / "config.yaml").disco.delta == 1e-4
-    assert (folder / runs.FINISHED_FILE).exists()
-    jobs(*mine, "disco.delta=1e-3")
-    assert "is resumed" not in capsys.readouterr().out
-    (folder / runs.CHECKPOINT_FILE).write_text("2")
-    jobs(*mine, "disco.delta=1e-2")
-    assert f"verl-disco: {folder} is resumed with disco.delta=0.01, was 0.001" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds a run of algorithm=disco, which algorithm=grpo would resume"):
-        jobs("algorithm=grpo", mine[1])
-    jobs("algorithm=grpo", mine[1], "trainer.resume_mode=disable")
+DISCO = ("algorithm=disco", "+experiment=arithmetic_cpu", "verl_ext.prepare=null")
+
+
+def test_each_run_has_a_folder_of_its_settings(jobs, tmp_path):
+    """Issue: the quickstart, and the same run with another score or seed, used one folder."""
+    for overrides in ([], ["disco.score=l_ratio", "seed=2"]):
+        jobs(*DISCO, *overrides)
+    names = ["disco,seed=1", "disco,disco.score=l_ratio,seed=2"]
+    for config, name in zip(jobs.got, names, strict=True):
+        assert config.trainer.default_local_dir == f"{tmp_path}/outputs/arithmetic/{name}"
+        assert config.trainer.experiment_name == name
+        folder = tmp_path / "outputs/arithmetic" / name
+        assert OmegaConf.load(folder / runs.CONFIG_FILE).trainer.default_local_dir == str(folder)
+        assert (folder / runs.FINISHED_FILE).exists()
+
+
+def test_what_a_job_gets_means_the_same_in_every_process(jobs, tmp_path):
+    folder = "trainer.default_local_dir=${hydra:runtime.output_dir}/run_${now:%Y}"
+    (config,) = jobs(*DISCO, folder, "hydra.job.chdir=true", "trainer.rollout_data_dir=rollouts")
+    assert Path.cwd() == tmp_path
+    text = OmegaConf.to_yaml(config)
+    assert "hydra:" not in text and "now:" not in text
+    run = Path(config.trainer.default_local_dir)
+    assert run.parent == tmp_path / "hydra" and (run / runs.CONFIG_FILE).exists()
+    # Not below Hydra's folder, which is the working folder of the job.
+    assert config.trainer.rollout_data_dir == f"{tmp_path}/rollouts"
+    assert config.data.train_files == f"{tmp_path}/outputs/arithmetic/assets/train.parquet"
+
+
+def test_a_stock_run_is_refused_in_the_folder_of_another(jobs, tmp_path):
+    jobs()
+    run = tmp_path / "checkpoints/verl_examples/gsm8k"
+    before = (run / runs.CONFIG_FILE).read_bytes()
+    (run / runs.METRICS_FILE).write_text('{"step": 1, "actor/lr": 1}\n')
+    with pytest.raises(SystemExit, match=f"{run} holds another run: algorithm.gamma=0.9, there 1.0; choose another"):
+        jobs("algorithm.gamma=0.9")
+    assert (run / runs.CONFIG_FILE).read_bytes() == before and len(jobs.got) == 1
+
+
+def test_a_job_that_ends_early_is_not_finished(jobs, tmp_path, capsys):
+    """Issue: an evaluation alone in the folder of a half-trained run made it ``finished``."""
+    run = tmp_path / "run"
+
+    def train(config, task_runner_class):
+        row = {"step": 50, "actor/lr": 1, "val-core/level_1/acc/mean@1": 0.5}
+        (run / runs.METRICS_FILE).write_text(json.dumps(row) + "\n")
+
+    jobs(*DISCO, f"trainer.default_local_dir={run}", "trainer.val_only=true", train=train)
+    assert not (run / runs.FINISHED_FILE).exists()
+    assert f"{run} is not marked as finished: step 50 of 100 is the last in metrics.jsonl" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_is_not_finished_and_gives_its_folder_back(jobs, tmp_path):
+    def interrupted(config, task_runner_class):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs(*DISCO, train=interrupted)
+    assert not list(tmp_path.rglob(runs.FINISHED_FILE)) and list(tmp_path.rglob(runs.CONFIG_FILE))
 
 
 def test_prepare_runs_after_the_validator_and_before_the_job(jobs):
@@ -354,6 +410,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
             [f"+{ROLLOUT}.agent.agent_loop_manager_class=verl_ext.cpu.rollout.batch_loop.BatchAgentLoopManager"],
             f"{ROLLOUT}.agent.agent_loop_manager_class=.* set it to null",
         ),
+        (["actor_rollout_ref.model.lora_rank=8"], "actor_rollout_ref.model.lora_rank=8 does not work with .*=separate"),
     ],
 )
 def test_what_the_asynchronous_trainers_would_refuse_later_is_refused(jobs, overrides, message):

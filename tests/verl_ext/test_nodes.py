@@ -58,3 +58,45 @@ def test_without_a_cluster_nothing_is_asked(tmp_path, no_cluster):
     config.ray_kwargs.ray_init.address = f"127.0.0.1:{port}"
     nodes.check_nodes(config)
     assert time.monotonic() - started < 60
+
+
+def test_a_node_that_does_not_see_the_files_is_named(tmp_path, monkeypatch):
+    for name in ("train.parquet", "model", "run"):
+        (tmp_path / name).mkdir()
+    config = OmegaConf.create(
+        {
+            "data": {"train_files": [f"{tmp_path}/train.parquet"], "val_files": f"{tmp_path}/to be built.parquet"},
+            "actor_rollout_ref": {"model": {"path": f"{tmp_path}/model"}},
+        }
+    )
+
+    def ask(question):
+        seen = question()
+        (tmp_path / "model").rmdir()
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        try:
+            return {"shares": seen, "shares not": question(), "silent": "no answer within 300 s"}
+        finally:
+            (tmp_path / "elsewhere").rename(tmp_path / "run")
+
+    monkeypatch.setattr(nodes, "ask_nodes", ask)
+    unseen = nodes.what_is_not_seen(config, tmp_path / "run")
+    assert unseen == {"shares not": ["actor_rollout_ref.model.path", "trainer.default_local_dir"]}
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://10.0.0.1:10001"])
+def test_what_a_cluster_does_not_share_is_said(tmp_path, monkeypatch, capsys, address):
+    import ray
+
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(ray, name, lambda **kwargs: None)
+    monkeypatch.setattr(nodes, "is_listening", lambda address: True)
+    monkeypatch.setattr(nodes, "ask_nodes", lambda question: {"a": question()})
+    monkeypatch.setattr(nodes, "what_is_not_seen", lambda config, folder: {"b": ["data.train_files"]})
+    nodes.check_nodes(OmegaConf.create({"ray_kwargs": {"ray_init": {"address": address}}}), tmp_path)
+    out = capsys.readouterr().out
+    if address.startswith("ray://"):
+        assert f"trainer.default_local_dir={tmp_path} there, and whether its nodes share it, cannot be seen" in out
+    else:
+        assert "warning: node b does not see data.train_files of this one: what its processes write stays there" in out

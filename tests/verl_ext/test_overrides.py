@@ -10,10 +10,11 @@ from omegaconf import OmegaConf
 
 from verl_ext import composition, hydra_config
 from verl_ext.composition import Composition
-from verl_ext.unread import check_unread
+from verl_ext.unread import HANDED_ON, IGNORED, RAY_NAMES, as_attributes, check_unread, reads, sources
 from verl_ext.values import MODES, check_values
 
 ROOT = Path(hydra_config.__file__).parents[1]
+ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +191,111 @@ def test_what_an_override_or_the_users_code_reads_is_no_finding(runs, tmp_path):
     assert len(unread(runs["disco"], "data.my_limit=3")) == 1
 
 
+# What verl has, and does not read -------------------------------------------------------------------------------------
+
+
+LEGACY = re.compile(
+    r"/verl/(trainer/(ppo/ray_trainer|ppo/prefix_grouper_utils|main_ppo_v0|sft_trainer|main_eval|main_generation)"
+    r"|experimental/(fully_async|one_step|separation)|workers/(config/|engine_workers_tinker|rollout/schemas)"
+    r"|workers/reward_manager/|model_merger)"
+)
+"""Sources that no run of a V1 trainer executes, or that declare settings and check them, but do nothing by them."""
+
+READ_OTHERWISE = {
+    r"model_engine": "Hydra's group",
+    r".*\.optim\.warmup_style": "the dataclass turns it into lr_scheduler_type",
+    r".*\.optim\.muon_.*": "Megatron's optimizer takes the node as a dictionary",
+    r".*\.wrap_policy\.min_num_params": "a dictionary's get() in verl.utils.fsdp_utils",
+    r"actor_rollout_ref\.(actor|ref)\.rollout_n|critic\.rollout_n": "a copy of rollout.n, for checks",
+    r".*\.model\.lora\..*": "Megatron-Bridge takes the node whole",
+    r"data\.filter_overlong_prompts_workers": "a dictionary's get() in RLHFDataset",
+    r"distillation\.enabled": "is_distillation_enabled() takes the node",
+    r"global_profiler\.global_tool_config\.nsys\..*": "Ray takes the node whole",
+    r"critic\.ppo_micro_batch_size_per_gpu": "verl's dataclass refuses to be made without",
+    r"base_model|method": "the report",
+}
+"""What the search does not find, and who reads it."""
+
+
+@pytest.fixture(scope="module")
+def training() -> list[str]:
+    """What a training run executes, as attributes."""
+    return [as_attributes(text) for file, text in sources().items() if not LEGACY.search(str(file))]
+
+
+def unread_leaves(nodes: list[dict], only: set[str], training: list[str]) -> set[str]:
+    """Leaves of these configurations, among ``only``, of which nothing in ``training`` reads the value."""
+    copied = {n.rstrip(".") for n in re.findall(r"\$\{(?:oc\.select:)?([\w.]+)", str(nodes))}
+    leaves = {s.name: s for node in nodes for s in composition.walk(node) if not isinstance(s.value, dict)}
+    found = set()
+    for name in only & leaves.keys():
+        parent, _, key = name.rpartition(".")
+        parts = parent.split(".")
+        above = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+        whole = any(p in HANDED_ON or p.startswith("override_") for p in parts) or parent in RAY_NAMES
+        if whole or key == "_target_" or copied & {name, *above}:
+            continue
+        siblings = {str(k) for k in leaves[name].siblings} - {"_target_"}
+        if not any(reads(text, parts, key, siblings) for text in training if f".{key}" in text):
+            found.add(name)
+    return {n for n in found if not any(re.fullmatch(pattern, n) for pattern in READ_OTHERWISE)}
+
+
+@pytest.fixture(scope="module")
+def stock() -> list[dict]:
+    """verl's own configurations."""
+    runs = [composition.compose([f"model_engine={engine}"]).config for engine in ("dp", "megatron")]
+    return [OmegaConf.to_container(run, resolve=False) for run in runs]
+
+
+def test_what_verl_ignores_is_listed(training, stock):
+    """The list is what the search finds in verl's own configuration, no more and no less."""
+    names = set().union(*({s.name for s in composition.walk(node)} for node in stock))
+    found = unread_leaves(stock, names, training)
+    assert {n for n in found if not any(re.fullmatch(pattern, n) for pattern in IGNORED)} == set()
+    assert [p for p in IGNORED if not any(re.fullmatch(p, n) for n in found)] == []
+
+
+def test_something_reads_all_that_our_files_set(training, stock):
+    files = [OmegaConf.load(file) for file in (ROOT / "verl_ext/config").rglob("*.yaml")]
+    ours = {n for n in set().union(*map(composition.names, files)) if not n.startswith(("hydra", "verl_ext.", "defau"))}
+    # verl's own last: its nodes have more siblings.
+    nodes = [*(OmegaConf.to_container(file, resolve=False) for file in files), *stock]
+    assert unread_leaves(nodes, ours, training) == set()
+
+
+@pytest.mark.parametrize(
+    "override, advice",
+    [
+        (f"{ACTOR}.grad_clip=0.5", f"set {ACTOR}.optim.clip_grad"),
+        ("critic.grad_clip=0.5", "set critic.optim.clip_grad"),
+        ("trainer.balance_batch=false", "the V1 trainers always balance: leave it out"),
+        ("critic.ppo_max_token_len_per_gpu=9216", "set critic.ppo_infer_max_token_len_per_gpu"),
+        ("critic.ppo_micro_batch_size_per_gpu=4", "set critic.ppo_infer_max_token_len_per_gpu"),
+        ("critic.use_dynamic_bsz=false", "set critic.ppo_infer_max_token_len_per_gpu"),
+        ("algorithm.use_pf_ppo=true", "leave it out"),
+        ("data.reward_fn_key=source", "take the column data_source"),
+        (f"{ROLLOUT}.over_sample_rate=0.1", "leave it out"),
+    ],
+)
+def test_what_verl_ignores_is_a_warning(runs, override, advice):
+    (finding,) = unread(runs["disco"], override)
+    assert finding.warning and finding.problem == f"{override} changes nothing: verl does not read it"
+    assert advice in finding.fix
+
+
+def test_what_verl_reads_or_has_anyway_is_no_warning(runs):
+    for override in ("trainer.balance_batch=true", f"{ACTOR}.grad_clip=1.0", "critic.use_dynamic_bsz=true"):
+        assert unread(runs["disco"], override) == []
+    assert unread(runs["disco"], f"{ACTOR}.optim.clip_grad=0.5", "critic.ppo_infer_max_token_len_per_gpu=9216") == []
+    # The legacy trainer reads them.
+    assert unread(runs["ppo"], "trainer.use_v1=false", "trainer.balance_batch=false") == []
+
+
 # Values ---------------------------------------------------------------------------------------------------------------
 
 
 COUNT = "use a whole number of at least 1"
-ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 
 
 @pytest.mark.parametrize(

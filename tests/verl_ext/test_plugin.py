@@ -39,6 +39,42 @@ def test_a_failure_is_printed_although_verl_swallows_it(tmp_path):
     assert "Traceback" in process.stderr
 
 
+def test_the_trainers_can_be_imported_first():
+    code = """
+import verl_ext.trainer
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+import sys
+assert sys.modules["verl_ext.plugin"].error is None
+assert sys.modules["verl_ext.trainer"] is verl_ext.trainer
+print(TRAINER_REGISTRY["sync"] is verl_ext.trainer.ExtendedTrainerSync, len(TRAINER_REGISTRY))
+"""
+    process = _python(code)
+    assert process.stdout.split() == ["True", "3"], process.stderr
+
+
+@pytest.mark.parametrize(
+    "file, hidden",
+    [
+        ("recipe/__init__.py", "recipe.disco"),
+        ("recipe.py", "recipe.disco"),
+        ("recipe/disco/__init__.py", "recipe.disco"),
+        ("hydra_plugins/__init__.py", "hydra_plugins.verl_ext_sweep"),
+        ("recipe/mine/__init__.py", None),
+    ],
+)
+def test_what_hides_ours_in_the_working_folder_is_named(tmp_path, monkeypatch, file, hidden):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for package in ("recipe", "hydra_plugins"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    if hidden is None:
+        plugin.check_not_hidden()
+    else:
+        with pytest.raises(RuntimeError, match=f"^{tmp_path / file} hides verl-disco's {hidden}, "):
+            plugin.activate()
+
+
 @pytest.mark.parametrize("found", ["0.9.1", "0.9.1.post1", "0.9.5"])
 def test_supported_versions(found):
     plugin.check_verl_version(found)

@@ -40,6 +40,18 @@ def test_a_sweep_over_methods_goes_on(capsys):
     assert "verl-disco: warning: dapo.dynamic_sampling is read by nothing in this run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("run", [DISCO, ()])
+def test_what_verl_ignores_is_said_at_the_start(capsys, run):
+    start(*run, "trainer.balance_batch=false", "actor_rollout_ref.actor.grad_clip=0.5")
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "verl-disco: warning: actor_rollout_ref.actor.grad_clip=0.5 changes nothing: verl does not read it; set "
+        "actor_rollout_ref.actor.optim.clip_grad",
+        "verl-disco: warning: trainer.balance_batch=false changes nothing: verl does not read it; the V1 trainers "
+        "always balance: leave it out",
+    ]
+
+
 def test_a_stock_run_is_told_and_goes_on(capsys):
     start("++data.train_batchsize=64")
     assert "verl-disco: warning: data.train_batchsize is read by nothing; nearest: " in capsys.readouterr().out

@@ -4,10 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
+from verl.trainer import main_ppo
 
+import verl_ext.sweep
 from verl_ext import runs
 from verl_ext.sweep import LONGEST_NAME, job_name
 
@@ -52,6 +60,8 @@ def trained(output: str) -> list[str]:
 
 def test_a_sweep_goes_on_after_a_failure_and_a_second_start_does_what_is_left(sweep, tmp_path):
     arguments = ["algorithm=grpo,disco", "+seed=2", "actor_rollout_ref.rollout.n=4", "trainer.project_name=mine"]
+    # One job a batch: what fails in one must not keep the next from starting.
+    arguments.append("hydra.sweeper.max_batch_size=1")
     status, output = sweep(*arguments)
     names = [f"{a},actor_rollout_ref.rollout.n=4,seed=2" for a in ("grpo", "disco")]
     assert trained(output) == [f"grpo 2 {names[0]}", f"disco 2 {names[1]}"]
@@ -126,6 +136,85 @@ def test_a_sweep_that_is_ended_leaves_no_job_behind(tmp_path, how):
         os.killpg(sweep.pid, 0)
 
 
+@pytest.fixture
+def in_process(monkeypatch, tmp_path):
+    """``in_process(*arguments)``: a sweep whose jobs are not started; the overrides that each would be started with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    started = []
+
+    def run(command: list[str], log: Path) -> int:
+        started.append(dict(o.lstrip("+").split("=", 1) for o in command if "=" in o))
+        (log.parent / runs.FINISHED_FILE).touch()
+        return 0
+
+    def sweep(*arguments: str) -> list[dict[str, str]]:
+        logging = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+        monkeypatch.setattr(sys, "argv", ["main_ppo", "-m", *arguments, *logging])
+        monkeypatch.setattr(verl_ext.sweep, "run", run)
+        main_ppo.main()
+        return started
+
+    yield sweep
+    HydraConfig.instance().cfg = None
+
+
+TOY = ("algorithm=disco", "+experiment=arithmetic_cpu", "verl_ext.prepare=null")
+
+
+@pytest.mark.parametrize("batch", ["1", "null"])
+def test_what_is_swept_is_in_the_name_whatever_it_is(in_process, tmp_path, batch):
+    """Issue: of one job a batch, nothing was swept, and both jobs had one folder."""
+    swept = ["trainer.total_training_steps=4,5", "algorithm.gamma=0.9,1.0"]
+    jobs = in_process(*TOY, *swept, "actor_rollout_ref.rollout.n=4", f"hydra.sweeper.max_batch_size={batch}")
+    names = [
+        f"disco,trainer.total_training_steps={steps},algorithm.gamma={gamma},actor_rollout_ref.rollout.n=4,seed=1"
+        for steps in (4, 5)
+        for gamma in (0.9, 1.0)
+    ]
+    folder = f"{tmp_path}/outputs/sweeps/arithmetic_cpu"
+    assert [job["trainer.default_local_dir"] for job in jobs] == [f"'{folder}/{name}'" for name in names]
+    assert [job["trainer.experiment_name"] for job in jobs] == [f"'{name}'" for name in names]
+
+
+def test_a_job_that_changes_its_folder_stays_where_the_sweep_is(in_process, tmp_path):
+    """Issue: with hydra.job.chdir=true, or Hydra's folder in a setting, the sweep looked elsewhere than its jobs."""
+    dump = "trainer.rollout_data_dir=${hydra:runtime.output_dir}/dumps"
+    (job,) = in_process(*TOY, "hydra.job.chdir=true", dump, "hydra.sweep.dir=elsewhere", "seed=7")
+    folder = f"{tmp_path}/elsewhere/disco,seed=7"
+    assert job["trainer.default_local_dir"] == f"'{folder}'"
+    assert job["hydra.run.dir"] == f"'{folder}/hydra'" and job["trainer.rollout_data_dir"] == f"'{folder}/hydra/dumps'"
+    assert job["arithmetic.folder"] == f"'{tmp_path}/outputs/arithmetic/assets'"
+
+
+def test_another_launcher_runs_the_jobs_in_folders_of_their_own(in_process, tmp_path, monkeypatch):
+    """Issue: with hydra/launcher=joblib all jobs had the default folder of one run."""
+
+    class OtherLauncher(BasicLauncher):
+        """Runs jobs in this process, as joblib's does in others."""
+
+        def __init__(self, workers: int):
+            super().__init__()
+            assert workers == 3
+
+    module = types.ModuleType("hydra_plugins.other")
+    module.OtherLauncher = OtherLauncher
+    OtherLauncher.__module__, OtherLauncher.__qualname__ = module.__name__, "OtherLauncher"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    Plugins.instance().register(OtherLauncher)
+    node = {"_target_": "hydra_plugins.other.OtherLauncher", "workers": 3}
+    ConfigStore.instance().store(group="hydra/launcher", name="other", node=node)
+    got = []
+    monkeypatch.setattr(main_ppo, "validate_config", lambda **kwargs: None)
+    monkeypatch.setattr(main_ppo, "run_ppo", lambda config, task_runner_class: got.append(config))
+    in_process(*TOY, "hydra/launcher=other", "seed=1,2", "+data.cache_dir=cache")
+    for seed, config in enumerate(got, 1):
+        folder = tmp_path / f"outputs/sweeps/arithmetic_cpu/disco,seed={seed}"
+        assert (config.seed, config.trainer.default_local_dir) == (seed, str(folder))
+        assert (folder / runs.FINISHED_FILE).exists() and config.data.cache_dir == f"{tmp_path}/cache"
+    assert len(got) == 2
+
+
 def test_jobs_that_would_share_a_directory_are_refused(sweep):
     status, output = sweep("algorithm=disco", "+seed=1,2", "trainer.default_local_dir=one")
     assert status == 1
@@ -141,6 +230,17 @@ def test_names_are_safe_and_of_bounded_length():
     assert job_name(job, [*overrides, *swept], swept) == "disco,disco.tau=1,trainer.total_epochs=2,experiment=a,seed=3"
     long = [job_name(job, [f"data.train_files={'x' * 200}{end}"]) for end in "12"]
     assert long[0] != long[1] and all(len(name) == LONGEST_NAME for name in long)
+    # What is cut is neither the method nor the seed.
+    assert all(name.startswith("disco,data.train_files=xxx") and name.endswith(",seed=3") for name in long)
+    # In bytes; and what has no place in a name is not the same in another.
+    odd = [job_name(job, [f"data.train_files={text}"]) for text in ("é" * 100, "ü" * 100, "日", "本", "\udcff")]
+    assert len(set(odd)) == 5 and all(len(name.encode()) <= LONGEST_NAME for name in odd)
+    # What changes no results is not in it, unless it is swept; what does is, wherever it stands.
+    free = ["trainer.save_freq=3", "actor_rollout_ref.actor.use_dynamic_bsz=true", "ray_kwargs.ray_init.num_cpus=3"]
+    assert job_name(job, [*free, "algorithm.gamma=0.9", "~data.x"]) == "disco,algorithm.gamma=0.9,data.x,seed=3"
+    assert "trainer.save_freq=3" in job_name(job, free, free[:1])
+    mode = "trainer.v1.trainer_mode=colocate_async"
+    assert job_name(job, [mode]) == f"disco,{mode},seed=3"
 
 
 def test_a_run_is_finished_only_with_the_same_settings(tmp_path):

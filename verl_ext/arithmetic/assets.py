@@ -6,10 +6,12 @@
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
 import shutil
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from verl_ext.arithmetic.pretrain import pretrain
 from verl_ext.arithmetic.task import LEVELS, Question, draw_many
 
 STAMP = "assets.json"
+BUILT = {STAMP, "model", "train.parquet", "test.parquet"}
 VERSION = 6
 """Raise it when the same parameters build something else."""
 
@@ -57,8 +60,12 @@ def build_assets(folder: str | Path, *, iterations: int, train_size: int, test_s
     """Build model and data in ``folder``, unless it holds them already, made with the same parameters.
 
     Whole or not at all: everything is made beside it and renamed. Whoever comes second waits and finds it done.
+
+    Raises:
+        ValueError: ``folder`` holds what was not built here.
     """
-    folder = Path(folder).absolute()
+    # Where a link leads, so that the folder there is judged and replaced, not the link.
+    folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         return _build_assets(folder, iterations, train_size, test_size, seed)
@@ -68,29 +75,71 @@ def _build_assets(folder: Path, iterations: int, train_size: int, test_size: int
     parameters = dict(
         version=VERSION, iterations=iterations, train_size=train_size, test_size=test_size, seed=seed, levels=LEVELS
     )
-    stamp = json.dumps(parameters, sort_keys=True)
-    if (folder / STAMP).exists() and (folder / STAMP).read_text() == stamp:
+    built = read_stamp(folder)
+    if built == json.loads(json.dumps(parameters)):
         return folder
+    if built is None and folder.exists():
+        refuse_foreign(folder)
     print(f"building the arithmetic task in {folder}", flush=True)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    train, test = draw_splits(train_size, test_size, seed)
-    for split, questions in (("train", train), ("test", test)):
-        pd.DataFrame([to_row(q, i, split) for i, q in enumerate(questions)]).to_parquet(partial / f"{split}.parquet")
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed)
-    pretrain(model, tokenizer, iterations, seed, exclude={q.text for q in test})
-    torch.set_num_threads(threads)
-    tokenizer.save_pretrained(partial / "model")
-    model.save_pretrained(partial / "model")
-    (partial / STAMP).write_text(stamp)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+        partial = Path(beside, folder.name)
+        partial.mkdir()
+        train, test = draw_splits(train_size, test_size, seed)
+        for split, questions in (("train", train), ("test", test)):
+            rows = [to_row(q, i, split) for i, q in enumerate(questions)]
+            pd.DataFrame(rows).to_parquet(partial / f"{split}.parquet")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(min(2, os.cpu_count() or 1))
+        tokenizer = build_tokenizer()
+        model = build_model(tokenizer, seed)
+        pretrain(model, tokenizer, iterations, seed, exclude={q.text for q in test})
+        torch.set_num_threads(threads)
+        tokenizer.save_pretrained(partial / "model")
+        model.save_pretrained(partial / "model")
+        (partial / STAMP).write_text(json.dumps(parameters, sort_keys=True))
+        if folder.exists():
+            set_aside(folder)
+        os.replace(partial, folder)
     return folder
+
+
+def read_stamp(folder: Path) -> dict | None:
+    """With which parameters ``folder`` was built; None where it was not built here."""
+    try:
+        stamp = json.loads((folder / STAMP).read_text())
+    except (OSError, ValueError):
+        return None
+    # A user's file may have that name, too.
+    return stamp if isinstance(stamp, dict) and {"version", "iterations", "levels"} <= stamp.keys() else None
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to replace what was not built here.
+
+    Raises:
+        ValueError: names the folder, and some of what it holds.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"arithmetic.folder={folder} is a file; give a new or empty folder")
+    if held := sorted(f.name for f in folder.iterdir()):
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        raise ValueError(
+            f"arithmetic.folder={folder} holds {', '.join(held[:3])}{more}, but nothing that was built here; building "
+            "would remove that, so give a new or empty folder"
+        )
+
+
+def set_aside(folder: Path) -> None:
+    """Remove a folder that was built here; rename it where somebody has put something else in it."""
+    if read_stamp(folder) is None:
+        # Something may have come there while the model was trained.
+        refuse_foreign(folder)
+    if {f.name for f in folder.iterdir()} <= BUILT:
+        shutil.rmtree(folder)
+        return
+    old = next(o for n in itertools.count(1) if not (o := folder.with_name(f"{folder.name}.old{n}")).exists())
+    print(f"{folder} holds more than was built here: renamed to {old}", flush=True)
+    os.replace(folder, old)
 
 
 def ensure_assets(config: DictConfig) -> None:
@@ -104,7 +153,10 @@ def main() -> None:
     experiment = files("verl_ext") / "config/experiment/arithmetic_cpu.yaml"
     for name, value in OmegaConf.create(experiment.read_text()).arithmetic.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    build_assets(**vars(parser.parse_args()))
+    try:
+        build_assets(**vars(parser.parse_args()))
+    except ValueError as e:
+        raise SystemExit(f"not built: {e}") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What an arithmetic run did, from its ``metrics.jsonl``: a short table on the terminal and plots beside the file.
 
-python -m verl_ext.arithmetic.summary outputs/arithmetic/disco
+python -m verl_ext.arithmetic.summary outputs/arithmetic/disco,seed=1
 """
 
 import argparse
@@ -62,8 +62,8 @@ def describe(run: Path) -> str:
     lines.append("means of the first and of the last 5 steps:")
     lines.append("")
     span("reward in training", "critic/score/mean")
-    span("KL(old || new), nats a token", "disco/kl", ".2e")
-    span("entropy, nats a token", "actor/entropy")
+    span("KL(old || new), nats per token", "disco/kl", ".2e")
+    span("entropy, nats per token", "actor/entropy")
     span("response length, tokens", "response_length/mean", ".1f")
     span("share of mixed groups", "disco/groups_mixed")
     seconds = statistics.median(r["timing_s/step"] for r in steps)
@@ -94,8 +94,8 @@ def plot(run: Path) -> Path:
     axes[0, 0].legend(fontsize=7)
     panels = {
         (0, 1): ("reward in training", ["critic/score/mean", "disco/groups_mixed"]),
-        (0, 2): ("entropy (nats a token)", ["actor/entropy"]),
-        (1, 0): ("KL(old || new) (nats a token)", ["disco/kl"]),
+        (0, 2): ("entropy (nats per token)", ["actor/entropy"]),
+        (1, 0): ("KL(old || new) (nats per token)", ["disco/kl"]),
         (1, 1): ("coefficient of the KL", ["disco/coefficient"]),
         (1, 2): ("response length (tokens)", ["disco/length_positive", "disco/length_negative"]),
     }

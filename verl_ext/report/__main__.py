@@ -155,7 +155,8 @@ def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str],
         parts.append(f"**The same seed twice, counted once in intervals:** {plain('; '.join(repeated))}.")
     others = other_differences(runs)
     if others:
-        parts.append("**The runs differ in more than the method.** What else is not the same:")
+        numbered = " Runs of a method that differ in much are numbered." if any("#" in r.method for r in runs) else ""
+        parts.append(f"**The runs differ in more than the method.**{numbered} What else is not the same:")
         parts.append(markdown(pd.DataFrame({n: {"values": describe_values(v)} for n, v in others.items()}).T))
     elif len({r.method for r in runs}) > 1:
         parts.append("The runs differ in method and seed alone.")

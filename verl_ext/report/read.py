@@ -35,6 +35,9 @@ SAMPLE = re.compile(r"(?P<question>.+)_\d+_\d+$")
 COPIES = ("disco_published_tau.", "actor_rollout_ref.actor.policy_loss.disco.", "verl_ext.", "critic.loss_")
 """Nodes that repeat a method's settings, or from which they are looked up, or that follow from it."""
 
+LONGEST_NAME = 80
+"""Characters of a method's name that tables and legends have room for."""
+
 NO_SETTING = re.compile(r"(^|[._])(seed|.*_dir|.*_name|logger|prepare|validator|save_freq|max_.*_ckpt_to_keep)$")
 """Settings in which any two runs may differ."""
 
@@ -279,7 +282,8 @@ def differences(settings: list[dict]) -> list[str]:
 def read_runs(folders: list[Path]) -> tuple[list[Run], dict[Path, str]]:
     """Read the runs with metrics, and say why a damaged one is left out.
 
-    Methods are named: ``disco (score=l_ratio)`` where there is also another disco.
+    Methods are named: ``disco (score=l_ratio)`` where there is also another disco; ``disco #2`` where what tells them
+    apart is too much for a name, and stands in the table of :func:`other_differences` alone.
     """
     runs, damaged = [], {}
     for folder in folders:
@@ -289,13 +293,23 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], dict[Path, str]]:
         except ValueError as e:
             damaged[folder] = str(e)
     refuse_shared_dumps(runs)
+    for algorithm in {run.algorithm for run in runs}:
+        name_methods([run for run in runs if run.algorithm == algorithm])
+    return sorted(runs, key=lambda r: (r.method, r.seed)), damaged
+
+
+def name_methods(runs: list[Run]) -> None:
+    """Name the methods of runs of one algorithm by what differs between them."""
+    alike = [run.settings for run in runs]
+    # Of what only some of them know, options were given; the rest is of another version.
+    told = [n for n in differences(alike) if n.startswith("disco.options") or all(n in s for s in alike)]
     for run in runs:
-        alike = [r.settings for r in runs if r.algorithm == run.algorithm]
-        # Of what only some of them know, options were given; the rest is of another version.
-        told = [n for n in differences(alike) if n.startswith("disco.options") or all(n in s for s in alike)]
         values = ", ".join(f"{n.rsplit('.', 1)[-1]}={run.settings.get(n, '(not set)')}" for n in told)
         run.method = one_line(f"{run.algorithm} ({values})" if values else run.algorithm)
-    return sorted(runs, key=lambda r: (r.method, r.seed)), damaged
+    names = sorted({run.method for run in runs})
+    if any(len(name) > LONGEST_NAME for name in names) and told:
+        for run in runs:
+            run.method = f"{run.algorithm} #{names.index(run.method) + 1}"
 
 
 def refuse_shared_dumps(runs: list[Run]) -> None:

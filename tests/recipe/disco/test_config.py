@@ -176,3 +176,64 @@ def test_a_virtual_pipeline_needs_dynamic_micro_batches():
 def test_megatrons_dynamic_context_parallel_is_refused():
     message = refusal("model_engine=megatron", "++actor_rollout_ref.actor.megatron.dynamic_context_parallel=true")
     assert "dynamic_context_parallel=True" in message
+
+
+BYPASS = "algorithm.rollout_correction.bypass_mode=true"
+ENGINE = "actor_rollout_ref.actor.fsdp_config.mixed_precision"
+FLOAT32 = ("actor_rollout_ref.rollout.dtype=float32", f"+{ENGINE}.param_dtype=fp32")
+
+
+@pytest.mark.parametrize(
+    "overrides, floor, names",
+    [
+        ((BYPASS,), "0.001", ("bypass_mode=True", "rollout.dtype=bfloat16", "param_dtype=bf16", "bypass_mode=False")),
+        ((BYPASS, "disco.delta=5.0e-4"), "0.001", ("disco.delta=0.0005",)),
+        ((BYPASS, FLOAT32[0]), "0.001", ("bypass_mode=True and actor_rollout_ref.actor.fsdp_config",)),
+        ((BYPASS, FLOAT32[1]), "0.001", ("bypass_mode=True and actor_rollout_ref.rollout.dtype=bfloat16",)),
+        ((BYPASS, *FLOAT32, "actor_rollout_ref.rollout.quantization=fp8"), "0.001", ("rollout.quantization=fp8",)),
+        ((BYPASS, "trainer.device=cpu"), "0.001", ("bypass_mode=True and actor_rollout_ref.rollout.dtype=bfloat16",)),
+        ((BYPASS, "model_engine=megatron"), "0.001", ("actor.megatron.dtype=bfloat16",)),
+        ((BYPASS, "disco.constraint=augmented_lagrangian"), "0.001", ()),
+        (("disco.kl_estimator=k3",), "0.0002", ("kl_estimator=k3", "param_dtype=bf16", "use disco.kl_estimator=k1")),
+        (("disco.kl_estimator=k3", f"+{ENGINE}.param_dtype=bfloat16"), "0.0002", ("param_dtype=bfloat16",)),
+        (("disco.kl_estimator=k3", "model_engine=megatron"), "0.0002", ("actor.megatron.dtype=bfloat16",)),
+        (("disco.kl_estimator=k3", BYPASS), "0.001", ("bypass_mode=True",)),
+        (("disco.kl_floor=3.0e-4",), "0.0003", ("disco.kl_floor=0.0003",)),
+    ],
+)
+def test_a_delta_below_the_kls_floor_is_refused(overrides, floor, names):
+    message = refusal(*overrides)
+    assert message.startswith("disco.delta=0.000") and f"about {floor} nats per token before any update" in message
+    for name in (*names, f"a disco.delta of at least {floor}", "disco.kl_floor"):
+        assert name in message, message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (BYPASS, "disco.delta=1.0e-3"),
+        (BYPASS, *FLOAT32),
+        (BYPASS, "actor_rollout_ref.rollout.dtype=float16", f"+{ENGINE}.param_dtype=fp16"),
+        (BYPASS, FLOAT32[0], "trainer.device=cpu"),
+        (BYPASS, "disco.constraint=none"),
+        (BYPASS, "disco.constraint=fixed"),
+        ("disco.kl_estimator=k3", "disco.delta=2.0e-4"),
+        ("disco.kl_estimator=k3", f"+{ENGINE}.param_dtype=fp32"),
+        ("disco.kl_estimator=k3", "trainer.device=cpu"),
+        # What was measured wins.
+        (BYPASS, "disco.kl_floor=5.0e-5"),
+        ("disco.kl_estimator=k3", "disco.kl_floor=0"),
+    ],
+)
+def test_a_delta_that_can_work_is_not_refused(overrides):
+    validate(composed(*overrides))
+
+
+def test_a_floor_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"disco.kl_floor=-1.* is not a finite number >= 0"):
+        validate(composed("disco.kl_floor=-1"))
+
+
+def test_validate_refuses_adapters_that_never_reach_the_rollouts():
+    message = refusal("trainer.v1.trainer_mode=separate_async", "actor_rollout_ref.model.lora_rank=8")
+    assert "lora_rank=8 does not work with trainer.v1.trainer_mode=separate_async" in message

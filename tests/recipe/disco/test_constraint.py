@@ -3,12 +3,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipe.disco.constraint import build_controller, kl_estimate
+from recipe.disco import disco_loss
+from recipe.disco.constraint import build_controller, kl_estimate, kl_standard_error
 
 KINDS = {
     "squared_hinge": {"delta": 0.02, "beta": 30.0},
@@ -268,3 +270,50 @@ def test_constants_out_of_range_are_refused_by_name_and_value(kind, setting, val
     with pytest.raises(ValueError) as error:
         controller(kind, **{setting: value})
     assert setting in str(error.value) and str(value) in str(error.value), str(error.value)
+
+
+def clusters(rng, responses, between, within):
+    """Responses' sums of a token quantity of mean 0 whose tokens share a part, and their lengths."""
+    length = rng.integers(1, 60, responses)
+    shared = rng.normal(0, between, responses)
+    return np.array([n * s + within * rng.normal(0, n**0.5) for n, s in zip(length, shared, strict=True)]), length
+
+
+def test_the_standard_error_is_that_of_a_ratio_of_sums_over_responses():
+    kl_sum, length = clusters(np.random.default_rng(0), 40, 0.02, 0.1)
+    m, tokens, kl = len(length), length.sum(), kl_sum.sum() / length.sum()
+    expected = math.sqrt(m / (m - 1) * sum((k - n * kl) ** 2 for k, n in zip(kl_sum, length, strict=True))) / tokens
+    # A response without a token and padding change nothing.
+    padded = (torch.tensor([*kl_sum, 0.0, 7.0]), torch.tensor([*length, 0, 0]))
+    assert kl_standard_error(*padded) == pytest.approx(expected, rel=1e-12)
+    assert kl_standard_error(torch.tensor([0.3]), torch.tensor([5])) is None
+    assert kl_standard_error(torch.tensor([0.3, 0.0]), torch.tensor([5, 0])) is None
+    # Every token the same: known exactly.
+    assert kl_standard_error(torch.tensor([0.5, 1.5]), torch.tensor([1, 3])) == 0
+
+
+@pytest.mark.parametrize("between, within", [(0.02, 0.1), (0.0, 0.1), (0.05, 0.01)])
+def test_the_standard_error_is_the_spread_over_mini_batches(between, within):
+    rng = np.random.default_rng(1)
+    found = []
+    for _ in range(2000):
+        kl_sum, length = clusters(rng, 64, between, within)
+        error = kl_standard_error(torch.from_numpy(kl_sum), torch.from_numpy(length))
+        found.append((kl_sum.sum() / length.sum(), error))
+    spread, stated = np.std([kl for kl, _ in found]), np.mean([error for _, error in found])
+    assert stated == pytest.approx(spread, rel=0.06)
+    if between:
+        # Tokens as if they were independent would promise far more.
+        independent = math.hypot(between, within) / math.sqrt(64 * 30)
+        assert independent < 0.75 * spread
+
+
+def test_the_loss_logs_the_standard_error():
+    g = torch.Generator().manual_seed(0)
+    log_prob, old = (-torch.rand(6, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    mask = torch.arange(5) < torch.tensor([5, 3, 0, 1, 4, 2])[:, None]
+    _, metrics = disco_loss(log_prob, old, mask, torch.tensor([1.0, 0, 0, 1, 0, 0]), [0, 0, 0, 1, 1, 1])
+    expected = kl_standard_error(torch.where(mask, old - log_prob, 0).sum(1), mask.sum(1))
+    assert metrics["kl_standard_error"] == pytest.approx(expected, rel=1e-12)
+    _, single = disco_loss(log_prob[:1], old[:1], mask[:1], torch.ones(1), [0])
+    assert "kl_standard_error" not in single

@@ -1,6 +1,7 @@
 """Objectives as functions of the scores: weights are derivatives, and the shapes that the mathematics gives them."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipe.disco import disco_loss
+from recipe.disco.metrics import group_metrics
 from recipe.disco.objectives import Sides, evaluate, register_objective, weigh
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
@@ -217,3 +219,40 @@ def test_a_registered_objective_is_complete():
         register_objective("test_logistic")(lambda group: Sides(group.positive.mean(), group.negative.mean()))
     with pytest.raises(ValueError, match=r"(?s)wrong.*test_logistic"):
         disco_loss(-torch.ones(1, 1), -torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), [0], objective="wrong")
+
+
+@pytest.mark.parametrize("responses", [8, 64])
+def test_a_large_mini_batch_is_weighed_in_no_time(responses):
+    """30 ms each on a quiet machine, where a loop over 8,192 questions took 1.7 and 0.4 s."""
+    g = torch.Generator().manual_seed(0)
+    rows = 65536
+    question = (torch.arange(rows) // responses)[torch.randperm(rows, generator=g)]
+    table = (torch.randn(rows, generator=g), torch.rand(rows, generator=g) < 0.4, question, torch.ones(rows))
+
+    def measure():
+        started = time.process_time()
+        _, weight = weigh("disco", *table, {"tau": 1.0})
+        weighed = time.process_time()
+        group_metrics(*table, weight)
+        return weighed - started, time.process_time() - weighed
+
+    # Seconds of a core, which do not depend on who else uses the machine; the first call warms up.
+    fastest = [min(times) for times in zip(*(measure() for _ in range(3)), strict=True)]
+    assert max(fastest) < 0.2, fastest
+
+
+@EXAMPLES
+@given(tables())
+def test_the_auc_counts_pairs(table):
+    score, positive, question, length = table
+    # Ties among them.
+    score = score.round()
+    _, weight = weigh("disco_b", score, positive, question, length, {})
+    s = score.tolist()
+    found = [
+        np.mean([float(s[i] > s[j]) + 0.5 * float(s[i] == s[j]) for i in pos for j in neg])
+        for pos, neg in sides(positive, question, length)
+        if pos and neg
+    ]
+    metrics = group_metrics(score, positive, question, length, weight)
+    assert metrics.get("auc") == (pytest.approx(np.mean(found), rel=1e-12) if found else None)

@@ -96,10 +96,16 @@ def check(results: list[dict], cases: list[dict], output: str) -> None:
         # Relative to the update itself, which is far stricter than relative to the parameters.
         assert r["error"] < 2e-5, r["case"]
         assert r["parameters"] < 1e-5, r["case"]
+        # Of the first mini-batch, measured or seen in its training pass; at the same weights there is none.
+        floor = 0.0 if r["case"]["fresh"] else r["reference"]["kl"][0]
+        assert r["metrics"]["kl_floor"] == [pytest.approx(floor, rel=1e-3, abs=1e-5)], r["case"]
+        assert not any(r["metrics"]["skipped_updates"])
         # What is logged is what the definition says, at the step's parameters.
         names = ["kl", "coefficient"]
         if r["case"]["measure"] == "exact":
             names += ["loss", "objective", "groups_mixed", "effective_negatives"]
+            if not r["case"]["fresh"]:
+                names.append("kl_standard_error")
             # Ratios that are all 1 tie for us, and differ by rounding for the reference.
             if not (r["case"]["fresh"] and r["case"]["score"] == "l_ratio"):
                 names.append("auc")

@@ -1,6 +1,7 @@
 """The files that a run starts from: schema, disjoint splits, determinism, and building them once."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -104,6 +105,73 @@ def test_a_changed_parameter_builds_anew(tmp_path, trained, change):
     build_assets(folder, **PARAMETERS | change)
     assert len(trained) == 2
     assert not (folder / "stale").exists()
+
+
+@pytest.mark.parametrize("held", [["notes.txt"], [STAMP], ["a/b.bin"], ["train.parquet", "test.parquet", "x", "y"]])
+def test_a_folder_of_the_users_is_refused_and_stays(tmp_path, trained, held):
+    folder = tmp_path / "mine"
+    for name in held:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"mine": 1}')
+    before = hashes(folder)
+    with pytest.raises(ValueError, match=rf"arithmetic.folder={folder} holds .*; building would remove that"):
+        build_assets(folder, **PARAMETERS)
+    assert hashes(folder) == before and not trained
+    # By a link, too.
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ValueError, match="would remove that"):
+        build_assets(tmp_path / "link", **PARAMETERS)
+    assert hashes(folder) == before
+
+
+def test_a_file_is_refused_and_stays(tmp_path, trained):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        build_assets(tmp_path / "file", **PARAMETERS)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_empty_folder_is_built_and_one_beside_it_stays(tmp_path, trained):
+    folder, other = tmp_path / "assets", tmp_path / "assets.partial"
+    folder.mkdir()
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    assert build_assets(tmp_path / "link", **PARAMETERS) == folder
+    assert (folder / STAMP).exists() and (tmp_path / "link").is_symlink()
+    assert (other / "notes.txt").read_text() == "mine"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["assets", "assets.lock", "assets.partial", "link"]
+
+
+def test_what_a_user_puts_into_a_built_folder_is_kept_when_it_is_built_anew(tmp_path, trained):
+    folder = build_assets(tmp_path / "assets", **PARAMETERS)
+    for seed in (2, 3):
+        (folder / "checkpoint").mkdir()
+        (folder / "checkpoint" / "weights").write_text(f"of seed {seed}")
+        build_assets(folder, **PARAMETERS | {"seed": seed})
+    assert not (folder / "checkpoint").exists()
+    kept = [tmp_path / f"assets.old{n}" / "checkpoint" / "weights" for n in (1, 2)]
+    assert [f.read_text() for f in kept] == ["of seed 2", "of seed 3"]
+
+
+def test_what_comes_while_the_model_is_trained_stays(tmp_path, monkeypatch):
+    folder = tmp_path / "assets"
+
+    def write(*args, **kwargs):
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(assets, "pretrain", write)
+    with pytest.raises(ValueError, match="holds notes.txt"):
+        build_assets(folder, **PARAMETERS)
+    assert [f.name for f in folder.iterdir()] == ["notes.txt"]
+
+
+def test_the_command_says_why_it_builds_nothing(tmp_path, trained, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["assets", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"not built: arithmetic.folder={tmp_path} holds notes.txt"):
+        assets.main()
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_built(tmp_path, trained, monkeypatch):

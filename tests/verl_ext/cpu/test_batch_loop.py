@@ -90,10 +90,16 @@ def score(data):
 
 
 def reward_worker():
-    def batch(data):
-        return [score(data[i : i + 1]) for i in range(len(data))]
+    def scores(data):
+        def one(row):
+            try:
+                return score(row)
+            except ArithmeticError as e:
+                return e
 
-    return Actor(compute_score=score, compute_score_batch=batch)
+        return [one(data[i : i + 1]) for i in range(len(data))]
+
+    return Actor(compute_score=score, compute_scores=scores)
 
 
 def generation_server(fail=(), alike=False):
@@ -303,8 +309,10 @@ def test_a_failed_response_fails_its_question_alone(make, queue):
     assert {key.split("_")[0] for key in queue.fields["train"]} == {"uid0", "uid2"}
 
 
-def test_a_failed_reward_fails_its_question_alone(make, queue):
-    make().generate_sequences(questions(["1+2=?", "broken", "4=?"]))
+def test_a_failed_reward_fails_its_question_alone_and_is_asked_for_once(make, queue):
+    worker = reward_worker()
+    make(rewards=[worker]).generate_sequences(questions(["1+2=?", "broken", "4=?"]))
+    assert [(name, len(data)) for name, (data,), _ in worker.calls] == [("compute_scores", 9)]
     tags = queue.tags["train"]
     assert [tags[f"uid{i}"]["status"] for i in range(3)] == ["finished", "failure", "finished"]
     assert len(queue.fields["train"]) == 6
@@ -321,6 +329,15 @@ def test_when_everything_fails_the_run_stops_with_the_error(make, queue, caplog)
     refill = make("trainer.v1.sampler.sync_refill_failed_groups=True", servers=[Actor(generate_batch=dead)])
     refill.generate_sequences(questions())
     assert {tag["status"] for tag in queue.tags["train"].values()} == {"failure"}
+
+
+def test_a_dead_reward_worker_fails_the_questions_it_had(make, queue):
+    def dead(data):
+        raise ConnectionError("actor died")
+
+    make(rewards=[reward_worker(), Actor(compute_scores=dead)]).generate_sequences(questions())
+    tags = queue.tags["train"]
+    assert [tags[f"uid{i}"]["status"] for i in range(3)] == ["finished", "failure", "failure"]
 
 
 def test_a_dead_server_fails_the_questions_it_had(make, queue):

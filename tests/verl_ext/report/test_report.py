@@ -70,6 +70,29 @@ def test_methods_are_told_apart_by_what_differs(make):
     assert {r.method for r in read([*folders[2:], faster])} == {"grpo (lr=0.0001)", "grpo (lr=0.0002)"}
 
 
+def test_runs_that_differ_in_much_have_short_names_and_a_table(make, tmp_path):
+    much = {f"actor_rollout_ref.rollout.setting_{i}": i for i in range(30)}
+    other = {name: value + 1 for name, value in much.items()}
+    # Two seeds of one, and a value that is long by itself.
+    folders = [make("disco", s, **much, **{"data.val_files": "short"}) for s in (1, 2)]
+    folders += [make("disco", 3, **other, **{"data.val_files": "long" * 100}), make("grpo", 1)]
+    found = read(folders)
+    assert [(r.method, r.seed) for r in found] == [
+        ("disco #1", "1"),
+        ("disco #1", "2"),
+        ("disco #2", "3"),
+        ("grpo", "1"),
+    ]
+    told = other_differences(found)
+    for i in range(30):
+        values = told[f"actor_rollout_ref.rollout.setting_{i}"]
+        assert (values["disco #1"], values["disco #2"]) == (str(i), str(i + 1))
+    assert report.main([*map(str, folders), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Runs of a method that differ in much are numbered." in text
+    assert "actor_rollout_ref.rollout.setting\\_29" in text or "actor_rollout_ref.rollout.setting_29" in text
+
+
 def test_it_says_when_runs_differ_in_more_than_the_method(make):
     equal = [make("ppo", 1), make("disco", 2)]
     assert other_differences(read(equal)) == {}

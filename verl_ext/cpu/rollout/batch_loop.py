@@ -40,7 +40,7 @@ AGENT = "single_turn_agent"
 
 @dataclass
 class Sample:
-    """One response to be."""
+    """A pending generation request."""
 
     fields: dict[str, Any]
     """The question's fields in the data set, and ``session_id``: which of its responses this is."""
@@ -220,16 +220,8 @@ class BatchAgentLoopManager:
             return [None] * len(samples)
         chunks = _split(list(range(len(samples))), len(self.reward_workers))
         batches = [_reward_batch([samples[i] for i in c], [outputs[i] for i in c]) for c in chunks]
-        calls = [w.compute_score_batch.remote(b) for w, b in zip(self.reward_workers, batches, strict=False)]
-        results = []
-        for worker, batch, call in zip(self.reward_workers, batches, calls, strict=False):
-            answer = _get(call, len(batch))
-            if any(isinstance(a, Exception) for a in answer):
-                # One failure fails the whole call: ask again, one by one.
-                singles = [worker.compute_score.remote(batch[i : i + 1]) for i in range(len(batch))]
-                answer = [_get(single, 1, whole=False)[0] for single in singles]
-            results.extend(answer)
-        return results
+        calls = [w.compute_scores.remote(b) for w, b in zip(self.reward_workers, batches, strict=False)]
+        return [reward for call, batch in zip(calls, batches, strict=True) for reward in _get(call, len(batch))]
 
 
 def refuse_unsupported(config: DictConfig) -> None:
@@ -344,10 +336,9 @@ def _split(items: list, parts: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _get(call: ray.ObjectRef, count: int, whole: bool = True) -> list:
+def _get(call: ray.ObjectRef, count: int) -> list:
     """The ``count`` answers of a call, or its exception that many times."""
     try:
-        answer = ray.get(call)
+        return ray.get(call)
     except Exception as e:
         return [e] * count
-    return answer if whole else [answer]

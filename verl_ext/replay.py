@@ -1,0 +1,104 @@
+"""What verl's replay buffers get besides: the questions' own order, and an end to replacing questions for ever."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+TOLD_AFTER = 5
+"""Batches of questions replaced, and none kept, after which one line says so."""
+MOST_BATCHES = 20
+"""The same, after which the run stops."""
+
+
+class WatchedReplayBuffer:
+    """Mixin in front of a replay buffer of verl's."""
+
+    def watch(self, batch_size: int, most_batches: int, on_failure: Callable[[], None]) -> None:
+        """Say when to stop.
+
+        Args:
+            batch_size: questions in a batch.
+            most_batches: batches of questions that may be replaced for one; 0 sets no limit as long as some are kept.
+            on_failure: called where questions are replaced because a response failed.
+        """
+        self._batch_size, self._most_batches, self._on_failure = batch_size, most_batches, on_failure
+        self._replaced: Counter[float | None] = Counter()
+        self._since_kept: Counter[float | None] = Counter()
+        """Questions by the value that all their responses have; None where a response failed."""
+        self._told = False
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
+        """Sample a batch."""
+        if partition_id != "val":
+            self._replaced.clear()
+        return super().sample(global_steps, partition_id, batch_size)
+
+    def _select_prompt_uids(self, partition_id: str, sampleable_keys: set[str], batch_size: int) -> Any:
+        # verl sorts them by step alone. Their names are random, so that runs with equal seeds would choose differently
+        # where there are more than wanted. TransferQueue lists them in the order in which they were asked for.
+        in_order = [uid for uid in self.prompt_global_steps[partition_id] if uid in sampleable_keys]
+        return super()._select_prompt_uids(partition_id, in_order, batch_size)
+
+    def _evict_terminal_groups(self, global_steps: int, partition_id: str, eviction_reasons: tuple) -> tuple:
+        result = super()._evict_terminal_groups(global_steps, partition_id, eviction_reasons)
+        if partition_id == "val":
+            return result
+        _, _, failed, same_value = eviction_reasons
+        if failed:
+            self._on_failure()
+        for counter in (self._replaced, self._since_kept):
+            counter.update(same_value)
+            counter.update([None] * len(failed))
+        if self.finished_keys[partition_id]:
+            self._since_kept.clear()
+            self._told = False
+        self._judge(global_steps)
+        return result
+
+    def _judge(self, step: int) -> None:
+        """Say that nothing is kept, and stop when there is no end in sight.
+
+        Raises:
+            ValueError: too many questions were replaced; names the setting and the likely reasons.
+        """
+        batch, without = self._batch_size, self._since_kept.total()
+        if without >= MOST_BATCHES * batch:
+            raise ValueError(
+                f"{self._reasons(step, self._since_kept)}. None was kept in {MOST_BATCHES} batches of questions: "
+                "the run stops"
+            )
+        if 0 < self._most_batches * batch <= self._replaced.total():
+            raise ValueError(
+                f"{self._reasons(step, self._replaced)}. algorithm.filter_groups.max_num_gen_batches="
+                f"{self._most_batches} allows no more; raise it, or set it to 0 for no limit"
+            )
+        if without >= TOLD_AFTER * batch and not self._told:
+            self._told = True
+            print(f"verl-disco: warning: {self._reasons(step, self._since_kept)}", flush=True)
+
+    def _reasons(self, step: int, replaced: Counter[float | None]) -> str:
+        failed, parts = replaced[None], []
+        alike = {value: number for value, number in replaced.items() if value is not None}
+        if alike:
+            most = sorted(alike, key=alike.get, reverse=True)[:3]
+            values = ", ".join(f"{value:g} in {alike[value]}" for value in most)
+            parts.append(
+                f"{sum(alike.values())} had responses with the same {self.filter_groups_metric} throughout ({values}; "
+                "algorithm.filter_groups). Likely: the reward function gives every response the same, or the questions "
+                "are too hard or too easy"
+            )
+        if failed:
+            parts.append(f"{failed} had a response that failed (its error is further up)")
+        return f"step {step}: {replaced.total()} questions were replaced by others: {'; '.join(parts)}"
+
+
+def watched(buffer: Any, *, batch_size: int, most_batches: int, on_failure: Callable[[], None]) -> Any:
+    """Put the mixin in front of the buffer that verl has built; a class of one's own that is none of verl's stays."""
+    # Not above: importing verl's trainers imports this module.
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    if isinstance(buffer, ReplayBuffer):
+        # verl builds it from fixed names: ReplayBuffer, or ReplayBufferAsync, or the user's subclass.
+        buffer.__class__ = type(type(buffer).__name__, (WatchedReplayBuffer, type(buffer)), {})
+        buffer.watch(batch_size, most_batches, on_failure)
+    return buffer
