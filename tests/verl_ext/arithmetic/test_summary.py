@@ -42,7 +42,7 @@ def test_the_table_has_what_the_metrics_say(run):
     assert "all 50.0% -> 80.0% (standard error below 4.0%)" in lines
     # Steps 1 to 5 and 8 to 12.
     assert "reward in training 0.250 -> 0.833" in lines
-    assert "KL(old || new), nats a token 3.00e-03 -> 1.00e-02" in lines
+    assert "KL(old || new), nats per token 3.00e-03 -> 1.00e-02" in lines
     assert "12 steps, median 2.00 s each" in lines
     # The last by number, not by name.
     assert any(line.startswith("checkpoint") and line.endswith("global_step_12") for line in lines)
