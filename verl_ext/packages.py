@@ -46,7 +46,7 @@ def needs(config: DictConfig) -> Iterator[Need]:
     """What this run imports besides what verl requires of every installation."""
     from verl.trainer.main_ppo import need_critic, need_reference_policy
 
-    loggers = config.trainer.logger
+    loggers = config.trainer.logger or []
     for logger in [loggers] if isinstance(loggers, str) else loggers:
         if logger in LOGGERS:
             yield Need(*LOGGERS[logger], f"trainer.logger={logger}", everywhere=True)
