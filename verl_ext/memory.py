@@ -26,8 +26,6 @@ SERVER = 3 * GIB
 """What a rollout engine takes out of its share for neither weights nor KV cache: its context, CUDA graphs, and the
 activations of ``max_num_batched_tokens``. A guess."""
 
-STATES_OF = {"training": "actor", "critic": "critic"}
-
 HAS_SHARE = ("vllm", "sglang", "trtllm")
 """Engines that take ``gpu_memory_utilization`` of the GPU, whatever they need."""
 
@@ -172,7 +170,7 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
     else:
         longest = config.data.max_prompt_length + config.data.max_response_length
         tokens = longest * (actor.ppo_micro_batch_size_per_gpu or 1) / sequence_split(actor)
-    models = {"training": trained(actor, config.actor_rollout_ref.model, shape, world, tokens)}
+    models = {"actor": trained(actor, config.actor_rollout_ref.model, shape, world, tokens)}
     if need_critic(config):
         # The V1 trainers cut the critic's micro-batches by this alone; 32768 is verl's own.
         tokens = config.critic.get("ppo_infer_max_token_len_per_gpu", 32768)
@@ -187,15 +185,16 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
     idle = 0 if not shared else ASLEEP if sleeps else share
 
     phases = {}
-    for name, model in models.items():
-        beside = {f"{STATES_OF[other]}'s states": m.resident for other, m in models.items() if other != name}
-        phases[name] = model.training | beside | {"rollout engine": idle, "CUDA and NCCL": CONTEXT}
+    for role, model in models.items():
+        beside = {f"{other}'s states": m.resident for other, m in models.items() if other != role}
+        moment = "training" if role == "actor" else role
+        phases[moment] = model.training | beside | {"rollout engine": idle, "CUDA and NCCL": CONTEXT}
     resident = sum(m.resident for m in models.values())
-    # verl fills a bucket with whole tensors, and gathers one of them beside it; engines that send to other GPUs, two.
+    # verl gathers whole tensors, one at a time, into a bucket; engines that send to other GPUs have two.
     buckets = 1 if rollout.checkpoint_engine.backend == "naive" else 2
     bucket = buckets * rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20
     phases["weight transfer"] = {
-        "training states": resident + models["training"].staged,
+        "training states": resident + models["actor"].staged,
         "rollout engine": 0 if not shared else loaded + ASLEEP if sleeps else share,
         "buckets": bucket,
         "largest tensor": element_size(actor) * shape.largest_tensor,

@@ -33,23 +33,21 @@ class Need:
         package: what one installs.
         module: what is imported.
         setting: name and value of the setting that asks for it.
-        everywhere: whether it is needed without a GPU, too.
     """
 
     package: str
     module: str
     setting: str
-    everywhere: bool = False
 
 
 def needs(config: DictConfig) -> Iterator[Need]:
     """What this run imports besides what verl requires of every installation."""
     from verl.trainer.main_ppo import need_critic, need_reference_policy
 
-    loggers = config.trainer.logger
+    loggers = config.trainer.logger or []
     for logger in [loggers] if isinstance(loggers, str) else loggers:
         if logger in LOGGERS:
-            yield Need(*LOGGERS[logger], f"trainer.logger={logger}", everywhere=True)
+            yield Need(*LOGGERS[logger], f"trainer.logger={logger}")
     if config.trainer.device == "cpu":
         return
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
@@ -136,13 +134,13 @@ def check_packages(config: DictConfig, data: Any) -> Iterator[Finding]:
     import torch
 
     seen = set()
+    # The nodes that train may have what is missing here.
+    elsewhere = config.trainer.device != "cpu" and not torch.cuda.is_available()
     for need in needs(config):
         if need.package in seen or is_installed(need):
             continue
         seen.add(need.package)
         fix = f"{need.setting} needs it: {INSTALL.get(need.package, f'install {need.package}')}"
-        # The nodes that train may have it.
-        elsewhere = not need.everywhere and not torch.cuda.is_available()
         yield Finding(need.package, "not installed", f"{need.package} is not installed here", fix, warning=elsewhere)
     slow = config.trainer.device != "cpu" and config.actor_rollout_ref.actor.strategy != "megatron"
     if slow and "flash-attn" not in seen and importlib.util.find_spec("flash_attn") is None:

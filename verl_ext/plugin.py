@@ -53,15 +53,8 @@ def check_not_hidden() -> None:
         places = outer.submodule_search_locations if outer else None
         inner = PathFinder.find_spec(name, list(places)) if places else None
         mine = Path(__file__).resolve().parents[1] / package / part
-        if (
-            inner is not None
-            and inner.origin
-            and Path(inner.origin).resolve()
-            in (
-                mine.with_suffix(".py"),
-                mine / "__init__.py",
-            )
-        ):
+        found = Path(inner.origin).resolve() if inner and inner.origin else None
+        if found in (mine.with_suffix(".py"), mine / "__init__.py"):
             continue
         hiding = (inner and inner.origin) or (outer and outer.origin) or f"sys.modules['{package}']"
         raise RuntimeError(

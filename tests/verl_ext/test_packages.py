@@ -83,7 +83,7 @@ def test_wheels_come_from_verls_own_index(monkeypatch):
 
 def test_where_the_gpus_are_it_is_wrong(monkeypatch):
     assert all(not warning for _, warning in missing(monkeypatch, config_of(), gpu=True).values())
-    # A logger is imported by the trainer, on any machine.
+    # A run on the CPU trains here.
     fix, warning = missing(monkeypatch, config_of("trainer.logger=[swanlab]", *ON_CPU))["swanlab"]
     assert not warning and fix == "trainer.logger=swanlab needs it: install swanlab"
 
