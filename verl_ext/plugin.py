@@ -7,9 +7,11 @@ level and goes on; so :func:`activate` reports its own.
 
 import sys
 import traceback
+from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 SUPPORTED_VERL = ">=0.9.1,<0.10"
 """verl versions that this package is written for, as a PEP 440 specifier."""
@@ -79,14 +81,19 @@ def activate() -> None:
     register_post_import_hook(_register_trainers, "verl.trainer.ppo.v1")
 
 
-def _register_trainers(_module) -> None:
-    # Whoever imports verl_ext.trainer first gets here in the middle of it. With verl's trainers there, a second import
-    # is whole, and Python's import of the first returns what stands in sys.modules at its end.
-    if not hasattr(sys.modules.get("verl_ext.trainer"), "register"):
-        sys.modules.pop("verl_ext.trainer", None)
-    from verl_ext import trainer
+def import_whole(name: str) -> ModuleType:
+    """Import one of our modules that verl's own import leads to while it is being imported itself.
 
-    trainer.register()
+    Whoever imports it first gets here in the middle of it. With verl's modules there, a second import is whole, and
+    Python's import of the first returns what stands in ``sys.modules`` at its end.
+    """
+    if not hasattr(sys.modules.get(name), "register"):
+        sys.modules.pop(name, None)
+    return import_module(name)
+
+
+def _register_trainers(_module) -> None:
+    import_whole("verl_ext.trainer").register()
 
 
 try:

@@ -50,6 +50,8 @@ print(TRAINER_REGISTRY["sync"] is verl_ext.trainer.ExtendedTrainerSync, len(TRAI
 """
     process = _python(code)
     assert process.stdout.split() == ["True", "3"], process.stderr
+    process = _python("import verl_ext.cpu.engine as e, sys; print(sys.modules['verl_ext.plugin'].error, e.register)")
+    assert process.stdout.startswith("None <function register"), process.stderr
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,9 @@ def check(config: "DictConfig") -> None:
 
 
 def _register_engines(_module) -> None:
-    from verl_ext.cpu import engine
+    from verl_ext.plugin import import_whole
 
-    engine.register()
+    import_whole("verl_ext.cpu.engine").register()
 
 
 def _register_rollout_adapter(module) -> None:
