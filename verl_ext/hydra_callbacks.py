@@ -93,13 +93,15 @@ class JobCallback(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Mark a run that is finished. Shut Ray down: verl starts it once a process, which may run several jobs."""
         folder = OmegaConf.select(config, "trainer.default_local_dir")
-        if folder and job_return.status == JobStatus.COMPLETED:
-            mark_finished(config, Path(folder))
-        if self._lock is not None:
-            self._lock.release()
-        ray = sys.modules.get("ray")
-        if ray is not None and ray.is_initialized():
-            ray.shutdown()
+        try:
+            if folder and job_return.status == JobStatus.COMPLETED:
+                mark_finished(config, Path(folder))
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+            ray = sys.modules.get("ray")
+            if ray is not None and ray.is_initialized():
+                ray.shutdown()
 
 
 @contextmanager
@@ -179,7 +181,8 @@ def before_job(config: DictConfig, given: Collection[str] = ()) -> BaseFileLock 
                 lock = hold(folder)
             except OSError as e:
                 raise ValueError(f"trainer.default_local_dir={folder} cannot be used: {e.strerror}") from e
-            undo.callback(lock.release)
+            if lock is not None:
+                undo.callback(lock.release)
         if settings:
             check_nodes(config, folder)
         if folder is not None:

@@ -32,12 +32,15 @@ WITHOUT_EFFECT = (
     # Where a run lies, what it is called, how long it goes on, what it logs, evaluates and keeps meanwhile.
     r"trainer\.(?!(critic_warmup|device|nnodes|n_gpus_per_node|use_v1|v1)\b).*",
     r"(arithmetic|math)\.folder|base_model|data\.cache_dir|skip\.\w+\.dump_dir",
-    r"verl_ext\.(gpu_memory|max_failed_rewards|metrics|prepare|validator)",
+    r"data\.(val_\w+|validation_shuffle)|.*\.val_kwargs\..*|.*sandbox_fusion\..*",
+    r"verl_ext\.(gpu_memory|same_run|max_failed_rewards|metrics|prepare|validator)",
     r"(.*\.)?(global_profiler|profiler|prometheus|trace)(\..*)?|.*\.(calculate_log_probs|disable_log_stats)",
     # Which machines and processes do the work. The number of ranks counts, see below.
     r"(ray_kwargs|transfer_queue)(\..*)?|.*\.(checkpoint|checkpoint_engine)\..*",
     r"(.*\.)?(num_workers|filter_overlong_prompts_workers|nccl_timeout|use_shm|trust_remote_code)",
-    r"actor_rollout_ref\.rollout\.(nnodes|n_gpus_per_node|\w*parallel_size)|.*sandbox_fusion\.(url|max_concurrent)",
+    r"actor_rollout_ref\.rollout\.(nnodes|n_gpus_per_node|\w*parallel_size|agent\.agent_loop_manager_class)",
+    r"(distillation|reward\.reward_model)\.(nnodes|n_gpus_per_node)|reward\.reward_model\.rollout\.\w*parallel_size",
+    r".*\.engine_kwargs\..*|reward\.max_concurrent|.*\.ulysses_sequence_parallel_size|.*\.ref\.megatron\..*parallel_size",
     # How a batch is cut: sums over it do not depend on that.
     r".*micro_batch_size(_per_gpu)?|.*max_token_len_per_gpu|.*use_dynamic_bsz|data\.val_batch_size",
     # What memory and speed depend on.
@@ -55,7 +58,7 @@ RANKS = "trainer.nnodes x trainer.n_gpus_per_node"
 
 LOADED = re.compile(
     rf"{RANKS}|model_engine|trainer\.v1\.trainer_mode|data\.dataloader_num_workers|.*\.(actor|critic)\.strategy"
-    r"|.*\.(megatron|fsdp_config|fsdp)\.(.*parallel_size|fsdp_size)|.*\.lora(\.|_)rank|.*\.optim\.optimizer(_impl)?"
+    r"|.*\.(megatron|fsdp_config|fsdp)\.((?!ulysses).*parallel_size|fsdp_size)|.*\.lora(\.|_)rank|.*\.optim\.optimizer(_impl)?"
 )
 """Settings without which a checkpoint cannot be loaded, wherever the run goes on from it."""
 
@@ -63,6 +66,11 @@ WHOLE = ("actor_rollout_ref", "data", "algorithm", "trainer", "ray_kwargs")
 """Nodes that all runs' settings have, the last one near the end of the file."""
 
 ALGORITHM = "verl_ext.algorithm"
+
+STOCK_IDENTITY = {ALGORITHM, "actor_rollout_ref.model.path", "trainer.resume_from_path"}
+"""Settings in which even runs of stock verl may not differ."""
+
+SECRET = re.compile(r"\.env_vars\.|api_key|secret|password|token$", re.IGNORECASE)
 
 MOST_TOLD = 8
 
@@ -130,6 +138,12 @@ def take_folder(config: DictConfig, folder: Path, given: Collection[str] = ()) -
         ValueError: the folder holds another run, its settings cannot be read, or the run cannot go on from there.
     """
     mode = OmegaConf.select(config, "trainer.resume_mode")
+    if mode == "disable" and OmegaConf.select(config, "trainer.val_only") and any(folder.glob("global_step_*")):
+        raise ValueError(
+            f"trainer.default_local_dir={folder} holds a trained run, and trainer.val_only=true with "
+            "trainer.resume_mode=disable evaluates the model before it; choose another folder, or "
+            "trainer.resume_mode=auto"
+        )
     if mode == "disable" and holds_run(folder):
         print(f"verl-disco: trainer.resume_mode=disable: the run in {folder} is now in {set_aside(folder)}", flush=True)
     if (folder / CONFIG_FILE).exists() and not is_run(folder):
@@ -159,13 +173,20 @@ def _check_run(config: DictConfig, folder: Path, given: Collection[str], origin:
     changed, told = compare(before, config, given)
     if origin is not None and not _is_same(before.get("trainer.resume_from_path"), str(origin)):
         changed["trainer.resume_from_path"] = before.get("trainer.resume_from_path"), str(origin)
+    if "verl_ext" not in config or OmegaConf.select(config, "verl_ext.same_run"):
+        # A run of stock verl goes on as verl would, but for another method or model.
+        tolerated = {} if OmegaConf.select(config, "verl_ext.same_run") else STOCK_IDENTITY
+        told |= {name: pair for name, pair in changed.items() if name not in tolerated}
+        changed = {name: pair for name, pair in changed.items() if name in tolerated}
     if changed:
         raise ValueError(
             f"trainer.default_local_dir={folder} holds another run: {describe(changed)}; choose another folder, or "
-            "trainer.resume_mode=disable, which starts anew there and moves that run's files aside"
+            "trainer.resume_mode=disable, which starts anew there and moves that run's files aside. To go on from its "
+            f"checkpoint: another folder, with trainer.resume_mode=resume_path trainer.resume_from_path={latest}; or "
+            "here, with ++verl_ext.same_run=true"
         )
     for name, (old, new) in told.items() if latest else ():
-        print(f"verl-disco: {folder} is resumed with {name}={_shown(new)}, was {_shown(old)}", flush=True)
+        print(f"verl-disco: {folder} is resumed with {name}={_shown(new, name)}, was {_shown(old, name)}", flush=True)
 
 
 def compare(before: Mapping[str, Any], config: DictConfig, given: Collection[str]) -> tuple[dict, dict]:
@@ -191,12 +212,14 @@ def _is_given(name: str, given: Collection[str]) -> bool:
 
 def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """``seed=2, there 1; disco.score=l_ratio, there log_l``"""
-    told = [f"{name}={_shown(new)}, there {_shown(old)}" for name, (old, new) in changed.items()]
+    told = [f"{name}={_shown(new, name)}, there {_shown(old, name)}" for name, (old, new) in changed.items()]
     more = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
     return "; ".join(told[:MOST_TOLD] + more)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, name: str = "") -> str:
+    if SECRET.search(name):
+        return "***"
     if value is None:
         return "(not set)"
     return value if isinstance(value, str) and len(value) < 200 else reprlib.repr(value)

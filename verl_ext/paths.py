@@ -94,9 +94,13 @@ def _changes(config: DictConfig) -> Iterator[tuple[str, Any]]:
             value = plain = OmegaConf.to_container(value, resolve=True)
         if not NOT_OURS.fullmatch(name):
             if PLACES.fullmatch(name) and (not packed or name.startswith("trainer.")):
-                value = _each(plain, lambda path: absolute(path, base))
+                # A data set may be a name that a class of the user's knows.
+                value = _each(plain, lambda path, n=name: absolute(path, base, n.startswith("data.") and is_bare(path)))
             elif REFERENCES.fullmatch(name) and not packed:
                 value = _each(plain, lambda path: absolute(path, base, must_exist=True))
+        if client and value != plain and ("verl_ext" not in config or str(plain).startswith("~")):
+            # Left to the cluster, as verl does.
+            value = plain
         if client and value != plain and name.startswith(("trainer.", "data.", "arithmetic.", "math.")):
             raise ValueError(
                 f"{name}={plain} is relative, and behind Ray's client (ray://) paths are the cluster's; give an "
@@ -126,6 +130,11 @@ def absolute(path: Any, base: str, must_exist: bool = False) -> Any:
         return path
     found = os.path.normpath(os.path.join(base, local))
     return path if must_exist and not os.path.exists(found) else found
+
+
+def is_bare(path: Any) -> bool:
+    """Tell whether a path has no ending, as the name of a data set has none."""
+    return isinstance(path, str) and not os.path.splitext(path)[1]
 
 
 def as_override(name: str, value: Any) -> str:

@@ -52,11 +52,15 @@ class WatchedReplayBuffer:
         if self.finished_keys[partition_id]:
             self._since_kept.clear()
             self._told = False
-        self._judge(global_steps)
+        self._judge(global_steps, complete=len(self.finished_keys[partition_id]) >= self._batch_size)
         return result
 
-    def _judge(self, step: int) -> None:
+    def _judge(self, step: int, complete: bool) -> None:
         """Say that nothing is kept, and stop when there is no end in sight.
+
+        Args:
+            step: of the training.
+            complete: whether the step has its questions already, and asks for no more.
 
         Raises:
             ValueError: too many questions were replaced; names the setting and the likely reasons.
@@ -67,6 +71,8 @@ class WatchedReplayBuffer:
                 f"{self._reasons(step, self._since_kept)}. None was kept in {MOST_BATCHES} batches of questions: "
                 "the run stops"
             )
+        if complete:
+            return
         if 0 < self._most_batches * batch <= self._replaced.total():
             raise ValueError(
                 f"{self._reasons(step, self._replaced)}. algorithm.filter_groups.max_num_gen_batches="

@@ -154,13 +154,21 @@ class CountingRewardWorker(RewardLoopWorker):
         return tally
 
 
+SECONDS_TO_COUNT = 60.0
+"""What a worker gets to tell its counts: it may have more rewards in hand than Ray lets it run at a time."""
+
+
 class CountingRewardManager(RewardLoopManager):
     """verl's manager with these workers."""
+
+    _asked: tuple | list = ()
 
     def _init_reward_loop_workers(self) -> None:
         self.reward_loop_workers_class = ray.remote(CountingRewardWorker)
         super()._init_reward_loop_workers()
 
     def take_tally(self) -> Tally:
-        """Give the counts of all workers since the last call."""
-        return sum(ray.get([worker.take_tally.remote() for worker in self.reward_loop_workers]), Tally())
+        """Give the counts of all workers since the last call; of one that is too busy to answer, at a later one."""
+        asked = [*self._asked, *(worker.take_tally.remote() for worker in self.reward_loop_workers)]
+        answered, self._asked = ray.wait(asked, num_returns=len(asked), timeout=SECONDS_TO_COUNT)
+        return sum(ray.get(answered), Tally())

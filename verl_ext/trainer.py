@@ -32,7 +32,7 @@ from verl_ext.files import write_whole
 from verl_ext.grouping import deal
 from verl_ext.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_row
 from verl_ext.replay import watched
-from verl_ext.resume import name_whole_checkpoint, remove_old_checkpoints, step_folder
+from verl_ext.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
 from verl_ext.reward_loop import CountingRewardManager, Tally, reward_function
 from verl_ext.runs import METRICS_FILE
 from verl_ext.watch import Watch
@@ -169,7 +169,13 @@ class ExtendedTrainer:
         """Save as verl does; remove older checkpoints after that, when verl's tracker names the new one."""
         if "verl_ext" not in self.config:
             return super()._save_checkpoint()
-        self._keep_row()
+        try:
+            self._keep_row()
+        except Exception as e:
+            # A row that may be missing is no reason for a checkpoint to be.
+            print(
+                f"verl-disco: warning: the row of step {self.global_steps} is not in its checkpoint: {e!r}", flush=True
+            )
         later = OmegaConf.select(self.config, "actor_rollout_ref.actor.checkpoint.async_save", default=False)
         if later or self._checkpoints_are_elsewhere:
             # verl's own engine counts them, where and when it writes them.
@@ -177,7 +183,13 @@ class ExtendedTrainer:
         with self._all_checkpoints_kept() as keep:
             super()._save_checkpoint()
         # Without a shared disk the weights are on the nodes of the workers.
-        self._checkpoints_are_elsewhere = not (step_folder(self._folder, self.global_steps) / "actor").is_dir()
+        self._checkpoints_are_elsewhere = bool(
+            resume_fault(
+                step_folder(self._folder, self.global_steps) / "actor",
+                megatron=self.config.actor_rollout_ref.actor.strategy == "megatron",
+                contents=OmegaConf.select(self.config, "actor_rollout_ref.actor.checkpoint.save_contents") or (),
+            )
+        )
         if removed := remove_old_checkpoints(self._folder, self.global_steps, keep):
             print(f"verl-disco: removed the checkpoints of steps {', '.join(map(str, removed))}", flush=True)
 
@@ -226,21 +238,27 @@ class ExtendedTrainer:
         except Exception:
             self._count_rewards(where)
             raise
-        metrics["validation/failed_rewards"] = self._count_rewards(where)
+        # They stop a run only if all failed: a few of a small set are no tenth of what it trains on.
+        metrics["validation/failed_rewards"] = self._count_rewards(where, stops_at=1.0)
         self._rewards = before
         return metrics
 
     def _take_tally(self) -> None:
         self._rewards += self.reward_loop_manager.take_tally()
 
-    def _count_rewards(self, where: str) -> int:
+    def _count_rewards(self, where: str, stops_at: float | None = None) -> int:
         """Count the rewards that failed since the last call, and show the first one's error.
+
+        Args:
+            where: of what they are.
+            stops_at: share that stops the run; None for what ``verl_ext.max_failed_rewards`` allows.
 
         Raises:
             ValueError: as :meth:`_refuse_failures` does.
         """
         self._take_tally()
-        self._refuse_failures(where)
+        if stops_at is None or 0 < stops_at * self._rewards.asked <= self._rewards.failed:
+            self._refuse_failures(where)
         tally, self._rewards = self._rewards, Tally()
         if tally.failed:
             print(f"verl-disco: warning: {tally.text(where)}", flush=True)

@@ -57,6 +57,7 @@ class Watch:
         if self._never.reaches(over == 0):
             yield self._why_never(delta, only_one=fresh and mini_batches == 1)
         # At the policy of the old log-probabilities the KL is 0.
+        mini_batches = max(mini_batches, 1)
         most = 1 - fresh / mini_batches
         if self._always.reaches(over > max(0, most - 0.5 / mini_batches)):
             yield (

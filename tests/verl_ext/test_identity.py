@@ -26,13 +26,13 @@ LAST = HALF | {"step": 100}
     "name",
     """
     seed data.seed verl_ext.algorithm disco.score disco.delta disco.options.margin grpo.kl_coef algorithm.gamma
-    algorithm.rollout_correction.bypass_mode data.train_files data.val_files data.train_batch_size
+    algorithm.rollout_correction.bypass_mode data.train_files data.train_batch_size
     data.max_response_length data.shuffle data.dataloader_num_workers actor_rollout_ref.model.path
     actor_rollout_ref.model.lora_rank actor_rollout_ref.actor.optim.lr actor_rollout_ref.actor.optim.betas
     actor_rollout_ref.actor.ppo_mini_batch_size actor_rollout_ref.actor.ppo_epochs actor_rollout_ref.actor.strategy
     actor_rollout_ref.actor.fsdp_config.model_dtype actor_rollout_ref.actor.fsdp_config.fsdp_size
     actor_rollout_ref.actor.megatron.tensor_model_parallel_size actor_rollout_ref.rollout.n
-    actor_rollout_ref.rollout.temperature actor_rollout_ref.rollout.name actor_rollout_ref.rollout.val_kwargs.n
+    actor_rollout_ref.rollout.temperature actor_rollout_ref.rollout.name
     critic.optim.lr critic.model.path reward.custom_reward_function.path trainer.nnodes trainer.n_gpus_per_node
     trainer.v1.trainer_mode trainer.v1.separate_async.parameter_sync_step trainer.critic_warmup
     reward.custom_reward_function.reward_kwargs.timeout arithmetic.iterations model skip.rollout.enable
@@ -58,6 +58,9 @@ def test_what_changes_results(name):
     actor_rollout_ref.rollout.max_num_seqs actor_rollout_ref.rollout.tensor_model_parallel_size
     actor_rollout_ref.rollout.checkpoint_engine.backend actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu
     actor_rollout_ref.rollout.agent.num_workers reward.num_workers reward.sandbox_fusion.url
+    data.val_files data.val_max_samples actor_rollout_ref.rollout.val_kwargs.n
+    actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size actor_rollout_ref.rollout.engine_kwargs.vllm.x
+    actor_rollout_ref.ref.megatron.tensor_model_parallel_size verl_ext.same_run
     verl_ext.gpu_memory verl_ext.prepare arithmetic.folder math.folder critic.ppo_micro_batch_size_per_gpu
     """.split(),
 )
@@ -80,6 +83,11 @@ def test_a_project_may_be_moved():
 
     assert differences(settings("/old", "a"), settings("/new/place", "a")) == {}
     assert differences(settings("/old", "a"), settings("/new", "b")).keys() == {"data.train_files"}
+
+
+def test_secrets_are_not_shown():
+    name = "ray_kwargs.ray_init.runtime_env.env_vars.WANDB_API_KEY"
+    assert identity.describe({name: ("old-secret", "new-secret")}) == f"{name}=***, there ***"
 
 
 # Starts ---------------------------------------------------------------------------------------------------------------
@@ -343,3 +351,17 @@ def test_the_quickstart_asks_for_a_runs_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "a run" / runs.CONFIG_FILE).write_text("a: [b\n")
     assert identity.main(overrides) == 1
     assert "config.yaml cannot be read as settings" in capsys.readouterr().err
+
+
+def test_what_says_that_it_is_the_same_run_goes_on(start, half):
+    with pytest.raises(ValueError, match="or here, with [+][+]verl_ext.same_run=true"):
+        start("data.train_batch_size=8")
+    out = start("data.train_batch_size=8", "verl_ext.same_run=true")
+    assert "is resumed with data.train_batch_size=8, was 16" in out
+
+
+def test_an_evaluation_does_not_move_a_trained_run_aside(start, half):
+    (half / "global_step_50").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match="trainer.val_only=true with trainer.resume_mode=disable evaluates the model"):
+        start("trainer.val_only=true", "trainer.resume_mode=disable")
+    assert not list(half.glob("earlier_*"))

@@ -136,6 +136,12 @@ def test_a_packed_working_folder_has_its_own_files(config, tmp_path):
     assert config.trainer.default_local_dir == f"{tmp_path}/reward.py"
 
 
+def test_the_name_of_a_data_set_is_no_path(config):
+    OmegaConf.update(config, "data.train_files", ["openai/gsm8k", "mine.parquet"])
+    settle(config)
+    assert config.data.train_files == ["openai/gsm8k", f"{os.getcwd()}/mine.parquet"]
+
+
 @pytest.mark.parametrize("name", ["trainer.default_local_dir", "data.train_files", "arithmetic.folder"])
 def test_behind_rays_client_a_relative_path_is_refused(config, monkeypatch, name):
     for place in ("trainer.default_local_dir", "arithmetic.folder", "trainer.experiment_name"):
@@ -143,8 +149,8 @@ def test_behind_rays_client_a_relative_path_is_refused(config, monkeypatch, name
     OmegaConf.update(config, "ray_kwargs.ray_init.address", None)
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     settled(config)
-    OmegaConf.update(config, name, "x/y")
-    with pytest.raises(ValueError, match=f"{name}=x/y is relative, and behind Ray's client .* an absolute one"):
+    OmegaConf.update(config, name, "x/y.parquet")
+    with pytest.raises(ValueError, match=f"{name}=x/y.parquet is relative, and behind Ray's client .* an absolute one"):
         settled(config)
 
 

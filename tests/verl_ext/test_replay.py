@@ -1,5 +1,6 @@
 """Verl's replay buffers on a stand-in for TransferQueue: the order of the questions, and an end to replacing them."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from verl.trainer.ppo.v1 import replay_buffer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-from verl_ext.replay import MOST_BATCHES, TOLD_AFTER, watched
+from verl_ext.replay import MOST_BATCHES, TOLD_AFTER, WatchedReplayBuffer, watched
 
 BATCH = 4
 
@@ -107,6 +108,16 @@ def test_verls_own_setting_for_the_most_batches_is_kept(sample):
     with pytest.raises(ValueError, match=r"1 in \d+; .*max_num_gen_batches=3 allows no more; raise it, or set it to 0"):
         sample(rewards, most_batches=3)
     sample(lambda number: (0.0, 1.0) if number > 6 else (1.0, 1.0), most_batches=3)
+
+
+def test_a_batch_that_is_complete_asks_for_no_more_and_ends_nothing():
+    buffer = WatchedReplayBuffer.__new__(WatchedReplayBuffer)
+    buffer.filter_groups_metric = "acc"
+    buffer._batch_size, buffer._most_batches, buffer._told = BATCH, 3, False
+    buffer._since_kept, buffer._replaced = Counter(), Counter({1.0: 3 * BATCH})
+    buffer._judge(1, complete=True)
+    with pytest.raises(ValueError, match="max_num_gen_batches=3 allows no more"):
+        buffer._judge(1, complete=False)
 
 
 def test_failed_responses_for_ever_end_the_run(sample):
