@@ -7,7 +7,6 @@ at; the next one starts another child.
 """
 
 import json
-import logging
 import os
 import re
 import selectors
@@ -30,8 +29,6 @@ ANSWERS_PER_CHILD = 1000
 
 BY_WEIGHT = ("grader error", "memory", "unreadable", "wrong")
 """Where several truths fail for several reasons, the first of these is told."""
-
-logger = logging.getLogger(__name__)
 
 INTEGER = re.compile(r"-?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)")
 
@@ -161,8 +158,8 @@ class Grader:
 
 @lru_cache(maxsize=100)
 def log_once(error: str, answer: str) -> None:
-    """Warn of an error, with the answer at which it was met first."""
-    logger.warning("grading failed: %s; answer: %.200r", error, answer)
+    """Warn of an error, with the answer at which it was met first. Printed: Ray shows that to the driver."""
+    print(f"verl-disco: warning: grading failed: {error}; answer: {answer[:200]!r}", flush=True)
 
 
 def limit_memory(memory_mb: int) -> None:
