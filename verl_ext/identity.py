@@ -68,7 +68,7 @@ WHOLE = ("actor_rollout_ref", "data", "algorithm", "trainer", "ray_kwargs")
 ALGORITHM = "verl_ext.algorithm"
 
 STOCK_IDENTITY = {ALGORITHM, "actor_rollout_ref.model.path", "trainer.resume_from_path"}
-"""Settings in which even runs of stock verl may not differ."""
+"""Settings in which even runs of stock verl may not differ, besides those of ``LOADED``."""
 
 SECRET = re.compile(r"\.env_vars\.|api_key|secret|password|token$", re.IGNORECASE)
 
@@ -175,9 +175,10 @@ def _check_run(config: DictConfig, folder: Path, given: Collection[str], origin:
         changed["trainer.resume_from_path"] = before.get("trainer.resume_from_path"), str(origin)
     if "verl_ext" not in config or OmegaConf.select(config, "verl_ext.same_run"):
         # A run of stock verl goes on as verl would, but for another method or model.
-        tolerated = {} if OmegaConf.select(config, "verl_ext.same_run") else STOCK_IDENTITY
-        told |= {name: pair for name, pair in changed.items() if name not in tolerated}
-        changed = {name: pair for name, pair in changed.items() if name in tolerated}
+        same = bool(OmegaConf.select(config, "verl_ext.same_run"))
+        refused = {name for name in changed if LOADED.fullmatch(name) or (not same and name in STOCK_IDENTITY)}
+        told |= {name: pair for name, pair in changed.items() if name not in refused}
+        changed = {name: pair for name, pair in changed.items() if name in refused}
     if changed:
         raise ValueError(
             f"trainer.default_local_dir={folder} holds another run: {describe(changed)}; choose another folder, or "

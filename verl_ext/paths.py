@@ -95,7 +95,7 @@ def _changes(config: DictConfig) -> Iterator[tuple[str, Any]]:
         if not NOT_OURS.fullmatch(name):
             if PLACES.fullmatch(name) and (not packed or name.startswith("trainer.")):
                 # A data set may be a name that a class of the user's knows.
-                value = _each(plain, lambda path, n=name: absolute(path, base, n.startswith("data.") and is_bare(path)))
+                value = _each(plain, lambda path, n=name: absolute(path, base, n.endswith("_files") and is_bare(path)))
             elif REFERENCES.fullmatch(name) and not packed:
                 value = _each(plain, lambda path: absolute(path, base, must_exist=True))
         if client and value != plain and ("verl_ext" not in config or str(plain).startswith("~")):
