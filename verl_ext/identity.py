@@ -173,18 +173,21 @@ def _check_run(config: DictConfig, folder: Path, given: Collection[str], origin:
     changed, told = compare(before, config, given)
     if origin is not None and not _is_same(before.get("trainer.resume_from_path"), str(origin)):
         changed["trainer.resume_from_path"] = before.get("trainer.resume_from_path"), str(origin)
-    if "verl_ext" not in config or OmegaConf.select(config, "verl_ext.same_run"):
+    same = bool(OmegaConf.select(config, "verl_ext.same_run"))
+    if same or "verl_ext" not in config:
         # A run of stock verl goes on as verl would, but for another method or model.
-        same = bool(OmegaConf.select(config, "verl_ext.same_run"))
         refused = {name for name in changed if LOADED.fullmatch(name) or (not same and name in STOCK_IDENTITY)}
         told |= {name: pair for name, pair in changed.items() if name not in refused}
         changed = {name: pair for name, pair in changed.items() if name in refused}
     if changed:
+        on = (
+            ". To go on from its checkpoint: another folder, with trainer.resume_mode=resume_path "
+            f"trainer.resume_from_path={latest}; or here, with ++verl_ext.same_run=true"
+        )
+        on = on if latest else ""
         raise ValueError(
             f"trainer.default_local_dir={folder} holds another run: {describe(changed)}; choose another folder, or "
-            "trainer.resume_mode=disable, which starts anew there and moves that run's files aside. To go on from its "
-            f"checkpoint: another folder, with trainer.resume_mode=resume_path trainer.resume_from_path={latest}; or "
-            "here, with ++verl_ext.same_run=true"
+            f"trainer.resume_mode=disable, which starts anew there and moves that run's files aside{on}"
         )
     for name, (old, new) in told.items() if latest else ():
         print(f"verl-disco: {folder} is resumed with {name}={_shown(new, name)}, was {_shown(old, name)}", flush=True)
