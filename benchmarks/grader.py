@@ -2,7 +2,7 @@
 
 python benchmarks/grader.py [--data FILE.parquet ...] [--processes 2] [--seconds 10]
 
-Without --data, pairs written below. With it (files of recipe.disco.prepare_data), each ground truth is also graded
+Without --data, pairs written below. With it (files of verl_ext.tasks.math.prepare), each ground truth is also graded
 against itself and against the next one.
 """
 
@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from verl_ext.rewards.math import compute_score
+from verl_ext.tasks.math.reward import compute_score
 
 SAME_BY_MATHEMATICS = [
     (r"\frac{1}{2}", "0.5"),
@@ -62,7 +62,7 @@ def rate(pairs: list[tuple[str, str]], processes: int, seconds: float) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="*", default=[], help="parquet files of recipe.disco.prepare_data")
+    parser.add_argument("--data", nargs="*", default=[], help="parquet files of verl_ext.tasks.math.prepare")
     parser.add_argument("--processes", type=int, default=2, help="children that grade at the same time")
     parser.add_argument("--seconds", type=float, default=10, help="for each kind of answers")
     args = parser.parse_args()

@@ -13,7 +13,7 @@ import torch
 
 from recipe.disco.metrics import group_metrics
 from recipe.disco.objectives import weigh
-from verl_ext.grouping import deal
+from verl_ext.training.grouping import deal
 
 
 def fastest(call: Callable[[], object], repeats: int = 5) -> float:

@@ -12,7 +12,7 @@ bash examples/setup.sh
 
 run=(algorithm=disco +experiment=arithmetic_cpu ${RUN:+"trainer.default_local_dir='$RUN'"} "$@")
 # What the run's settings say of its folder: "finished" or "unfinished", and which it is.
-found=$(.venv/bin/python -m verl_ext.identity "${run[@]}" | tail -n 1)
+found=$(.venv/bin/python -m verl_ext.hydra.identity "${run[@]}" | tail -n 1)
 RUN=${found#* }
 mkdir -p "$RUN"
 if [ "${found%% *}" = finished ]; then
@@ -23,7 +23,7 @@ else
   # A line a step; the rest is in the log.
   .venv/bin/python -u -m verl.trainer.main_ppo "${run[@]}" 2>&1 |
     tee -a "$RUN/log.txt" |
-    .venv/bin/python -u -m verl_ext.arithmetic.progress || {
+    .venv/bin/python -u -m verl_ext.tasks.arithmetic.progress || {
     tail -n 40 "$RUN/log.txt" >&2
     echo "training failed: see above, and $RUN/log.txt" >&2
     exit 1
@@ -31,4 +31,4 @@ else
   echo "training took $((SECONDS - started)) s, pre-training included"
 fi
 echo
-.venv/bin/python -m verl_ext.arithmetic.summary "$RUN"
+.venv/bin/python -m verl_ext.tasks.arithmetic.summary "$RUN"

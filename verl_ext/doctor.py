@@ -4,8 +4,8 @@
     python -m verl_ext.doctor experiment algorithm=disco +experiment=NAME  # one run, without starting it
 
 The first prints versions, the plugin's state, the algorithms, devices and rollout engines; the second checks a run's
-settings, sizes, data and memory (:mod:`verl_ext.dry_run`). Both end with ``OK``, or with what is wrong and how to fix
-it (exit status 1). A check is a function that yields :class:`Finding`; add it to :data:`CHECKS`.
+settings, sizes, data and memory (:mod:`verl_ext.preflight.dry_run`). Both end with ``OK``, or with what is wrong and
+how to fix it (exit status 1). A check is a function that yields :class:`Finding`; add it to :data:`CHECKS`.
 """
 
 import importlib.metadata as metadata
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from verl_ext.findings import Finding, run_checks, version_of
+from verl_ext.preflight.findings import Finding, run_checks, version_of
 
 DISTRIBUTION = "verl-disco"
 ENTRY_POINT = ("verl_disco", "verl_ext.plugin")
@@ -102,7 +102,7 @@ def check_algorithms() -> Iterator[Finding]:
     import hydra
     import verl  # noqa: F401  (loads the plugin, which makes the config group)
 
-    from verl_ext.hydra_config import describe_algorithms
+    from verl_ext.hydra.config_source import describe_algorithms
 
     plugin = sys.modules.get("verl_ext.plugin")
     if plugin is None or plugin.error is not None:
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     findings = run_checks(CHECKS)
     if arguments:
-        from verl_ext.dry_run import dry_run
+        from verl_ext.preflight.dry_run import dry_run
 
         findings = dry_run(arguments[1:])
     problems = []

@@ -7,11 +7,9 @@ level and goes on; so :func:`activate` reports its own.
 
 import sys
 import traceback
-from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 SUPPORTED_VERL = ">=0.9.1,<0.10"
 """verl versions that this package is written for, as a PEP 440 specifier."""
@@ -74,26 +72,18 @@ def activate() -> None:
 
     from wrapt import register_post_import_hook
 
-    from verl_ext import cpu, hydra_config
+    from verl_ext import cpu
+    from verl_ext.hydra import config_source as hydra_config
 
     cpu.register()
     hydra_config.register()
     register_post_import_hook(_register_trainers, "verl.trainer.ppo.v1")
 
 
-def import_whole(name: str) -> ModuleType:
-    """Import one of our modules that verl's own import leads to while it is being imported itself.
-
-    Whoever imports it first gets here in the middle of it. With verl's modules there, a second import is whole, and
-    Python's import of the first returns what stands in ``sys.modules`` at its end.
-    """
-    if not hasattr(sys.modules.get(name), "register"):
-        sys.modules.pop(name, None)
-    return import_module(name)
-
-
 def _register_trainers(_module) -> None:
-    import_whole("verl_ext.trainer").register()
+    from verl_ext.lazy import import_whole
+
+    import_whole("verl_ext.training.trainer").register()
 
 
 try:

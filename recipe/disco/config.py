@@ -16,7 +16,7 @@ from recipe.disco.constraint import CONTROLLERS, KL_ESTIMATORS, Controller, buil
 from recipe.disco.objectives import NEGATIVES, OBJECTIVES, SURROGATES, select
 from recipe.disco.registry import require_finite
 from recipe.disco.scores import SCORES
-from verl_ext.lost_updates import refuse_adapters_left_behind
+from verl_ext.preflight.lost_updates import refuse_adapters_left_behind
 
 ENGINES = ("fsdp", "fsdp2", "megatron")
 """verl's training engines that the exact update is made for."""

@@ -9,7 +9,7 @@ parallelism below it. Per mini-batch, on every rank:
 3. weigh: the objective gives a weight per response, the controller one coefficient, the same on every rank;
 4. train: verl's ``train_batch`` runs the micro-batches, each with its share of the separable loss.
 
-Rows carry what ``verl_ext.trainer`` wrote: ``group_id``, ``group_size``, ``sample_index``, ``sequence_reward``,
+Rows carry what ``verl_ext.training`` wrote: ``group_id``, ``group_size``, ``sample_index``, ``sequence_reward``,
 ``mini_batch_id``, ``fresh_old_log_probs``, ``entropy_logged``, and ``local_step`` of ``local_steps`` for trainers that
 update several times between two weight synchronisations. verl's conventions that matter here: a loss function returns
 dp_size times its micro-batch's share of the global sum; fields of the batch reach it as ``data[...]``.
@@ -78,7 +78,7 @@ class DiscoTrainingWorker(TrainingWorker):
         if not torch.equal(mini_batch.cpu(), torch.arange(count).repeat_interleave(rows)):
             raise ValueError(
                 f"the {len(data)} rows of this rank are not {count} equal runs, one a mini-batch: the batch was "
-                "reordered after verl_ext.trainer had dealt it"
+                "reordered after verl_ext.training.trainer had dealt it"
             )
         options = dict(tu.pop(data, key="dataloader_kwargs", default={}))
         if options.pop("shuffle", False):

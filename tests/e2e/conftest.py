@@ -33,7 +33,7 @@ def toy(tmp_path_factory) -> Path:
 
     import pandas as pd
 
-    from verl_ext.arithmetic.model import build_model, build_tokenizer
+    from verl_ext.tasks.arithmetic.model import build_model, build_tokenizer
 
     folder = tmp_path_factory.mktemp("toy")
     tokenizer = build_tokenizer()

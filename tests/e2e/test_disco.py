@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from verl_ext.report import __main__ as report
-from verl_ext.runs import read_metrics
+from verl_ext.runs.folder import read_metrics
 
 
 def test_a_resumed_run_continues_as_an_uninterrupted_one(main_ppo, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from verl_ext.arithmetic.model import build_model, build_tokenizer
+from verl_ext.tasks.arithmetic.model import build_model, build_tokenizer
 
 
 def authors_file(folder: Path) -> Path:
@@ -37,7 +37,7 @@ def test_two_commands(main_ppo, tmp_path, request, whose):
         source = tmp_path / "gsm8k_train.jsonl"
         source.write_text("\n".join(lines[:16]) + "\n")
     data = tmp_path / "data"
-    command = [sys.executable, "-m", "recipe.disco.prepare_data", "--out", data, "--train", source, "--benchmarks"]
+    command = [sys.executable, "-m", "verl_ext.tasks.math.prepare", "--out", data, "--train", source, "--benchmarks"]
     subprocess.run(command, check=True)
     rows = pd.read_parquet(data / "train.parquet")
     truths = [truth for row in rows["reward_model"] for truth in row["ground_truth"]]
@@ -62,7 +62,7 @@ def test_two_commands(main_ppo, tmp_path, request, whose):
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192",
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=8192",
         "actor_rollout_ref.rollout.n=8",
-        "reward.custom_reward_function.path=pkg://verl_ext.rewards.math",
+        "reward.custom_reward_function.path=pkg://verl_ext.tasks.math.reward",
         "reward.custom_reward_function.name=compute_score",
         "+reward.custom_reward_function.reward_kwargs.require_think=false",
     )

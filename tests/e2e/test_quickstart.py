@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl_ext import export
+from verl_ext.export import __main__ as export
 
 ROOT = Path(__file__).resolve().parents[2]
 

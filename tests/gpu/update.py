@@ -124,7 +124,7 @@ def batch_of(
     Args:
         offset: of the old log-probabilities over the worker's own, so the KL per token.
     """
-    from verl_ext.grouping import deal
+    from verl_ext.training.grouping import deal
 
     plan = deal(
         [r["uid"] for r in rows],

@@ -41,12 +41,12 @@ def test_a_failure_is_printed_although_verl_swallows_it(tmp_path):
 
 def test_the_trainers_can_be_imported_first():
     code = """
-import verl_ext.trainer
+import verl_ext.training.trainer
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 import sys
 assert sys.modules["verl_ext.plugin"].error is None
-assert sys.modules["verl_ext.trainer"] is verl_ext.trainer
-print(TRAINER_REGISTRY["sync"] is verl_ext.trainer.ExtendedTrainerSync, len(TRAINER_REGISTRY))
+assert sys.modules["verl_ext.training.trainer"] is verl_ext.training.trainer
+print(TRAINER_REGISTRY["sync"] is verl_ext.training.trainer.ExtendedTrainerSync, len(TRAINER_REGISTRY))
 """
     process = _python(code)
     assert process.stdout.split() == ["True", "3"], process.stderr

@@ -56,7 +56,7 @@ def check(config: "DictConfig") -> None:
 
 
 def _register_engines(_module) -> None:
-    from verl_ext.plugin import import_whole
+    from verl_ext.lazy import import_whole
 
     import_whole("verl_ext.cpu.engine").register()
 

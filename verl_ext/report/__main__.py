@@ -29,7 +29,7 @@ from verl_ext.report.tables import (
     time_table,
     without_samples,
 )
-from verl_ext.runs import CONFIG_FILE, METRICS_FILE, is_run
+from verl_ext.runs.folder import CONFIG_FILE, METRICS_FILE, is_run
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
-from verl_ext.hydra_config import ALGORITHMS, DEFAULT_ALGORITHM
-from verl_ext.runs import (
+from verl_ext.hydra.config_source import ALGORITHMS, DEFAULT_ALGORITHM
+from verl_ext.runs.folder import (
     CONFIG_FILE,
     FINISHED_FILE,
     METRICS_FILE,

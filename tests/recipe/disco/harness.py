@@ -404,7 +404,7 @@ DEFAULTS = dict(
 def run_case(worker, spec: dict, case: dict) -> dict:
     from verl.utils import tensordict_utils as tu
 
-    from verl_ext.grouping import deal
+    from verl_ext.training.grouping import deal
 
     case = DEFAULTS | case
     reference = Reference(spec["model"], spec["engine"].get("lora_rank", 0), worker.whole_initial)

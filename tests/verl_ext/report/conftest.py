@@ -5,7 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from verl_ext import runs
+from verl_ext.runs import folder as runs
 
 
 def settings(algorithm: str, seed: int, **more) -> dict:

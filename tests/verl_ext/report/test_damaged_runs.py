@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from verl_ext import runs
 from verl_ext.report import __main__ as report
 from verl_ext.report.read import read_run, read_runs
 from verl_ext.report.tables import pass_table
+from verl_ext.runs import folder as runs
 
 METRICS = {
     "no step": (b'{"critic/score/mean": 1}\n', "line 22, has no step"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from verl_ext import runs
 from verl_ext.report import __main__ as report
 from verl_ext.report.plots import draw_all
 from verl_ext.report.read import Run, differences, other_differences, read_run, read_runs, repeated_seeds
@@ -19,6 +18,7 @@ from verl_ext.report.tables import (
     published_table,
     time_table,
 )
+from verl_ext.runs import folder as runs
 
 
 def read(folders: list[Path]) -> list[Run]:

@@ -1,0 +1,67 @@
+"""What a start refuses from the overrides alone, before anything expensive."""
+
+import hydra
+import pytest
+import verl  # noqa: F401  (loads the plugin)
+
+from verl_ext.hydra.callbacks import JobCallback, refuse_wrong_overrides
+
+
+def start(*overrides: str) -> None:
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        refuse_wrong_overrides(hydra.compose("ppo_trainer", list(overrides), return_hydra_config=True))
+
+
+DISCO = ("algorithm=disco", "+experiment=arithmetic_cpu")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("++data.train_batchsize=64", "data.train_batchsize is read by nothing; nearest: data.train_batch_size"),
+        ("trainer.n_gpus_per_node=eight", "trainer.n_gpus_per_node=eight is wrong; use a whole number of at least 1"),
+        ("data.train_batch_size=null", "data.train_batch_size=null is wrong; use a number"),
+        ("data.truncation=middel", "data.truncation=middel is wrong; use one of middle, "),
+    ],
+)
+def test_a_wrong_override_is_refused(override, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        start(*DISCO, override)
+
+
+def test_right_overrides_start(capsys):
+    start(*DISCO, "+data.cache_dir=/tmp", "++disco.delta=1e-3", "trainer.total_training_steps=null")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_sweep_over_methods_goes_on(capsys):
+    """README: write a method's own setting with ++, as not every job has it."""
+    start("algorithm=grpo", "+experiment=arithmetic_cpu", "++disco.rho=1e-3", "++dapo.dynamic_sampling=false")
+    assert "verl-disco: warning: dapo.dynamic_sampling is read by nothing in this run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("run", [DISCO, ()])
+def test_what_verl_ignores_is_said_at_the_start(capsys, run):
+    start(*run, "trainer.balance_batch=false", "actor_rollout_ref.actor.grad_clip=0.5")
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "verl-disco: warning: actor_rollout_ref.actor.grad_clip=0.5 changes nothing: verl does not read it; set "
+        "actor_rollout_ref.actor.optim.clip_grad",
+        "verl-disco: warning: trainer.balance_batch=false changes nothing: verl does not read it; the V1 trainers "
+        "always balance: leave it out",
+    ]
+
+
+def test_a_stock_run_is_told_and_goes_on(capsys):
+    start("++data.train_batchsize=64")
+    assert "verl-disco: warning: data.train_batchsize is read by nothing; nearest: " in capsys.readouterr().out
+
+
+def test_the_job_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        overrides = [*DISCO, "++data.train_batchsize=64"]
+        config = hydra.compose("ppo_trainer", overrides, return_hydra_config=True)
+        with pytest.raises(SystemExit, match="settings refused: data.train_batchsize is read by nothing"):
+            JobCallback().on_job_start(config)
+    assert list(tmp_path.iterdir()) == []

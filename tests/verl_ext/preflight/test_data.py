@@ -1,0 +1,159 @@
+"""The data's rows: prompts that are no messages and truths that are none are found, with the row; the file is read
+once, and quickly."""
+
+import json
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from verl_ext.preflight import data as rows
+from verl_ext.preflight.data import Data, check_data, is_empty, wrong_rows
+from verl_ext.tasks.math.reward import ground_truths
+
+
+def frame(**columns) -> pd.DataFrame:
+    """Four good rows, with the third one's columns replaced."""
+    found = [
+        {
+            "data_source": "mine",
+            "prompt": [{"role": "user", "content": f"{i}+1?"}],
+            "reward_model": {"style": "rule", "ground_truth": [str(i + 1)]},
+        }
+        for i in range(4)
+    ]
+    found[2] |= columns
+    return pd.DataFrame(found)
+
+
+def truth(value) -> dict:
+    return {"reward_model": {"style": "rule", "ground_truth": value}}
+
+
+@pytest.mark.parametrize(
+    "columns, problem",
+    [
+        *((truth(value), "ground_truth is empty") for value in ("", " ", [], [""], [None], float("nan"), np.array([]))),
+        (truth(None), " has no reward_model.ground_truth"),
+        ({"reward_model": {"style": "rule"}}, " has no reward_model.ground_truth"),
+        ({"reward_model": None}, "reward_model is NoneType, not a record"),
+        ({"reward_model": '{"ground_truth": "3"}'}, "reward_model is str, not a record"),
+        ({"prompt": ["hello"]}, "prompt is not a list of messages: str instead of role and content"),
+        ({"prompt": "hello"}, "prompt is not a list of messages"),
+        ({"prompt": []}, "prompt is not a list of messages"),
+        ({"prompt": None}, "prompt is not a list of messages"),
+        ({"prompt": {"role": "user", "content": "x"}}, "prompt is not a list of messages"),
+        ({"prompt": [{"content": "x"}]}, "a message of prompt has no role"),
+        ({"prompt": [{"role": "", "content": "x"}]}, "a message of prompt has no role"),
+        ({"prompt": [{"role": "user"}]}, "a message of prompt has no content"),
+        ({"prompt": [{"role": "user", "content": None}]}, "a message of prompt has no content"),
+        ({"prompt": [{"role": "user", "content": 3}]}, "a message of prompt has a number for its content"),
+        ({"prompt": [{"role": "user", "content": " "}]}, "prompt is empty"),
+    ],
+)
+def test_a_wrong_row_is_named(columns, problem):
+    (found,) = wrong_rows(frame(**columns), "prompt")
+    assert found.startswith(": row 2") and problem in found
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        *(truth(value) for value in ("3", 3, 0, 0.0, False, ["3", "4"], np.array(["3"]), {"answer": "3"})),
+        {"prompt": np.array([{"role": "system", "content": ""}, {"role": "user", "content": "x"}])},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]},
+    ],
+)
+def test_a_good_row_is_no_finding(columns):
+    assert list(wrong_rows(frame(**columns), "prompt")) == []
+
+
+def test_each_kind_is_named_once_with_its_count():
+    wrong = frame()
+    wrong["prompt"] = "text"
+    assert list(wrong_rows(wrong, "prompt")) == [": row 0: prompt is not a list of messages (4 such rows)"]
+
+
+def test_a_truth_that_the_grader_refuses_is_wrong_where_it_grades():
+    wrong = frame(**truth({"answer": "3"}))
+    (found,) = wrong_rows(wrong, "prompt", ground_truths)
+    assert found.startswith(": row 2: the reward function refuses reward_model.ground_truth: ")
+    assert list(wrong_rows(wrong, "prompt")) == []
+
+
+@pytest.mark.parametrize("value, empty", [({}, True), ([[]], True), ("0", False), (0, False), ([0], False)])
+def test_empty_is_what_holds_nothing(value, empty):
+    assert is_empty(value) is empty
+
+
+def data(tmp_path, train, val, **reward) -> Data:
+    config = {
+        "data": {"train_files": train, "val_files": val, "prompt_key": "prompt", "custom_cls": {"path": None}},
+        "reward": {"custom_reward_function": {"path": None}},
+    }
+    return Data(OmegaConf.create(config))
+
+
+def problems(*arguments) -> list[str]:
+    return [f.problem for f in check_data(data(*arguments)) if f.problem and not f.warning]
+
+
+def test_files_that_verl_cannot_read_are_named(tmp_path):
+    good = tmp_path / "good.parquet"
+    frame().to_parquet(good)
+    for name, text, problem in [
+        ("none.parquet", None, "there is no "),
+        ("rows.csv", "a,b", "verl reads files that end in .parquet, .json or .jsonl"),
+        ("empty.jsonl", "", "is empty"),
+        ("broken.parquet", "PAR1xxxx", "cannot be read: ArrowInvalid"),
+        ("broken.jsonl", '{"prompt": [', "cannot be read: "),
+    ]:
+        file = tmp_path / name
+        if text is not None:
+            file.write_text(text)
+        (found,) = problems(tmp_path, str(file), str(good))
+        assert found.startswith("data.train_files: ") and str(file) in found and problem in found
+        (found,) = problems(tmp_path, str(good), [str(good), str(file)])
+        assert found.startswith("data.val_files: ") and str(file) in found
+    assert problems(tmp_path, [], str(good)) == problems(tmp_path, None, str(good))
+    assert problems(tmp_path, None, str(good)) == ["data.train_files: no file is named"]
+
+
+def test_files_of_unlike_types_are_named(tmp_path):
+    files = [str(tmp_path / name) for name in ("lists.parquet", "texts.parquet")]
+    frame().to_parquet(files[0])
+    frame().assign(reward_model=[{"style": "rule", "ground_truth": "1"}] * 4).to_parquet(files[1])
+    (found,) = problems(tmp_path, files, files[0])
+    assert found.startswith(f"data.train_files: {files[1]} and {files[0]} cannot be joined")
+
+
+def test_json_is_read_as_verl_reads_it_and_nothing_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    records = json.loads(frame().to_json(orient="records"))
+    lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text("".join(json.dumps(r) + "\n" for r in records))
+    array.write_text(json.dumps(records))
+    found = data(tmp_path, str(lines), str(array))
+    assert [f.problem for f in check_data(found) if f.problem] == []
+    assert (found.rows("train"), found.rows("val")) == (4, 4)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    file = tmp_path / "rows.parquet"
+    frame().to_parquet(file)
+    read, count = rows._read_parquet, []
+    monkeypatch.setattr(rows, "_read_parquet", lambda *a: count.append(a) or read(*a))
+    found = data(tmp_path, str(file), [str(file)])
+    list(check_data(found))
+    assert (found.rows("train"), found.rows("val"), len(found.prompts(3)), len(count)) == (4, 4, 3, 1)
+
+
+def test_many_rows_are_checked_quickly(tmp_path):
+    file = tmp_path / "rows.parquet"
+    pd.concat([frame()] * 10_000).to_parquet(file)
+    begin = time.process_time()
+    assert problems(tmp_path, str(file), str(file)) == []
+    assert time.process_time() - begin < 10

@@ -1,0 +1,387 @@
+"""``python -m verl_ext.doctor experiment``: passes what we ship, for any algorithm, and names what is wrong."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from verl_ext import doctor
+from verl_ext.hydra import config_source as hydra_config
+from verl_ext.preflight import dry_run
+from verl_ext.preflight.memory import lora_parameters
+
+EXPERIMENTS = sorted(p.stem for p in (Path(hydra_config.__file__).parents[1] / "config/experiment").glob("*.yaml"))
+SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "evaluate")]
+SETS = ("train", "aime24", "aime25", "math500", "amc23", "minerva", "olympiadbench")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("math")
+    for name in SETS:
+        rows = [
+            {
+                "data_source": name,
+                "prompt": [{"role": "user", "content": f"{i}+1?"}],
+                "reward_model": {"style": "rule", "ground_truth": [str(i + 1)]},
+            }
+            for i in range(256 if name == "train" else 3)
+        ]
+        pd.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    from verl_ext.tasks.arithmetic.model import build_model, build_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    small = build_model(tokenizer, seed=1)
+    # Room for the prompts and responses of math_8k.
+    small.config.max_position_embeddings = 16384
+    small.save_pretrained(folder)
+    return folder
+
+
+def run(*overrides) -> tuple[list[str], list[str], dict[str, str]]:
+    """Problems, warnings, and what else was found, by name."""
+    findings = list(dry_run.dry_run([str(o) for o in overrides]))
+    problems = [f.problem for f in findings if f.problem and not f.warning]
+    warnings = [f.problem for f in findings if f.problem and f.warning]
+    return problems, warnings, {f.name: f.value for f in findings}
+
+
+@pytest.mark.parametrize("experiment", SHIPPED)
+def test_every_shipped_experiment_passes(data, experiment):
+    problems, warnings, found = run("algorithm=disco", f"+experiment={experiment}", f"math.folder={data}")
+    assert problems == []
+    assert "is not on this machine: each node downloads" in warnings[0]
+    assert found["batch"].endswith("4 updates") and "passed for" in found["checks"]
+    assert int(found["dataclasses"].split()[0]) >= 7
+
+
+@pytest.mark.parametrize(
+    "algorithm, experiment",
+    [("ppo", "deepseek_qwen_7b_megatron"), ("grpo", "deepseek_qwen_1_5b"), ("dapo", "deepseek_qwen_7b_megatron")]
+    + [("trpa", "deepseek_qwen_1_5b"), ("drpo", "qwen3_30b_a3b_megatron")],
+)
+def test_other_algorithms_pass_with_the_same_run_settings(data, algorithm, experiment):
+    problems, _, found = run(f"algorithm={algorithm}", f"+experiment={experiment}", f"math.folder={data}")
+    assert problems == []
+    assert found["batch"] == "128 questions x 8 responses a step, 32 questions an update, 4 updates"
+    assert found["first evaluation"].startswith(f"{6 * 3 * 16} responses of up to 8192 tokens")
+
+
+def test_the_task_agrees_with_the_papers_settings(compose):
+    for algorithm in ("ppo", "disco"):
+        config = compose(f"algorithm={algorithm}", "+experiment=deepseek_qwen_7b")
+        alone = compose("algorithm=disco")
+        for name in ("n", "temperature", "val_kwargs"):
+            assert config.actor_rollout_ref.rollout[name] == alone.actor_rollout_ref.rollout[name], name
+        assert config.actor_rollout_ref.actor.ppo_mini_batch_size == alone.actor_rollout_ref.actor.ppo_mini_batch_size
+        assert config.data.train_batch_size == alone.data.train_batch_size
+
+
+def test_evaluation_takes_a_model_and_nothing_else(data, model):
+    problems, _, found = run("+experiment=evaluate", f"model={model}", f"math.folder={data}")
+    assert problems == []
+    assert found["algorithm"] == model.name and found["tokenizer"].startswith("longest of 3 prompts: ")
+    # The model's own dataclass, too: it is here.
+    assert int(found["dataclasses"].split()[0]) >= 7
+    assert run("+experiment=evaluate", f"model={model}", "method=mine", f"math.folder={data}")[0] == []
+    problems, _, _ = run("+experiment=evaluate", f"math.folder={data}")
+    assert problems == ["the settings do not compose: model is not set; give model=..."]
+
+
+def test_the_quickstart_passes_too(tmp_path):
+    from verl_ext.tasks.arithmetic.assets import ensure_assets
+
+    folder = tmp_path / "assets"
+    overrides = ["algorithm=ppo", "+experiment=arithmetic_cpu", f"arithmetic.folder={folder}"]
+    problems, _, _ = run(*overrides)
+    assert any("there is no" in p for p in problems)
+    ensure_assets(dry_run.compose([*overrides, "arithmetic.iterations=1", "arithmetic.train_size=64"]))
+    problems, warnings, found = run(*overrides)
+    assert problems == [] and warnings == []
+    assert "training" not in found and found["gpus"] == "1 node(s) x 2: 2 data-parallel"
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (
+            [
+                "actor_rollout_ref.actor.ppo_mini_batch_size=48",
+                "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192",
+                "actor_rollout_ref.rollout.tensor_model_parallel_size=3",
+                "actor_rollout_ref.rollout.max_model_len=4096",
+                "actor_rollout_ref.rollout.n=1",
+                "trainer.total_epochs=2",
+            ],
+            [
+                "train_batch_size=128 is no multiple of",
+                "holds no sequence of 9216 tokens",
+                "a rollout server of 3 GPU(s) does not divide 8",
+                "max_model_len=4096 is less than prompt and response",
+                "a question needs a positive and a negative",
+                "trainer.total_epochs=2 ends after 4",
+            ],
+        ),
+        (
+            [
+                "trainer.n_gpus_per_node=6",
+                "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4",
+                "actor_rollout_ref.rollout.tensor_model_parallel_size=8",
+                "+actor_rollout_ref.rollout.nonsense=1",
+                "data.train_files=none.parquet",
+            ],
+            [
+                "ulysses_sequence_parallel_size=4 does not divide 6 GPUs",
+                "tensor_model_parallel_size=8 does not divide the model's 12",
+                "actor_rollout_ref.rollout.nonsense is read by nothing",
+                "data.train_files: there is no none.parquet",
+            ],
+        ),
+        (
+            ["verl_ext.gpu_memory=8", "data.train_batch_size=512", "disco.tau=-1"],
+            [
+                "training needs about",
+                "the KV cache holds 0 tokens, fewer than one sequence of 9216",
+                "256 training rows are fewer than data.train_batch_size=512",
+                "disco.tau",
+            ],
+        ),
+        (["nonsense=1"], ["the settings do not compose: there is no setting nonsense"]),
+        (["trainer.nnodes=???"], ["trainer.nnodes is not set"]),
+    ],
+)
+def test_what_is_wrong_is_named(data, overrides, expected):
+    problems, _, _ = run("algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides)
+    for problem in expected:
+        assert any(problem in p for p in problems), (problem, problems)
+
+
+def test_what_megatron_cannot_split_is_named(data):
+    split = [f"actor_rollout_ref.actor.megatron.{kind}_model_parallel_size" for kind in ("tensor", "pipeline")]
+    experiment = "+experiment=deepseek_qwen_1_5b_megatron"
+    sizes = [f"{split[0]}=4", f"{split[1]}=8", "trainer.n_gpus_per_node=32"]
+    problems, _, _ = run("algorithm=disco", experiment, f"math.folder={data}", *sizes)
+    assert any("tensor_model_parallel_size=4 does not divide the model's 2" in p for p in problems), problems
+    assert any("pipeline_model_parallel_size=8 does not divide the model's 28" in p for p in problems), problems
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda f: f.drop(columns="reward_model"), " has no column reward_model"),
+        (lambda f: f.head(0), " has no rows"),
+        (
+            lambda f: f.assign(reward_model=[{"style": "rule"}] * len(f)),
+            ": row 0 has no reward_model.ground_truth (256 such rows)",
+        ),
+        (lambda f: f.assign(prompt="text"), ": row 0: prompt is not a list of messages (256 such rows)"),
+    ],
+)
+def test_wrong_data_is_named(data, tmp_path, change, problem):
+    file = tmp_path / "train.parquet"
+    change(pd.read_parquet(data / "train.parquet")).to_parquet(file)
+    experiment = "+experiment=deepseek_qwen_1_5b"
+    problems, _, _ = run("algorithm=disco", experiment, f"math.folder={data}", f"data.train_files={file}")
+    assert problems == [f"data.train_files: {file}{problem}"]
+
+
+@pytest.mark.parametrize("experiment", SHIPPED)
+def test_servers_have_room_for_the_longest_sequence_and_no_more(compose, experiment):
+    config = compose("algorithm=disco", f"+experiment={experiment}", "data.max_prompt_length=512")
+    assert config.actor_rollout_ref.rollout.max_model_len == 512 + config.data.max_response_length
+
+
+def test_what_the_engine_will_use_is_judged(data):
+    rollout = "actor_rollout_ref.rollout"
+    run_of = ["algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", "verl_ext.gpu_memory=24"]
+    run_of.append(f"{rollout}.gpu_memory_utilization=0.3")
+    assert run(*run_of)[0] == []
+    # The share less 3.3 GiB of weights and 3 GiB of the engine's own, at 28 KiB a token.
+    (finding,) = [f for f in dry_run.dry_run([*run_of, f"{rollout}.max_model_len=null"]) if f.name == "KV cache"]
+    room = int((0.3 * 24 - 3.31 - 3) * 2**30 / 28672) // 1000
+    assert finding.problem.startswith(f"{rollout}.max_model_len=null stands for the model's 131072 positions, of which")
+    assert f"holds {room}" in finding.problem and "vllm does not start" in finding.problem
+    assert finding.fix == f"set {rollout}.max_model_len=9216, the longest prompt and response"
+    # With room for all positions, or with an engine that takes what it needs, null is no problem.
+    assert run(*run_of[:3], f"{rollout}.max_model_len=null")[0] == []
+    assert run(*run_of, f"{rollout}.max_model_len=null", f"{rollout}.name=hf")[0] == []
+    (problem,) = run(*run_of, f"{rollout}.max_model_len=65536")[0]
+    assert re.fullmatch(rf"the KV cache holds {room}\d\d\d tokens, fewer than one sequence of 65536", problem)
+
+
+def test_sequences_longer_than_the_models_positions_are_named(data):
+    run_of = ["algorithm=disco", "+experiment=qwen3_4b", f"math.folder={data}", "data.max_response_length=40000"]
+    problems, _, _ = run(*run_of, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=41024")
+    assert problems == ["actor_rollout_ref.rollout.max_model_len=41024 is more than the model's 40960 positions"]
+    unset = [*run_of, "actor_rollout_ref.rollout.max_model_len=null"]
+    problems, _, _ = run(*unset, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=41024")
+    assert problems == ["prompt and response=41024 is more than the model's 40960 positions"]
+
+
+def test_wrong_values_are_all_named_and_nothing_is_built_on_them(data):
+    overrides = [
+        "trainer.n_gpus_per_node=0",
+        "trainer.nnodes=two",
+        "data.truncation=middel",
+        "++data.train_batchsize=1",
+    ]
+    overrides += ["actor_rollout_ref.model.path=/nope/model", "data.val_files=none.parquet"]
+    problems, _, found = run("algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides)
+    assert sorted(problems) == [
+        "actor_rollout_ref.model.path=/nope/model: there is no such folder, and it is no name on the hub",
+        "data.train_batchsize is read by nothing",
+        "data.truncation=middel is wrong",
+        "data.val_files: there is no none.parquet",
+        "trainer.n_gpus_per_node=0 is wrong",
+        "trainer.nnodes=two is wrong",
+    ]
+    assert "checks" not in found and found["further checks"].startswith("not made")
+
+
+def test_what_verl_ignores_is_a_warning_and_stays_in_the_settings(data):
+    overrides = ["trainer.balance_batch=false", "critic.ppo_max_token_len_per_gpu=9216", "critic.use_dynamic_bsz=false"]
+    overrides += ["critic.ppo_micro_batch_size_per_gpu=2"]
+    problems, warnings, found = run(
+        "algorithm=ppo", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides
+    )
+    assert problems == [] and "passed for" in found["checks"]
+    for override in overrides:
+        assert f"{override} changes nothing: verl does not read it" in warnings
+
+
+def test_data_in_json_pass(data, tmp_path):
+    rows = pd.read_parquet(data / "train.parquet")
+    for name, lines in (("train.jsonl", True), ("train.json", False)):
+        rows.to_json(tmp_path / name, orient="records", lines=lines)
+        experiment = "+experiment=deepseek_qwen_1_5b"
+        problems, _, found = run(
+            "algorithm=disco", experiment, f"math.folder={data}", f"data.train_files={tmp_path / name}"
+        )
+        assert problems == [] and found["train data"].startswith(f"{tmp_path / name}: 256 rows")
+        assert found["steps"].startswith("1400, 700.0 passes")
+
+
+def test_the_rewards_old_names_are_checked_too(data):
+    """verl moves them, whole nodes at a time, before anything reads them."""
+    run_of = ["algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}"]
+    problems, _, _ = run(*run_of, "custom_reward_function.path=/nope.py")
+    assert problems == ["reward.custom_reward_function.path=/nope.py: there is no such file"]
+    problems, _, _ = run(*run_of, "custom_reward_function.path=pkg://verl_ext.tasks.math.reward")
+    assert problems == ["reward.custom_reward_function.name=null is not in pkg://verl_ext.tasks.math.reward"]
+    named = [
+        "custom_reward_function.path=pkg://verl_ext.tasks.math.reward",
+        "custom_reward_function.name=compute_score",
+    ]
+    assert run(*run_of, *named)[0] == []
+
+
+def test_adapters_need_no_vllm_here(data, monkeypatch):
+    from verl.workers.rollout.vllm_rollout import utils
+
+    def refuse(rank):
+        raise ValueError("vllm version None not supported and SGLang also not Found.")
+
+    monkeypatch.setattr(utils, "get_vllm_max_lora_rank", refuse)
+    monkeypatch.setattr(dry_run, "version_of", lambda *names: None)
+    problems, warnings, _ = run("algorithm=disco", "+experiment=deepseek_qwen_1_5b_lora", f"math.folder={data}")
+    assert problems == [] and "vllm is not installed here" in warnings
+
+
+def test_an_error_of_a_check_names_the_overrides(data, monkeypatch):
+    def check_luck(config, data):
+        raise ZeroDivisionError("integer modulo by zero")
+        yield
+
+    monkeypatch.setattr(dry_run, "CHECKS", [check_luck])
+    overrides = ["algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", "trainer.nnodes=2"]
+    (wrong,) = [f for f in dry_run.dry_run(overrides) if f.problem]
+    assert wrong.problem == "checking luck failed: ZeroDivisionError: integer modulo by zero"
+    assert wrong.fix == f"fix the error above; it may come from math.folder={data}, trainer.nnodes=2"
+
+
+def test_no_message_of_the_doctor_says_mend():
+    for file in Path(doctor.__file__).parent.rglob("*.py"):
+        assert not re.search(r"\bmend", file.read_text()), file
+
+
+@pytest.mark.parametrize(
+    "overrides, problem, fix",
+    [
+        (["algorithm=disko"], "there is no algorithm=disko", "use one of disco, disco_b, cispo, "),
+        (["algorithm="], "there is no algorithm=", "use one of "),
+        (["+experiment=deepseek_qwen_1b"], "there is no experiment=deepseek_qwen_1b", "use one of deepseek_qwen_1_5b"),
+        (["model_engine=megatro"], "there is no model_engine=megatro", "use one of megatron, "),
+        (["data.train_batch_sizee=3"], "there is no setting data.train_batch_sizee", "nearest: data.train_batch_size"),
+        (["algorithm=disco", "disco.tauu=3"], "there is no setting disco.tauu", "nearest: disco.tau"),
+        (["disco.delta=1e-3"], "disco.delta is not in this run, but in another algorithm", "leave it out, or choose"),
+        (["algoritm=disco"], "there is no setting algoritm", "nearest: algorithm"),
+        (["experiment=qwen3_4b"], "the group experiment has no option yet", "write +experiment=qwen3_4b"),
+        (["+algorithm=disco"], "algorithm has a value already", "write algorithm=NAME, without the +"),
+        (["+data.train_batch_size=3"], "An item is already at 'data.train_batch_size'", "drop the +, or write ++data"),
+        (["data.cache_dir=/tmp"], "data.cache_dir is not in the configuration, though verl", "write +data.cache_dir"),
+        (["data.apply_chat_template_kwargs={a:1}"], "adds keys to data.apply_chat_template_kwargs", "write ++data"),
+        (["~data.seeed"], "'data.seeed' does not exist", "nearest: ~data.seed"),
+        (["trainer.nnodes"], "the override 'trainer.nnodes' cannot be read", "write name=value"),
+        (["trainer.logger=[console"], "the override 'trainer.logger=[console' cannot be read", "write name=value"),
+        (["algorithm=disco,ppo"], "Ambiguous value", "write a list as name=[a,b]"),
+    ],
+)
+def test_overrides_that_do_not_compose_are_one_finding(overrides, problem, fix):
+    (finding,) = dry_run.dry_run(overrides)
+    assert finding.problem.startswith("the settings do not compose: ") and problem in finding.problem
+    assert finding.fix.startswith(fix) and "\n" not in finding.problem
+    if "there is no algorithm" in problem:
+        assert set(finding.fix.removeprefix("use one of ").split(", ")) == set(hydra_config.describe_algorithms())
+
+
+def test_the_command(data, tmp_path):
+    command = [sys.executable, "-m", "verl_ext.doctor", "experiment", "algorithm=disco"]
+    command += ["+experiment=qwen3_4b", f"math.folder={data}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "OK" and "warning: " in done.stdout
+    assert doctor.main(["nonsense"]) == 1
+
+
+@pytest.mark.parametrize(
+    "name, billions",
+    [
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.78),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.62),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", 8.03),
+        ("Qwen/Qwen3-4B", 4.02),
+        ("Qwen/Qwen3-30B-A3B", 30.53),
+    ],
+)
+def test_shapes_have_the_published_numbers_of_parameters(name, billions):
+    shape, source = dry_run.find_shape(name)
+    assert source == "its model card" and shape.parameters / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def test_a_models_parameters_are_counted_from_its_config(model):
+    from transformers import AutoModelForCausalLM
+
+    shape, source = dry_run.find_shape(str(model))
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters() if p.dim() > 1)
+    assert source == "config.json" and shape.parameters == count
+
+
+def test_adapters_are_counted_as_peft_makes_them(model):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert lora_parameters(dry_run.find_shape(str(model))[0], 8) == trained

@@ -1,0 +1,165 @@
+"""Files, models, modules and functions that settings name: what is not there or does not fit is found."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from verl_ext.preflight import composition
+from verl_ext.preflight.references import check_references, refuse_missing_reward
+
+REWARD = "reward.custom_reward_function"
+TAKES = "data_source, solution_str, ground_truth, extra_info=None"
+
+
+@pytest.fixture(scope="module")
+def config() -> DictConfig:
+    composed = composition.compose(["algorithm=disco", "+experiment=deepseek_qwen_1_5b"])
+    return composition.resolved(composed)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """With reward functions and what else settings may name."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "plain.py": f"def score({TAKES}, *, weight: float = 1.0): return weight\n",
+        "catches.py": f"def score({TAKES}, timeout=3, **kwargs): return 1.0\n",
+        "needed.py": "def score(data_source, solution_str, ground_truth, extra_info, bonus): return bonus\n",
+        "reads.py": f"def score({TAKES}, **kwargs): return kwargs.get('bonus', 1.0)\n",
+        "short.py": "def score(solution, truth): return 1.0\n",
+        "broken.py": "def score(:\n",
+        "exits.py": "import sys; sys.exit(3)\n",
+        "needs.py": f"import no_such_package_here\ndef score({TAKES}): return 1.0\n",
+        "number.py": "score = 1.0\n",
+        "tools.yaml": "tools: []\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    for name in ("empty", "steps/global_step_5"):
+        (tmp_path / name).mkdir(parents=True)
+    return tmp_path
+
+
+def findings(config: DictConfig, *overrides: str) -> list:
+    edited = config.copy()
+    OmegaConf.set_struct(edited, False)
+    edited.merge_with(OmegaConf.from_dotlist(list(overrides)))
+    return list(check_references(edited))
+
+
+@pytest.mark.parametrize(
+    "overrides, problem, fix",
+    [
+        (
+            ["actor_rollout_ref.model.path=/nope"],
+            "model.path=/nope: there is no such folder",
+            "give an existing folder",
+        ),
+        (["actor_rollout_ref.model.path=~/nope"], "model.path=~/nope: there is no such folder", ""),
+        (["actor_rollout_ref.model.path=./nope"], "model.path=./nope: there is no such folder", ""),
+        (["actor_rollout_ref.model.path=a/b/c"], "model.path=a/b/c: there is no such folder", ""),
+        (["actor_rollout_ref.model.path=empty"], "model.path=empty: the folder has no config.json", ""),
+        (["actor_rollout_ref.model.path=plain.py"], "model.path=plain.py: there is no such folder", ""),
+        (["actor_rollout_ref.model.tokenizer_path=/nope"], "tokenizer_path=/nope: there is no such folder", ""),
+        (["actor_rollout_ref.model.external_lib=nope_lib"], "external_lib=nope_lib: there is no such module", ""),
+        (["actor_rollout_ref.model.custom_chat_template=/x.jinja"], "is no Jinja template", "give the template's text"),
+        (["actor_rollout_ref.rollout.multi_turn.tool_config_path=/nope.yaml"], "/nope.yaml: there is no such file", ""),
+        (["actor_rollout_ref.rollout.agent.agent_loop_config_path=nope.yaml"], "nope.yaml: there is no such file", ""),
+        (["trainer.checkpoint_callback_class=nope.Callback"], "nope.Callback: there is no such module", ""),
+        (
+            ["verl_ext.validator=recipe.disco.config.valdate"],
+            "verl_ext.validator=valdate is not in pkg://recipe.disco.config",
+            "nearest: validate",
+        ),
+        (["trainer.resume_mode=resume_path"], "resume_from_path=null does not name a checkpoint", "give a checkpoint"),
+        (
+            ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/nope/global_step_5"],
+            "global_step_5: there is no such folder",
+            "",
+        ),
+        (["trainer.resume_from_path=steps/global_step_5"], "is read only with trainer.resume_mode=resume_path", ""),
+        (["data.custom_cls.path=/nope.py", "data.custom_cls.name=Mine"], "path=/nope.py: there is no such file", ""),
+        ([f"{REWARD}.path=/nope.py"], f"{REWARD}.path=/nope.py: there is no such file", "give an existing one"),
+        ([f"{REWARD}.path=pkg://verl_ext.tasks.maths"], "tasks.maths: there is no such module", ""),
+        ([f"{REWARD}.name=compute_scores"], f"{REWARD}.name=compute_scores is not in pkg", "nearest: compute_score"),
+        ([f"{REWARD}.path=broken.py"], "broken.py cannot be imported: SyntaxError", ""),
+        ([f"{REWARD}.path=exits.py"], "exits.py cannot be imported: SystemExit", ""),
+        ([f"{REWARD}.path=number.py", f"{REWARD}.name=score"], "score of number.py cannot be called", ""),
+        ([f"{REWARD}.path=needed.py", f"{REWARD}.name=score"], "missing a required argument: 'bonus'", ""),
+        (
+            ["reward.reward_manager.source=importlib", "reward.reward_manager.module.path=/nope.py"],
+            "reward.reward_manager.module.path=/nope.py: there is no such file",
+            "",
+        ),
+        ([f"{REWARD}.path=short.py", f"{REWARD}.name=score"], "does not fit verl's call", ""),
+        ([f"{REWARD}.reward_kwargs.timeout=0"], "reward_kwargs.timeout must be positive", ""),
+        ([f"{REWARD}.reward_kwargs.timeout=abc"], "reward_kwargs.timeout=abc is wrong", "use a number"),
+        ([f"{REWARD}.reward_kwargs.require_think=nope"], "require_think=nope is wrong", "use true or false"),
+        ([f"{REWARD}.reward_kwargs.tiemout=5"], "reward_kwargs.tiemout is read by nothing", "nearest: timeout"),
+        ([f"{REWARD}.reward_kwargs.ground_truth=5"], "ground_truth would replace what verl passes", "leave it out"),
+        (
+            [f"{REWARD}.path=plain.py", f"{REWARD}.name=score", f"{REWARD}.reward_kwargs.wieght=2"],
+            "reward_kwargs.wieght is read by nothing",
+            "nearest: weight",
+        ),
+        (
+            [f"{REWARD}.path=catches.py", f"{REWARD}.name=score", f"{REWARD}.reward_kwargs.bonus=2"],
+            "reward_kwargs.bonus is read by nothing",
+            "it has timeout",
+        ),
+    ],
+)
+def test_what_is_not_there_or_does_not_fit_is_named(config, folder, overrides, problem, fix):
+    (finding,) = findings(config, *overrides)
+    assert problem in finding.problem and not finding.warning
+    assert finding.fix.startswith(fix) and finding.fix
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["actor_rollout_ref.model.path=Qwen/Qwen3-4B"],
+        ["actor_rollout_ref.model.path=gpt2"],
+        ["actor_rollout_ref.model.path=hdfs://host/a/b/c"],
+        ["actor_rollout_ref.model.custom_chat_template='{{ messages[0].content }}'"],
+        ["actor_rollout_ref.rollout.multi_turn.tool_config_path=tools.yaml"],
+        ["trainer.resume_mode=resume_path", "trainer.resume_from_path=steps/global_step_5"],
+        [f"{REWARD}.path=null"],
+        [f"{REWARD}.path=plain.py", f"{REWARD}.name=score", f"{REWARD}.reward_kwargs.weight=2"],
+        [f"{REWARD}.path=reads.py", f"{REWARD}.name=score", f"{REWARD}.reward_kwargs.bonus=2"],
+        [f"{REWARD}.path=needed.py", f"{REWARD}.name=score", f"{REWARD}.reward_kwargs.bonus=2"],
+        [f"{REWARD}.reward_kwargs.timeout=2.5", f"{REWARD}.reward_kwargs.require_think=false"],
+    ],
+)
+def test_what_is_there_and_fits_is_no_finding(config, folder, overrides):
+    assert findings(config, *overrides) == []
+
+
+def test_what_a_reward_imports_may_be_on_the_nodes_that_train(config, folder):
+    (finding,) = findings(config, f"{REWARD}.path=needs.py", f"{REWARD}.name=score")
+    assert finding.warning and "No module named 'no_such_package_here'" in finding.problem
+
+
+@pytest.mark.parametrize(
+    "path, name, message",
+    [
+        ("/nope.py", "score", r"path=/nope.py: there is no such module"),
+        ("pkg://verl_ext.tasks.maths", "compute_score", r"maths: there is no such module"),
+        ("plain.py", "scores", r"name=scores is not in plain.py; nearest: score"),
+    ],
+)
+def test_a_start_refuses_a_reward_that_is_not_there(config, folder, path, name, message):
+    edited = config.copy()
+    OmegaConf.update(edited, f"{REWARD}.path", path)
+    OmegaConf.update(edited, f"{REWARD}.name", name)
+    with pytest.raises(ValueError, match=message):
+        refuse_missing_reward(edited)
+
+
+def test_a_start_does_not_import_the_reward(config, folder):
+    edited = config.copy()
+    for path, name in (("exits.py", "exit"), ("pkg://verl_ext.tasks.math.reward", "compute_score"), (None, None)):
+        OmegaConf.update(edited, f"{REWARD}.path", path)
+        OmegaConf.update(edited, f"{REWARD}.name", name)
+        refuse_missing_reward(edited)

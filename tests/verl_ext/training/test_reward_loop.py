@@ -1,0 +1,174 @@
+"""Rewards that fail are counted and name their function; rewards in numpy's or torch's types are numbers.
+
+No Ray: verl's reward worker and its "naive" manager, on one response at a time.
+"""
+
+import asyncio
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from verl.experimental.reward_loop import reward_loop
+from verl.protocol import DataProto
+from verl.trainer.ppo.reward import load_reward_manager
+
+from verl_ext.training.reward_loop import CountingRewardWorker, RewardError, Tally
+
+FUNCTION = """
+import sys, time
+from decimal import Decimal
+from fractions import Fraction
+import numpy as np
+import torch
+
+def grade(x):
+    raise ArithmeticError("no answer\\nin " + x)
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return ANSWERS[ground_truth]()
+
+async def compute_score_async(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return ANSWERS[ground_truth]()
+
+"""
+
+
+class Tokenizer:
+    eos_token = "<end>"
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "text"
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    def make(*answers, name="compute_score", manager="naive"):
+        """A worker whose reward function answers the first response so, the second so, and so on."""
+        answers = ", ".join(f"lambda: {answer}" for answer in answers)
+        (tmp_path / "reward.py").write_text(f"{FUNCTION}ANSWERS = [{answers}]\n")
+        config = OmegaConf.create(
+            {
+                "reward": {
+                    "custom_reward_function": {"path": f"{tmp_path}/reward.py", "name": name},
+                    "reward_manager": {"source": "register", "name": manager},
+                    "reward_model": {"enable": False},
+                    "timeout": 0.2,
+                }
+            }
+        )
+
+        def init(self):
+            self.reward_manager = load_reward_manager(config, Tokenizer())
+
+        monkeypatch.setattr(reward_loop.RewardLoopWorker, "_init_reward_fn", init)
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        made = CountingRewardWorker(config)
+        made.run = loop.run_until_complete
+        return made
+
+    yield make
+    asyncio.set_event_loop(None)
+
+
+def row(number):
+    return rows(number + 1)[number:]
+
+
+def rows(count):
+    """As many responses, as verl hands them to its reward workers."""
+    shape = {"responses": 2, "attention_mask": 4}
+    tensors = {name: torch.ones(count, width, dtype=torch.long) for name, width in shape.items()}
+    others = {
+        "data_source": ["toy"] * count,
+        "reward_model": [{"ground_truth": i} for i in range(count)],
+        "extra_info": [{} for _ in range(count)],
+    }
+    return DataProto.from_dict(tensors, {name: np.array(x, dtype=object) for name, x in others.items()})
+
+
+@pytest.mark.parametrize(
+    "expression, reward",
+    [
+        ("1", 1.0),
+        ("True", 1.0),
+        ("np.float32(0.5)", 0.5),
+        ("np.bool_(True)", 1.0),
+        ("np.int64(3)", 3.0),
+        ("np.array(0.5)", 0.5),
+        ("np.array([1.0])", 1.0),
+        ("np.array([[True]])", 1.0),
+        ("torch.tensor(0.25)", 0.25),
+        ("torch.tensor([1.0], dtype=torch.bfloat16, requires_grad=True)", 1.0),
+        ("Fraction(1, 2)", 0.5),
+    ],
+)
+@pytest.mark.parametrize("form", ["{}", "{{'score': {}, 'acc': {}, 'why': 'x'}}"])
+def test_numbers_of_numpy_and_torch_are_rewards(worker, expression, reward, form):
+    made = worker(form.format(expression, expression))
+    result = made.run(made.compute_score(row(0)))
+    assert (type(result["reward_score"]), result["reward_score"]) == (float, reward)
+    acc = result["reward_extra_info"]["acc"]
+    assert acc == reward and type(acc) in (float, int, bool, Fraction)
+    assert made.run(made.take_tally()) == Tally(asked=1)
+
+
+@pytest.mark.parametrize(
+    "expression, error",
+    [
+        ("None", "TypeError: it returned None (NoneType), which is no number"),
+        ("np.array([1.0, 0.0])", "TypeError: it returned array([1., 0.]) (ndarray), which is no number"),
+        ("np.array([])", "which is no number"),
+        ("[1.0]", "(list), which is no number"),
+        ("'1.0'", "TypeError: it returned '1.0' (str), which is no number"),
+        ("1j", "(complex), which is no number"),
+        ("np.array([None])", "it returned None (NoneType), which is no number"),
+        ("'x' * 10**6", "(str), which is no number"),
+        ("(1.0, {})", "(tuple), which is no number"),
+        ("{'score': None, 'acc': 1}", "it returned None (NoneType), which is no number"),
+        ("{'reward': 1.0}", "KeyError: 'score'"),
+        ("10**400", "OverflowError: int too large to convert to float"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("grade('x')", "ArithmeticError: no answer in x (reward.py:9)"),
+        ("next(iter([]))", "RuntimeError: the reward function raised StopIteration"),
+        ("sys.exit(3)", "SystemExit: 3"),
+        (r"grade('\x1b[2J\ud800\x00')", "ArithmeticError: no answer in ?[2J?? (reward.py:9)"),
+        ("Decimal('x')", "InvalidOperation"),
+    ],
+)
+def test_a_reward_that_fails_is_counted_and_names_its_function(worker, tmp_path, expression, error):
+    made = worker(expression)
+    with pytest.raises(RewardError) as raised:
+        made.run(asyncio.wait_for(made.compute_score(row(0)), 20))
+    text = str(raised.value)
+    assert f"reward.custom_reward_function={tmp_path}/reward.py:compute_score: " in text and error in text
+    assert "\n" not in text and len(text) < 800
+    assert made.run(made.take_tally()) == Tally(1, 1, text)
+    assert made.run(made.take_tally()) == Tally()
+
+
+def test_asynchronous_reward_functions_are_counted_alike(worker):
+    made = worker("np.bool_(True)", "1 / 0", name="compute_score_async")
+    assert made.run(made.compute_score(row(0)))["reward_score"] == 1.0
+    with pytest.raises(RewardError, match="compute_score_async: ZeroDivisionError"):
+        made.run(made.compute_score(row(1)))
+
+
+def test_a_batch_has_an_answer_per_response(worker):
+    made = worker("1", "1 / 0", "grade('y')")
+    first, second, third = made.run(made.compute_scores(rows(3)))
+    assert first["reward_score"] == 1.0 and isinstance(second, RewardError) and isinstance(third, RewardError)
+    tally = made.run(made.take_tally())
+    assert (tally.asked, tally.failed) == (3, 2) and "ZeroDivisionError" in tally.first
+    whole = Tally(1, 0) + tally + Tally(5, 1, "later")
+    assert (whole.asked, whole.failed, whole.first) == (9, 3, tally.first)
+
+
+def test_failures_that_verls_rate_limited_manager_grades_0_are_counted(worker):
+    answers = ("grade('x')", "time.sleep(0.5)", "{'score': 1, 'error': 'of the user', 'acc': 1}")
+    made = worker(*answers, manager="rate_limited")
+    assert [made.run(made.compute_score(row(i)))["reward_score"] for i in range(3)] == [0.0, 0.0, 1.0]
+    tally = made.run(made.take_tally())
+    assert (tally.asked, tally.failed) == (3, 2) and "no answer in x" in tally.first

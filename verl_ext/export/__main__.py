@@ -1,0 +1,213 @@
+"""A checkpoint as a Hugging Face folder, with a model card that tells how it was made.
+
+    python -m verl_ext.export RUN_DIR [--step N] [--out DIR] [--dtype TYPE]
+
+RUN_DIR is ``trainer.default_local_dir`` of a run. Without ``--step``, the whole checkpoint with the best pass@1 is
+taken, or the last. A LoRA adapter is merged into the weights. What was exported is compared with the checkpoint and the
+base model; then the card is written, from these figures, ``config.yaml`` and ``metrics.jsonl``.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from verl_ext.export.model import export_model
+from verl_ext.report.read import read_run
+from verl_ext.runs.checkpoints import DTYPES, Checkpoint, ExportError, find_checkpoints, one_line
+from verl_ext.runs.folder import CHECKPOINT_FILE, CONFIG_FILE, read_settings
+
+SHOWN = (
+    "actor_rollout_ref.model.path",
+    "data.train_files",
+    "data.train_batch_size",
+    "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.rollout.temperature",
+    "data.max_prompt_length",
+    "data.max_response_length",
+    "actor_rollout_ref.actor.optim.lr",
+    "actor_rollout_ref.actor.strategy",
+    "seed",
+)
+"""Settings that the card shows, besides the method's own."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="trainer.default_local_dir of a run")
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: the best, else the last")
+    parser.add_argument("--out", type=Path, help="default: RUN_DIR/export/global_step_N")
+    parser.add_argument("--dtype", choices=["checkpoint", *DTYPES], default="checkpoint", help="of the weights")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code, as in training")
+    args = parser.parse_args(arguments)
+    # torch remarks on each of a shard's tensors that no process group is there.
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
+    try:
+        out = export(args.run, args.step, args.out, args.trust_remote_code, args.dtype)
+    except ExportError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(f"exported to {out}")
+    return 0
+
+
+def export(
+    run: Path, step: int | None, out: Path | None, trust_remote_code: bool = False, dtype: str = "checkpoint"
+) -> Path:
+    """Write a checkpoint's model into ``out``, check it and write its card; returns ``out``.
+
+    The model is in ``OUT.unfinished`` until it has been checked, and removed if it fails.
+
+    Raises:
+        ExportError: there is no such run or whole checkpoint, ``out`` cannot be used, or what was written is not the
+            trained model.
+    """
+    try:
+        found = read_run(run)
+        settings = found.settings if found else read_settings(run)
+    except ValueError as e:
+        raise ExportError(e) from None
+    for name in ("actor_rollout_ref.model.path", "actor_rollout_ref.actor.strategy"):
+        if not isinstance(settings.get(name), str):
+            raise ExportError(
+                f"{run / CONFIG_FILE} has {name}={settings.get(name)}; a run's settings have a text there"
+            )
+    for fault in found.faults if found else ():
+        print(f"note: {fault}", file=sys.stderr)
+    evaluations = found.pass_at.get(1, pd.DataFrame()) if found else pd.DataFrame()
+    try:
+        checkpoint = choose(run, settings["actor_rollout_ref.actor.strategy"] == "megatron", evaluations, step)
+        out = (out or run / "export" / f"global_step_{checkpoint.step}").resolve()
+    except (OSError, RuntimeError) as e:  # no right to read, a loop of links
+        raise ExportError(f"a folder cannot be read: {one_line(e)}") from None
+    if out.is_relative_to(checkpoint.folder.parent.resolve()):
+        raise ExportError(f"--out={out} is inside a checkpoint, which verl may remove; choose another folder")
+    unfinished = out.with_name(out.name + ".unfinished")
+    make_folder(out, unfinished)
+    try:
+        told = export_model(checkpoint, unfinished, settings, DTYPES.get(dtype), trust_remote_code)
+        (unfinished / "README.md").write_text(model_card(settings, evaluations, checkpoint.step, told))
+        os.replace(unfinished, out)
+    except ExportError:
+        raise
+    except Exception as e:  # transformers, tokenizers, peft and safetensors each raise their own
+        raise ExportError(f"{checkpoint.folder} cannot be exported: {type(e).__name__}: {one_line(e)}") from e
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"step {checkpoint.step}", *told, sep="\n")
+    return out
+
+
+def choose(run: Path, megatron: bool, evaluations: pd.DataFrame, step: int | None) -> Checkpoint:
+    """Choose the checkpoint of ``step``, or the best of the whole ones. Others are named on stderr.
+
+    Args:
+        megatron: the run's engine is Megatron.
+        evaluations: as for :func:`best_step`.
+
+    Raises:
+        ExportError: there is no whole one, or none of that step.
+    """
+    checkpoints = {c.step: c for c in find_checkpoints(run, megatron)}
+    if not checkpoints:
+        raise ExportError(f"{run} has no checkpoint; train with trainer.save_freq > 0")
+    known = ", ".join(map(str, checkpoints))
+    if step is not None:
+        if step not in checkpoints:
+            raise ExportError(f"{run} has no checkpoint of step {step}; it has {known}")
+        if fault := checkpoints[step].fault:
+            raise ExportError(f"the checkpoint of step {step} is not whole: {fault} in {checkpoints[step].folder}")
+        return checkpoints[step]
+    whole = [c.step for c in checkpoints.values() if not c.fault]
+    faults = [f"step {c.step}: {c.fault}" for c in checkpoints.values() if c.fault]
+    if not whole:
+        raise ExportError(f"{run} has no whole checkpoint ({'; '.join(faults)})")
+    for fault in faults:
+        print(f"note: left out as not whole: {fault}", file=sys.stderr)
+    tracker = run / CHECKPOINT_FILE
+    latest = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    if latest and latest not in map(str, whole):
+        print(f"note: {tracker} names step {latest[:20]}, which is no whole checkpoint", file=sys.stderr)
+    return checkpoints[best_step(evaluations, whole)]
+
+
+def make_folder(out: Path, unfinished: Path) -> None:
+    """Make the folder ``unfinished``, where nothing is in the way of ``out``.
+
+    Raises:
+        ExportError: something is, or the folder cannot be made.
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise ExportError(f"--out={out} is a file; give a folder that does not exist yet")
+        if out.exists() and any(out.iterdir()):
+            raise ExportError(f"{out} is not empty; choose another --out, or remove it")
+        if unfinished.exists():
+            raise ExportError(f"{unfinished} is of an export that is running or was stopped; if none is, remove it")
+        unfinished.mkdir(parents=True)
+    except OSError as e:
+        raise ExportError(f"--out={out} cannot be written: {e.strerror} ({e.filename})") from None
+
+
+def best_step(evaluations: pd.DataFrame, steps: list[int]) -> int:
+    """Choose the checkpoint with the highest mean pass@1 over benchmarks, or the last where none was evaluated.
+
+    Args:
+        evaluations: pass@1, one row per step, one column per benchmark.
+        steps: of the whole checkpoints, in order.
+    """
+    # A mean over fewer benchmarks is not comparable.
+    mean = evaluations.dropna().mean(axis=1)
+    evaluated = [step for step in steps if step in mean.index]
+    return max(evaluated, key=lambda step: (mean[step], step)) if evaluated else steps[-1]
+
+
+def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, weights: list[str]) -> str:
+    """Write Markdown with the front matter that the hub reads.
+
+    Args:
+        settings: of the run, by full name.
+        evaluations: as for :func:`best_step`.
+        step: of the checkpoint.
+        weights: sentences on the exported weights, see :func:`~verl_ext.export.model.export_model`.
+    """
+    base = str(settings["actor_rollout_ref.model.path"])
+    algorithm = str(settings.get("verl_ext.algorithm", "ppo"))
+    shown = {name: settings[name] for name in SHOWN if name in settings}
+    shown |= {n: v for n, v in settings.items() if n.startswith(f"{algorithm}.") and not n.endswith("_target_")}
+    facts = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    facts["tags"] = ["reinforcement-learning", "verl", "verl-disco", algorithm]
+    lines = ["---", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True) + "---", ""]
+    lines += [f"# {Path(base).name}, trained by {algorithm}", ""]
+    lines += [f"`{base}` after {step} steps of reinforcement learning with the method `{algorithm}`, by", ""]
+    lines += ["    python -m verl.trainer.main_ppo algorithm=" + algorithm + " ...", ""]
+    lines += [f"with verl {version('verl')} and verl-disco {version('verl-disco')}.", ""]
+    if step in evaluations.index:
+        lines += ["## pass@1 on held-out questions, in percent", ""]
+        lines += [f"| benchmark | before | step {step} |", "|---|---|---|"]
+        scores = evaluations.reindex([0, step]).mul(100).round(1)
+        for benchmark in scores.columns[scores.loc[step].notna()]:
+            before, after = ("" if pd.isna(score) else f"{score:.1f}" for score in scores[benchmark])
+            lines.append(f"| {benchmark} | {before} | {after} |")
+        lines.append("")
+    lines += ["## Weights", "", *(f"- {sentence}" for sentence in weights), ""]
+    lines += ["## Settings", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {name} | {cell(value)} |" for name, value in shown.items()]
+    return "\n".join(lines) + "\n"
+
+
+def cell(value: Any) -> str:
+    """Write a setting's value as one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""Files, models, modules, functions and classes that settings name: are they there, and can they be called?"""
+
+import importlib.util
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_ext.preflight.composition import Setting
+from verl_ext.preflight.findings import Finding, first_lines, nearest
+from verl_ext.preflight.values import wrong_type
+
+REWARD = "reward.custom_reward_function"
+
+PASSED = ("data_source", "solution_str", "ground_truth", "extra_info")
+"""What verl's reward managers pass to a reward function."""
+
+OBJECTS = (REWARD, "data.custom_cls", "trainer.v1.sampler.custom_sampler")
+"""Nodes with the path of a module and the name of what is in it."""
+
+CLASSES = (
+    "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
+    "actor_rollout_ref.rollout.checkpoint_manager_class",
+    "trainer.checkpoint_callback_class",
+    "verl_ext.validator",
+    "verl_ext.prepare",
+)
+"""Settings with the full name of a class or function."""
+
+MODULES = (
+    "actor_rollout_ref.model.external_lib",
+    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module",
+)
+"""Settings with modules that verl imports."""
+
+FILES = (
+    "actor_rollout_ref.rollout.multi_turn.tool_config_path",
+    "actor_rollout_ref.rollout.multi_turn.function_tool_path",
+    "actor_rollout_ref.rollout.agent.agent_loop_config_path",
+    "actor_rollout_ref.rollout.router_config_path",
+    "actor_rollout_ref.rollout.quantization_config_file",
+)
+
+TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "config.json")
+
+MODELS = {
+    "actor_rollout_ref.model.path": ("config.json",),
+    "actor_rollout_ref.model.hf_config_path": ("config.json",),
+    "actor_rollout_ref.model.tokenizer_path": TOKENIZER,
+    "actor_rollout_ref.model.lora_adapter_path": ("adapter_config.json",),
+    "data.tokenizer": TOKENIZER,
+}
+"""Settings with a folder or a name on the hub -> files of which such a folder holds one."""
+
+
+def check_references(config: DictConfig) -> Iterator[Finding]:
+    """Name each setting that refers to what is not there or does not fit."""
+    from verl.trainer.main_ppo import need_critic
+
+    models = dict(MODELS)
+    if need_critic(config):
+        models |= {"critic.model.path": ("config.json",), "critic.model.tokenizer_path": TOKENIZER}
+    if config.reward.reward_model.enable:
+        models["reward.reward_model.model_path"] = ("config.json",)
+    seen = set()
+    for name, holds in models.items():
+        value = OmegaConf.select(config, name)
+        if value not in seen:
+            yield from _wrong_model(name, value, holds)
+        seen.add(value)
+    for name in FILES:
+        if (file := OmegaConf.select(config, name)) and not _exists(file):
+            yield Finding("files", "", f"{name}={file}: there is no such file", "give an existing file, or null")
+    yield from _wrong_resume(config)
+    template = config.actor_rollout_ref.model.get("custom_chat_template")
+    if template and "{" not in template:
+        problem = f"actor_rollout_ref.model.custom_chat_template={template} is no Jinja template"
+        yield Finding("template", "", problem, "give the template's text itself, not a path")
+    for name in CLASSES:
+        if full_name := OmegaConf.select(config, name):
+            module, _, attribute = str(full_name).rpartition(".")
+            yield from _wrong_object(f"{name}={full_name}", name, f"pkg://{module}", attribute)[1]
+    for name in MODULES:
+        value = OmegaConf.select(config, name)
+        for module in [value] if isinstance(value, str) else value or []:
+            if _find_spec(module) is None:
+                yield Finding("modules", "", f"{name}={module}: there is no such module", "install it, or fix the name")
+    nodes = {name: OmegaConf.select(config, name) or {} for name in OBJECTS}
+    manager = config.reward.reward_manager
+    for name, node in nodes.items():
+        if path := node.get("path"):
+            found, problems = _wrong_object(f"{name}.path={path}", f"{name}.name", path, node.get("name"))
+            yield from problems
+            if found is not None and name == REWARD and manager.source == "register":
+                yield from _wrong_call(found, node.get("reward_kwargs") or {})
+    if manager.source == "importlib" and (path := manager.module.path):
+        where = f"reward.reward_manager.module.path={path}"
+        yield from _wrong_object(where, "reward.reward_manager.name", path, manager.name)[1]
+
+
+def refuse_missing_reward(config: DictConfig) -> None:
+    """Refuse a reward function that is not there, without importing it.
+
+    Raises:
+        ValueError: names the setting, what was found and what would be right.
+    """
+    # verl prefers its old name for the node, if anything is set there.
+    old = OmegaConf.select(config, "custom_reward_function") or {}
+    node = old if any(value is not None for value in old.values()) else OmegaConf.select(config, REWARD) or {}
+    path, name = node.get("path"), str(node.get("name"))
+    address = str(OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS", ""))
+    # Behind Ray's client, files are the cluster's.
+    if not path or address.startswith("ray://"):
+        return
+    file = _module_file(path)
+    if file is None:
+        raise ValueError(f"{REWARD}.path={path}: there is no such module; give a Python file, or pkg://MODULE")
+    text = file.read_text(errors="replace") if file.suffix == ".py" else "import *"
+    if "import *" not in text and "__getattr__" not in text and not re.search(rf"\b{re.escape(name)}\b", text):
+        defined = nearest(name, re.findall(r"^(?:async )?def (\w+)", text, re.MULTILINE))
+        hint = f"; nearest: {', '.join(defined)}" if defined else "; give the name of a function in it"
+        raise ValueError(f"{REWARD}.name={name} is not in {path}{hint}")
+
+
+def _module_file(path: str) -> Path | None:
+    """The file of a module as verl names it: a path, or ``pkg://MODULE``."""
+    if path.startswith("pkg://"):
+        spec = _find_spec(path.removeprefix("pkg://").replace("/", "."))
+        return Path(spec.origin) if spec is not None and spec.origin else None
+    # As verl reads it: a ~ is not expanded.
+    file = Path(path.removeprefix("file://"))
+    return file if file.is_file() else None
+
+
+def _find_spec(module: str) -> Any:
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return None
+
+
+def _exists(path: str) -> bool:
+    from verl.utils.import_utils import resolve_config_path
+
+    try:
+        return "://" in path or os.path.exists(resolve_config_path(os.path.expanduser(path)))
+    except FileNotFoundError:
+        return False
+
+
+def _wrong_model(name: str, value: Any, holds: tuple[str, ...]) -> Iterator[Finding]:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if not value and name.endswith("model.path"):
+        yield Finding("model", "", f"{name} is not set", "give a folder, or a name on the hub")
+    if not value or "://" in str(value):
+        return
+    path = Path(os.path.expanduser(str(value)))
+    if path.is_dir():
+        if not any((path / file).exists() for file in holds):
+            yield Finding("model", "", f"{name}={value}: the folder has no {holds[0]}", "give a folder that has")
+        return
+    local = str(value).startswith(("/", "~", "."))
+    if not local and not path.exists():
+        try:
+            validate_repo_id(str(value))
+            return
+        except HFValidationError:
+            pass
+    problem = f"{name}={value}: there is no such folder, and it is no name on the hub"
+    yield Finding("model", "", problem, "give an existing folder, or a name on the hub such as Qwen/Qwen3-4B")
+
+
+def _wrong_resume(config: DictConfig) -> Iterator[Finding]:
+    mode, path = config.trainer.resume_mode, config.trainer.resume_from_path
+    name = f"trainer.resume_from_path={'null' if path is None else path}"
+    if mode != "resume_path":
+        if path:
+            problem = f"{name} is read only with trainer.resume_mode=resume_path, and that is {mode}"
+            yield Finding("resume", "", problem, "set trainer.resume_mode=resume_path, or leave the path out")
+    elif not path or "global_step_" not in str(path):
+        fix = "give a checkpoint's folder: .../global_step_N"
+        yield Finding("resume", "", f"{name} does not name a checkpoint to resume from", fix)
+    elif not os.path.isdir(path):
+        yield Finding("resume", "", f"{name}: there is no such folder", "give an existing .../global_step_N")
+
+
+def _wrong_object(where: str, what: str, path: str, attribute: str | None) -> tuple[Any, list[Finding]]:
+    """What the settings name, imported as verl imports it, or what is wrong with them.
+
+    Args:
+        where: the setting of the module, with its value.
+        what: the setting of the object in it.
+        path: of the module, as verl takes it.
+        attribute: the object's name.
+    """
+    from verl.utils.import_utils import load_module
+
+    if _module_file(path) is None:
+        problem = f"{where}: there is no such {'module' if path.startswith('pkg://') else 'file'}"
+        return None, [Finding("modules", "", problem, "give an existing one: a Python file, or pkg://MODULE")]
+    try:
+        module = load_module(path)
+    except (Exception, SystemExit) as e:
+        cause = e.__cause__ or e
+        # Its own part of the way is there; what it imports may be on the nodes that train.
+        elsewhere = isinstance(cause, ModuleNotFoundError)
+        problem = f"{where} cannot be imported: {type(cause).__name__}: {first_lines(cause)}"
+        return None, [Finding("modules", "", problem, "install what it needs, or fix it", warning=elsewhere)]
+    found = getattr(module, str(attribute), None)
+    if callable(found):
+        return found, []
+    near = nearest(str(attribute), (n for n, x in vars(module).items() if callable(x)))
+    fix = f"nearest: {', '.join(near)}" if near else "give the name of a function or class in it"
+    if found is not None:
+        return None, [Finding("modules", "", f"{what}={attribute} of {path} cannot be called", fix)]
+    return None, [Finding("modules", "", f"{what}={attribute or 'null'} is not in {path}", fix)]
+
+
+def _wrong_call(function: Any, kwargs: DictConfig | dict) -> Iterator[Finding]:
+    """Whether verl's call and ``reward_kwargs`` fit the reward function's parameters."""
+    try:
+        parameters = inspect.signature(function).parameters
+        annotations = get_type_hints(function)
+    except (ValueError, TypeError, NameError):
+        return
+    catch_all = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    own = {n: None if p.default is p.empty else p.default for n, p in named.items() if n not in PASSED}
+    problems = []
+    for key, value in kwargs.items():
+        name = f"{REWARD}.reward_kwargs.{key}"
+        if key in PASSED:
+            problems.append((f"{name} would replace what verl passes for each response", "leave it out"))
+        elif key in own:
+            if wanted := wrong_type(Setting(name, value, None, annotations.get(key), {}), value, own[key]):
+                problems.append((f"{name}={value} is wrong", f"use {wanted}"))
+        elif (near := nearest(key, own)) or catch_all is None or not _uses(function, catch_all):
+            fix = f"nearest: {', '.join(near)}" if near else f"it has {', '.join(sorted(own)) or 'none'}"
+            problems.append((f"{name} is read by nothing: {function.__name__} has no such parameter", fix))
+    for problem, fix in problems:
+        yield Finding("reward", "", problem, fix)
+    if problems:
+        return
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(PASSED), **kwargs)
+    except TypeError as e:
+        problem = f"{REWARD}.name={function.__name__} does not fit verl's call: {e}"
+        yield Finding("reward", "", problem, f"its parameters must take {', '.join(PASSED)}")
+        return
+    # Ours refuse wrong values when called, and calling them costs nothing.
+    if function.__module__.startswith("verl_ext."):
+        try:
+            function(data_source="", solution_str="", ground_truth="1", extra_info={}, **kwargs)
+        except Exception as e:
+            yield Finding("reward", "", f"{REWARD}: {first_lines(e)}", "fix the setting that it names")
+
+
+def _uses(function: Any, catch_all: str) -> bool:
+    """Whether the function does anything with the arguments that it catches."""
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        return True
+    return len(re.findall(rf"(?<!\w){re.escape(catch_all)}\b(?!:)", source)) > 1

@@ -1,0 +1,279 @@
+"""Overrides of names that nothing reads: ``++data.train_batchsize=64`` composes, and changes nothing.
+
+A name that only an override adds is read if it is a field of the dataclass that its node becomes, a parameter of the
+function that its node is passed to, or if the sources of verl, ours, or those that the settings name read it from a
+node of that name. What lies in a dictionary that is handed on whole (``override_config``, ``engine_kwargs`` ...) is
+not judged. What verl itself has and its V1 trainers do not read is in :data:`IGNORED`.
+"""
+
+import importlib.metadata as metadata
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_ext.preflight.composition import Composition, hints, names, walk
+from verl_ext.preflight.findings import Finding, nearest
+
+HANDED_ON = {
+    "apply_chat_template_kwargs",
+    "custom",
+    "engine_kwargs",
+    "env_vars",
+    "fused_kernel_options",
+    "layer_name_map",
+    "mbridge_config",
+    "mm_processor_kwargs",
+    "options",
+    "sampler_kwargs",
+    "turbo_config",
+}
+"""Nodes whose keys belong to somebody else, besides ``override_...``."""
+
+REWARD_KWARGS = "custom_reward_function.reward_kwargs"
+"""Checked against the function's parameters, where the function is (:mod:`verl_ext.preflight.references`)."""
+
+PACKAGES = {"verl", "verl_ext", "recipe", "transfer_queue"}
+"""What reads the settings of every run."""
+
+SELDOM = ("distillation", "reward_model", "custom_reward_function", "critic", "arithmetic")
+
+ROLES = {"actor", "critic", "ref", "rollout", "reward_model", "distillation"}
+"""Nodes of whose settings some have one name, but are read from each alone."""
+
+BY_TOKENS = "the V1 trainers cut the critic's micro-batches by tokens: set critic.ppo_infer_max_token_len_per_gpu"
+NOT_IN_V1 = "it belongs to verl's legacy trainer: leave it out"
+NOWHERE = "no part of verl reads it: leave it out"
+
+IGNORED: dict[str, str] = {
+    r"actor_rollout_ref\.actor\.grad_clip": "set actor_rollout_ref.actor.optim.clip_grad",
+    r"critic\.grad_clip": "set critic.optim.clip_grad",
+    r"critic\.(ppo_max|forward_max)_token_len_per_gpu": BY_TOKENS,
+    r"critic\.(use_dynamic_bsz|(ppo|forward)_micro_batch_size(_per_gpu)?)": BY_TOKENS,
+    r"actor_rollout_ref\.actor\.ppo_micro_batch_size": "set actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    r"trainer\.balance_batch": "the V1 trainers always balance: leave it out",
+    r"trainer\.(esi_redundant_time|ray_wait_register_center_timeout)": NOT_IN_V1,
+    r"algorithm\.(use_pf_ppo|pf_ppo\..*)": NOT_IN_V1,
+    r"actor_rollout_ref\.actor\.calculate_sum_pi_squared": NOT_IN_V1,
+    r"data\.reward_fn_key": "the V1 trainers take the column data_source: name it so",
+    r"data\.return_raw_input_ids": NOWHERE,
+    r"actor_rollout_ref\.nccl_timeout|critic\.nccl_timeout": NOWHERE,
+    r"actor_rollout_ref\.actor\.freeze_vision_tower": NOWHERE,
+    r"(actor_rollout_ref|critic)\.model\.tiled_mlp\..*": NOWHERE,
+    r".*\.rollout\.(over_sample_rate|multi_stage_wake_up)": NOWHERE,
+    r".*\.multi_turn\.(use_inference_chat_template|tokenization_sanity_check_mode|num_repeat_rollouts)": NOWHERE,
+    r".*\.megatron\.(dist_checkpointing_prefix|router_replay\.(record|replay)_file)": NOWHERE,
+}
+"""Settings of verl's that its V1 trainers read nowhere -> what to do instead."""
+
+RAY_INIT = "ray_kwargs.ray_init"
+
+GROUPS = Path(__file__).parents[1] / "config"
+
+
+def check_unread(composition: Composition) -> Iterator[Finding]:
+    """Name each override that nothing reads, and the nearest setting that something does."""
+    yield from check_ignored(composition)
+    plain, known = composition.plain, names(composition.plain)
+    raw = OmegaConf.to_container(composition.config, resolve=False)
+    interpolated = "\n".join(re.findall(r"\$\{[^}]*\}", str(raw)))
+    users = text_of_users(raw)
+    closed: tuple[str, ...] = ()
+    for setting in walk(raw):
+        name, key = setting.name, setting.name.rpartition(".")[2]
+        if name in known or key == "_target_" or name.startswith(closed):
+            continue
+        if re.search(rf"(?:\$\{{|select:\s*){re.escape(name)}(?!\w)", interpolated) or _is_word(key, users):
+            closed += (f"{name}.",)
+        elif name.partition(".")[0] in _own_nodes() and name in names_of_groups():
+            if not isinstance(setting.value, dict):
+                problem = f"{name} is read by nothing in this run, but with another algorithm or experiment"
+                yield Finding(name, "", problem, "leave it out, or choose what has it", warning=True)
+        elif near := _nearly(name, plain):
+            problem = f"{name} is handed on, and nothing here reads it, but for {near}"
+            yield Finding(name, "", problem, f"nearest: {near}", warning=True)
+        elif not is_read(name, plain, setting.owner):
+            closed += (f"{name}.",)
+            near = suggestions(name, plain, setting.owner)
+            fix = f"nearest: {', '.join(near)}" if near else "leave it out"
+            yield Finding(name, "", f"{name} is read by nothing", fix)
+
+
+def check_ignored(composition: Composition) -> Iterator[Finding]:
+    """Warn of each value of the user's that verl takes and its V1 trainers do not read."""
+    if OmegaConf.select(composition.config, "trainer.use_v1") is not True:
+        return
+    plain = {s.name: s.value for s in walk(OmegaConf.to_container(composition.plain, resolve=False))}
+    for setting in walk(OmegaConf.to_container(composition.config, resolve=False)):
+        name, value = setting.name, setting.value
+        # The critic's micro-batches are cut by tokens, whatever asks for it.
+        if isinstance(value, dict) or value == plain.get(name) or (name, value) == ("critic.use_dynamic_bsz", True):
+            continue
+        if advice := next((a for pattern, a in IGNORED.items() if re.fullmatch(pattern, name)), ""):
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            yield Finding(name, "", f"{name}={shown} changes nothing: verl does not read it", advice, warning=True)
+
+
+def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
+    """Whether something reads this name, which ``plain`` has not; ``owner``: the dataclass that its node becomes."""
+    parent, _, key = name.rpartition(".")
+    parts = parent.split(".")
+    if REWARD_KWARGS in name or any(p in HANDED_ON or p.startswith("override_") for p in parts):
+        return True
+    if parent in RAY_NAMES:
+        return key in RAY_NAMES[parent]()
+    if key in hints(owner) or (parts[0] == "verl_ext" and name in names_of_groups()):
+        return True
+    node = OmegaConf.select(plain, parent) if parent else plain
+    # What a dataclass does not have can be read only before it is made, from a node of that name.
+    siblings = {str(k) for k in node} - {"_target_"} if isinstance(node, DictConfig) and owner is None else set()
+    return any(reads(as_attributes(text), parts, key, siblings) for text in sources().values() if key in text)
+
+
+def _nearly(name: str, plain: DictConfig) -> str | None:
+    """What has almost this name in a dictionary that is handed on, among what verl sets or reads there itself."""
+    parent, _, key = name.rpartition(".")
+    node, last = OmegaConf.select(plain, parent) if parent else None, parent.rpartition(".")[2]
+    if not (last in HANDED_ON or last.startswith("override_")):
+        return None
+    known = {str(k) for k in node} if isinstance(node, DictConfig) else set()
+    for text in filter(lambda text: last in text, sources().values()):
+        known |= set(re.findall(rf"\b{last}\.(\w+)\b(?!\()", as_attributes(text)))
+    near = nearest(key, known, 0.88)
+    return f"{parent}.{near[0]}" if near and key not in known else None
+
+
+def suggestions(name: str, plain: DictConfig, owner: type | None = None) -> list[str]:
+    """Up to three settings that may have been meant: alike in the same node, of the same name elsewhere, or alike."""
+    parent, _, key = name.rpartition(".")
+    known = names(plain) | names_of_groups()
+    prefix = f"{parent}." if parent else ""
+    here = {n[len(prefix) :] for n in known if n.startswith(prefix) and "." not in n[len(prefix) :]}
+    here |= set(hints(owner)) | (RAY_NAMES[parent]() if parent in RAY_NAMES else set())
+    elsewhere: dict[str, list[str]] = {}
+    for n in known:
+        elsewhere.setdefault(n.rpartition(".")[2], []).append(n)
+    near = [prefix + found for found in nearest(key, here - {"_target_"})]
+    if parent and parent not in known:
+        near = nearest(name, known, 0.75)
+    if key not in elsewhere and not near:
+        key = next(iter(nearest(key, elsewhere, 0.75)), "")
+    # Nodes that few runs use come last, and what lies deep.
+    same = sorted(elsewhere.get(key, []), key=lambda n: (n.startswith(SELDOM), n.count("."), n))
+    return list(dict.fromkeys([*near[:2], *same, *near]))[:3]
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+def reads(text: str, parts: list[str], key: str, siblings: set[str]) -> bool:
+    """Whether a source reads ``key`` from the node ``parts``: by its name, or from what it reads two siblings from."""
+    others = ROLES.difference(parts) if ROLES.intersection(parts) else set()
+    for receiver in set(re.findall(rf"([A-Za-z_][\w.]*)\.{re.escape(key)}\b(?!\()", text)):
+        *before, last = receiver.split(".")
+        # An object's own attributes, and the names of modules in texts.
+        if receiver in ("self", "cls") or receiver.split(".")[0] in PACKAGES:
+            continue
+        if others & {re.sub("_(config|cfg)$", "", part) for part in (*before, last)}:
+            continue
+        if last in (f"{parts[-1]}_config", f"{parts[-1]}_cfg", f"{parts[-1]}_kwargs"):
+            return True
+        if last == parts[-1] and any(x.endswith(("config", "cfg", *parts[-2:-1])) for x in (last, *before[-1:])):
+            return True
+        if siblings:
+            if len(_read_from(receiver, text) & siblings) >= min(2, len(siblings)):
+                return True
+    return False
+
+
+@cache
+def _read_from(receiver: str, text: str) -> set[str]:
+    return set(re.findall(rf"(?<![\w.]){re.escape(receiver)}\.(\w+)", text))
+
+
+@cache
+def sources() -> dict[Path, str]:
+    """Python sources that may read settings, by file."""
+    packages = PACKAGES | {e.value.split(":")[0].split(".")[0] for e in metadata.entry_points(group="verl.plugins")}
+    folders = []
+    for package in sorted(packages):
+        spec = importlib.util.find_spec(package)
+        folders += spec.submodule_search_locations or [] if spec else []
+    return {f: f.read_text(errors="replace") for d in folders for f in Path(d).rglob("*.py")}
+
+
+@cache
+def as_attributes(text: str) -> str:
+    """``node["key"]``, ``node.get("key")`` and the like as ``node.key``; imports left out."""
+    text = re.sub(r"^\s*(?:from|import) .*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"""\bgetattr\(\s*([\w.]+),\s*["'](\w+)["']""", r"\1.\2 ", text)
+    text = re.sub(r"""["'](\w+)["'] (?:not )?in ([\w.]+)""", r"\2.\1 ", text)
+    text = re.sub(r"""\bselect\(\s*([\w.]+),\s*["']([\w.]+)["']""", r"\1.\2 ", text)
+    for _ in range(2):
+        text = re.sub(r"""\[["'](\w+)["']\]|\.(?:get|pop)\(\s*["'](\w+)["'][^()]*\)""", r".\1\2", text)
+    return text
+
+
+def text_of_users(raw: dict[str, Any]) -> str:
+    """The code that the settings name besides verl's and ours: files, ``pkg://`` modules, classes by full name."""
+    texts = []
+    for setting in walk(raw):
+        value = setting.value
+        if not isinstance(value, str) or "${" in value:
+            continue
+        file = Path(value.removeprefix("file://")).expanduser()
+        if value.endswith(".py") and file.is_file():
+            texts.append(file.read_text(errors="replace"))
+        elif value.startswith("pkg://") or setting.name.endswith(("_class", "_module", "_lib", "validator", "prepare")):
+            texts.append(_source_of(value.removeprefix("pkg://").replace("/", ".")))
+    return "\n".join(texts)
+
+
+def _source_of(name: str) -> str:
+    """The source of a module, or of the module of an object; nothing for verl's and ours, which are read anyway."""
+    parts = name.split(".")
+    if parts[0] in PACKAGES:
+        return ""
+    for module in (name, ".".join(parts[:-1])):
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            continue
+        if spec is not None and spec.origin and spec.origin.endswith(".py"):
+            return Path(spec.origin).read_text(errors="replace")
+    return ""
+
+
+def _is_word(name: str, text: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text) is not None
+
+
+@cache
+def names_of_groups() -> set[str]:
+    """Our config groups, and what their options set: only some runs have ``disco.delta``."""
+    found = set().union(*(names(OmegaConf.load(f)) for f in GROUPS.rglob("*.yaml"))) - {"defaults"}
+    return found | {folder.name for folder in GROUPS.iterdir() if folder.is_dir()}
+
+
+@cache
+def _own_nodes() -> set[str]:
+    """Top-level nodes that our options bring and verl has not."""
+    verl = Path(next(iter(importlib.util.find_spec("verl").submodule_search_locations))) / "trainer/config"
+    stock = {str(key) for key in OmegaConf.load(verl / "ppo_trainer.yaml")} | {d.name for d in verl.iterdir()}
+    return {name.partition(".")[0] for name in names_of_groups()} - stock - {"verl_ext"}
+
+
+def _ray_names(parent: str) -> set[str]:
+    import ray
+    from ray.runtime_env import RuntimeEnv
+
+    return set(inspect.signature(ray.init).parameters) if parent.endswith("init") else set(RuntimeEnv.known_fields)
+
+
+RAY_NAMES = {name: partial(_ray_names, name) for name in (RAY_INIT, f"{RAY_INIT}.runtime_env")}
+"""Nodes that Ray takes -> what it knows."""

@@ -1,0 +1,185 @@
+"""``metrics.jsonl``: what a run logs, one JSON object per line, whole lines only.
+
+A step has one line; where a checkpoint is evaluated again, the evaluation has a line of its own, and
+:func:`verl_ext.runs.folder.read_metrics` joins the lines of a step.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+import torch
+
+from verl_ext.runs.files import write_new
+
+ROW_FILE = "metrics.json"
+"""In a checkpoint's folder: its step's row as far as it was known. verl logs a step only after it has evaluated it."""
+
+
+class Row(NamedTuple):
+    """A line of the file."""
+
+    step: int
+    line: bytes
+    values: dict[str, Any]
+
+
+def as_line(step: int, values: Mapping[str, Any]) -> bytes:
+    """Write a step's metrics as one line; NaN and infinity become null."""
+    numbers = {k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in values.items()}
+    # The step comes first: a row is found by it where the one before it was cut off.
+    row = {"step": step} | numbers | {"step": step}
+    return orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY, default=str) + b"\n"
+
+
+def read_rows(content: bytes) -> tuple[list[Row], int]:
+    """Read the rows that can be read, and count the lines with something else.
+
+    A row that was cut off swallows the one behind it, which is found again by its beginning.
+    """
+    rows, damaged = [], 0
+    for line in filter(bytes.strip, content.split(b"\n")):
+        starts = [0, *(m.start() for m in re.finditer(rb'\{"step":', line) if m.start())]
+        found = next(((start, row) for start in starts if (row := _parse(line[start:]))), None)
+        if found:
+            rows.append(found[1])
+        damaged += not found or found[0] > 0
+    return rows, damaged
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        values = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    if type(step) not in (int, float) or step != step // 1 or step < 0:
+        return None
+    return Row(int(step), line.rstrip(b"\r") + b"\n", values)
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def read_row(checkpoint: Path) -> dict[str, Any] | None:
+    """Read the row that lies in a checkpoint's folder, if there is one."""
+    rows, _ = read_rows(_content(checkpoint / ROW_FILE))
+    return rows[0].values if rows else None
+
+
+def is_evaluated(path: Path, step: int) -> bool:
+    """Tell whether an evaluation of this step is logged."""
+    rows, _ = read_rows(_content(path))
+    return any(name.startswith("val-") for row in rows if row.step == step for name in row.values)
+
+
+class MetricsLog:
+    """verl's ``Tracking``, and the file.
+
+    A resumed run appends. Lines of steps that it runs again, or of an earlier run that is not resumed, and lines that
+    cannot be read are moved out of the way with the file that held them: ``metrics.jsonl.1``, ``.2`` and so on.
+
+    Args:
+        resumed_step: step of the checkpoint that the run starts from; 0 if it starts anew.
+        trains: False if it only evaluates: no step is run again, so all rows stay.
+        unlogged: row of the resumed step, for the case that the run was lost before it was logged.
+    """
+
+    def __init__(
+        self,
+        tracking: Any,
+        path: str | Path,
+        resumed_step: int,
+        *,
+        trains: bool = True,
+        unlogged: Mapping[str, Any] | None = None,
+    ):
+        self._tracking, self._path = tracking, Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        content = _content(self._path)
+        rows, damaged = read_rows(content)
+        kept = [row for row in rows if not trains or 0 < resumed_step and row.step <= resumed_step]
+        lines = b"".join(row.line for row in kept)
+        if lines != content:
+            # Only what is on the disk may take the old one's place.
+            new = write_new(self._path, lines)
+            aside = self._put_aside()
+            os.replace(new, self._path)
+            counts = {"rows of steps that are not resumed": len(rows) - len(kept), "lines that are no row": damaged}
+            found = "; ".join(f"{what}: {number}" for what, number in counts.items() if number)
+            print(f"verl-disco: {aside} is {self._path.name} as it was. {found}".rstrip(), flush=True)
+        is_logged = any(row.step == resumed_step for row in kept)
+        self._unlogged = {} if is_logged or unlogged is None else dict(unlogged) | {"step": resumed_step}
+        self._waiting: list[bytes] = []
+        self._file = open(self._path, "ab", buffering=0)
+
+    def _put_aside(self) -> Path:
+        """Give the file a name with the next free number, without taking away its own where that is possible."""
+        aside = next(p for i in count(1) if not (p := Path(f"{self._path}.{i}")).exists())
+        try:
+            os.link(self._path, aside)
+        except OSError:
+            os.rename(self._path, aside)
+        return aside
+
+    def log(self, data: dict[str, Any], step: int, **kwargs: Any) -> None:
+        """Log a step's metrics, or those of an evaluation."""
+        before, self._unlogged = self._unlogged, {}
+        if before and before["step"] != step:
+            self._write(as_line(before["step"], before))
+            before = {}
+        self._write(as_line(step, before | data))
+        self._tracking.log(data=data, step=step, **kwargs)
+
+    def _write(self, line: bytes = b"") -> None:
+        """Append the line, and those that could not be appended before."""
+        self._waiting += [line] if line else []
+        try:
+            while self._waiting:
+                append_whole(self._file.fileno(), self._waiting[0])
+                del self._waiting[0]
+        except OSError as e:
+            print(
+                f"verl-disco: warning: {self._path} cannot be written ({e.strerror}); {len(self._waiting)} rows wait "
+                "for the next attempt",
+                flush=True,
+            )
+
+    def finish(self, *args: Any, **kwargs: Any) -> Any:
+        """Close the file and verl's loggers.
+
+        Raises:
+            OSError: rows could not be written.
+        """
+        if self._unlogged:
+            self._write(as_line(self._unlogged["step"], self._unlogged))
+            self._unlogged = {}
+        self._write()
+        self._file.close()
+        result = self._tracking.finish(*args, **kwargs)
+        if self._waiting:
+            raise OSError(f"{len(self._waiting)} rows could not be written to {self._path}: is the disk full?")
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tracking, name)
+
+
+def append_whole(file: int, line: bytes) -> None:
+    """Append the line to an open file, or nothing of it.
+
+    Raises:
+        OSError: it does not fit.
+    """
+    size, rest = os.fstat(file).st_size, memoryview(line)
+    try:
+        while rest:
+            rest = rest[os.write(file, rest) :]
+    except OSError:
+        os.ftruncate(file, size)
+        raise

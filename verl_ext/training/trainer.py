@@ -1,0 +1,502 @@
+"""verl's V1 trainers with whole-group mini-batches, a worker class of choice, and metrics in a JSONL file.
+
+They stand in verl's ``TRAINER_REGISTRY`` under verl's own names, because verl asks for the mode "sync" by name in seven
+places. Without a ``verl_ext`` node in the configuration they do what verl's do, and write ``metrics.jsonl``.
+"""
+
+import copy
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+import verl  # noqa: F401  (first, whole: its plugins register this module's trainers while parts of it are imported)
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.padding_utils import SYNTHETIC_PADDING_SEQ_LEN, upsample_batch_to_divisible_size
+from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, trainer_base
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+from verl.utils.import_utils import load_class_from_fqn
+from verl.utils.seqlen_balancing import log_seqlen_unbalance
+
+from verl_ext.runs.files import write_whole
+from verl_ext.runs.folder import METRICS_FILE
+from verl_ext.training.detached import DetachedWorker
+from verl_ext.training.grouping import deal
+from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_row
+from verl_ext.training.replay import watched
+from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
+from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function
+from verl_ext.training.watch import Watch
+
+GROUP_FIELDS = (
+    *("group_id", "group_size", "sample_index", "sequence_reward", "fresh_old_log_probs", "mini_batch_id"),
+    *("entropy_logged", "local_step", "local_steps"),
+)
+"""Written by :class:`ExtendedTrainer` for workers that train on whole questions."""
+
+TOTALS = ("training/failed_questions", "training/padding_rows", "disco/measure_seconds")
+"""Metrics of which a step logs the sum, not the mean, over its local updates."""
+
+MOST_FAILED_REWARDS = 0.1
+"""Share of a step's rewards that may fail, unless ``verl_ext.max_failed_rewards`` says another."""
+
+UNREAD = {"rm_scores", "log_probs", "entropy"}
+"""Tensors of a batch that no model and no loss reads: verl copies them to other names, or uses them in the trainer."""
+
+
+def tensors_alone(method: Callable, without: Iterable[str] = ()) -> Callable:
+    """A trainer's step that sends ``batch`` to workers, made to send the tensors that they read and nothing else.
+
+    Texts, ground truths and the like are read by no engine and no loss, yet cost more time than a small model's forward
+    pass: to fetch, and to take apart and together for each mini- and micro-batch. With a processor (images) all goes.
+
+    Args:
+        method: (trainer, batch, metrics) -> batch.
+        without: names of tensors that this step does not read either, besides ``UNREAD``.
+    """
+    unread = UNREAD.union(without)
+
+    @functools.wraps(method)
+    def step(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if "verl_ext" not in self.config or self.processor is not None:
+            return method(self, batch, metrics)
+        row = tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id)
+        before = batch.fields
+        batch.fields = [name for name, x in row.items() if isinstance(x, torch.Tensor) and name not in unread]
+        try:
+            return method(self, batch, metrics)
+        finally:
+            batch.fields = before
+
+    return step
+
+
+for_forward_passes = functools.partial(tensors_alone, without=(*GROUP_FIELDS, "rollout_log_probs"))
+"""For steps that evaluate a model on the responses and train nothing."""
+
+
+class ExtendedTrainer:
+    """Mixin in front of a verl trainer. The ``verl_ext`` node says what it adds:
+
+    - ``validator``: function (config) -> None that refuses wrong settings;
+    - ``actor_worker_class``: subclass of verl's ``ActorRolloutRefWorker`` to use instead;
+    - ``whole_groups``: mini-batches of whole questions, tokens balanced over ranks within each;
+    - ``metrics``: the worker's metrics with this prefix are logged without verl's ``actor/`` before it;
+    - ``max_failed_rewards``: share of a step's rewards that may fail before the run stops.
+    """
+
+    def __init__(self, config):
+        if validator := OmegaConf.select(config, "verl_ext.validator"):
+            load_class_from_fqn(validator, "validator")(config)
+        self._whole_groups = bool(OmegaConf.select(config, "verl_ext.whole_groups", default=False))
+        self._most_failed_rewards = most_failed_rewards(config)
+        self._rewards, self._watch = Tally(), Watch(config)
+        self._checkpoints_are_elsewhere = False
+        super().__init__(config)
+
+    def _build_replay_buffer(self):
+        buffer = super()._build_replay_buffer()
+        if "verl_ext" not in self.config:
+            return buffer
+        return watched(
+            buffer,
+            batch_size=self.config.data.train_batch_size,
+            most_batches=OmegaConf.select(self.config, "algorithm.filter_groups.max_num_gen_batches", default=0) or 0,
+            on_failure=self._on_failed_questions,
+        )
+
+    @property
+    def logger(self):
+        """What ``fit`` sets to verl's ``Tracking``, with the metrics file behind it."""
+        return self._logger
+
+    @logger.setter
+    def logger(self, tracking) -> None:
+        trainer = self.config.trainer
+        self._logger = MetricsLog(
+            tracking,
+            self._folder / METRICS_FILE,
+            resumed_step=self.global_steps,
+            trains=not trainer.get("val_only", False),
+            unlogged=read_row(step_folder(self._folder, self.global_steps)) if self.global_steps else None,
+        )
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.config.trainer.default_local_dir).absolute()
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        """Train, after the evaluation of the resumed checkpoint if the run was lost before it was logged."""
+        trainer = self.config.trainer
+        if "verl_ext" in self.config and not trainer.get("val_before_train", True):
+            # verl looks at val_only nowhere else than after this evaluation, and would train.
+            if trainer.get("val_only", False):
+                trainer.val_before_train = True
+            elif self._misses_evaluation():
+                print(f"verl-disco: step {self.global_steps} was not evaluated before the run ended; now", flush=True)
+                trainer.val_before_train = True
+        super().fit(agent_loop_manager)
+
+    def _misses_evaluation(self) -> bool:
+        """Whether the resumed checkpoint's evaluation is not logged, and should be."""
+        trainer, step = self.config.trainer, self.global_steps
+        if step == 0 or trainer.test_freq <= 0 or trainer.resume_mode != "auto":
+            return False
+        due = step >= self.total_training_steps or step % trainer.test_freq == 0
+        return due and not is_evaluated(self._folder / METRICS_FILE, step)
+
+    def _load_checkpoint(self) -> None:
+        trainer, actor = self.config.trainer, self.config.actor_rollout_ref.actor
+        if "verl_ext" in self.config and trainer.resume_mode == "auto":
+            name_whole_checkpoint(
+                self._folder,
+                ["actor", "critic"] if self.use_critic else ["actor"],
+                megatron=actor.strategy == "megatron",
+                contents=OmegaConf.select(actor, "checkpoint.load_contents") or (),
+            )
+        super()._load_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        """Save as verl does; remove older checkpoints after that, when verl's tracker names the new one."""
+        if "verl_ext" not in self.config:
+            return super()._save_checkpoint()
+        try:
+            self._keep_row()
+        except Exception as e:
+            # A row that may be missing is no reason for a checkpoint to be.
+            print(
+                f"verl-disco: warning: the row of step {self.global_steps} is not in its checkpoint: {e!r}", flush=True
+            )
+        later = OmegaConf.select(self.config, "actor_rollout_ref.actor.checkpoint.async_save", default=False)
+        if later or self._checkpoints_are_elsewhere:
+            # verl's own engine counts them, where and when it writes them.
+            return super()._save_checkpoint()
+        with self._all_checkpoints_kept() as keep:
+            super()._save_checkpoint()
+        # Without a shared disk the weights are on the nodes of the workers.
+        self._checkpoints_are_elsewhere = bool(
+            resume_fault(
+                step_folder(self._folder, self.global_steps) / "actor",
+                megatron=self.config.actor_rollout_ref.actor.strategy == "megatron",
+                contents=OmegaConf.select(self.config, "actor_rollout_ref.actor.checkpoint.save_contents") or (),
+            )
+        )
+        if removed := remove_old_checkpoints(self._folder, self.global_steps, keep):
+            print(f"verl-disco: removed the checkpoints of steps {', '.join(map(str, removed))}", flush=True)
+
+    @contextmanager
+    def _all_checkpoints_kept(self) -> Iterator[dict[str, int | None]]:
+        """Keep verl from removing checkpoints meanwhile; gives how many are to be kept, by folder."""
+        trainer = self.config.trainer
+        names = {role: f"max_{role}_ckpt_to_keep" for role in ("actor", "critic")}
+        before = {name: trainer.get(name) for name in (*names.values(), "remove_previous_ckpt_in_save")}
+        only_one = before["remove_previous_ckpt_in_save"]
+        try:
+            for name in before:
+                if name in trainer:
+                    trainer[name] = None
+            yield {role: 1 if only_one else before[name] for role, name in names.items()}
+        finally:
+            for name, value in before.items():
+                if name in trainer:
+                    trainer[name] = value
+
+    def _keep_row(self) -> None:
+        """Put the step's row into its checkpoint: verl evaluates before it logs, and the run may be lost meanwhile."""
+        batch, metrics, started = self._done
+        metrics, timing = dict(metrics), self.timing_raw | {"step": time.perf_counter() - started}
+        accumulator = self._rollout_moe_lb_metrics_accumulator
+        self._rollout_moe_lb_metrics_accumulator = copy.deepcopy(accumulator)
+        try:
+            epoch = (self.global_steps - 1) // self.steps_per_epoch
+            self._compute_metrics(batch, metrics, timing, global_steps=self.global_steps, epoch=epoch)
+        finally:
+            self._rollout_moe_lb_metrics_accumulator = accumulator
+        metrics.pop(trainer_base.DAPO_FILTERED_REWARD_COUNTS_KEY, None)
+        folder = step_folder(self._folder, self.global_steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ROW_FILE, as_line(self.global_steps, metrics))
+
+    def _validate(self) -> dict[str, float]:
+        """Evaluate; failed rewards are counted apart from the step's, unless training goes on meanwhile."""
+        if "verl_ext" not in self.config:
+            return super()._validate()
+        self._take_tally()
+        before, self._rewards = self._rewards, Tally()
+        where = f"the evaluation at step {self.global_steps}"
+        try:
+            metrics = super()._validate()
+        except Exception:
+            self._count_rewards(where)
+            raise
+        # They stop a run only if all failed: a few of a small set are no tenth of what it trains on.
+        metrics["validation/failed_rewards"] = self._count_rewards(where, stops_at=1.0)
+        self._rewards = before
+        return metrics
+
+    def _take_tally(self) -> None:
+        self._rewards += self.reward_loop_manager.take_tally()
+
+    def _count_rewards(self, where: str, stops_at: float | None = None) -> int:
+        """Count the rewards that failed since the last call, and show the first one's error.
+
+        Args:
+            where: of what they are.
+            stops_at: share that stops the run; None for what ``verl_ext.max_failed_rewards`` allows.
+
+        Raises:
+            ValueError: as :meth:`_refuse_failures` does.
+        """
+        self._take_tally()
+        if stops_at is None or 0 < stops_at * self._rewards.asked <= self._rewards.failed:
+            self._refuse_failures(where)
+        tally, self._rewards = self._rewards, Tally()
+        if tally.failed:
+            print(f"verl-disco: warning: {tally.text(where)}", flush=True)
+        return tally.failed
+
+    def _refuse_failures(self, where: str) -> None:
+        """Stop when too many rewards fail.
+
+        Raises:
+            ValueError: more than ``verl_ext.max_failed_rewards`` allows; names the reward function.
+        """
+        if self._rewards.failed > self._most_failed_rewards * self._rewards.asked:
+            raise ValueError(
+                f"{self._rewards.text(where)}; verl_ext.max_failed_rewards={self._most_failed_rewards} is the share "
+                "that may fail"
+            )
+
+    def _on_failed_questions(self) -> None:
+        """Look at the rewards where verl replaces questions with failed responses, which it might do for ever."""
+        self._take_tally()
+        if self._rewards.asked >= self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n:
+            self._refuse_failures(f"step {self.global_steps}")
+
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()
+        if worker := self._actor_worker_class():
+            for role in self.role_worker_mapping:
+                if "actor" in str(role):
+                    self.role_worker_mapping[role] = ray.remote(worker)
+
+    def _actor_worker_class(self) -> type | None:
+        """What the actor's workers are, if not verl's own."""
+        name = OmegaConf.select(self.config, "verl_ext.actor_worker_class")
+        return load_class_from_fqn(name, "actor worker") if name else None
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics, logging_prefix="global_seqlen", keep_minibatch=False):
+        if "verl_ext" not in self.config:
+            return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
+        group = [key.rsplit("_", 2)[0] for key in batch.keys]
+        reward = self._sequence_rewards(batch)
+        metrics["training/mixed_questions"], metrics["training/right_questions"] = shares(group, reward)
+        if not self._whole_groups:
+            return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
+        actor = self.config.actor_rollout_ref.actor
+        refuse_several_trajectories(batch.keys, self.config.actor_rollout_ref.rollout.agent.default_agent_loop)
+        lengths = [tag["seq_len"] for tag in batch.tags]
+        plan = deal(
+            group,
+            lengths,
+            groups_per_mini_batch=actor.ppo_mini_batch_size,
+            ranks=self._actor_data_parallel_size(),
+            micro_batches=self._fixed_micro_batches(),
+            padding_length=SYNTHETIC_PADDING_SEQ_LEN,
+            shuffle_seed=actor.data_loader_seed + self.global_steps if actor.shuffle else None,
+        )
+        self._mini_batches += (max(plan.mini_batch) + 1) * actor.ppo_epochs
+        names = {name: i for i, name in enumerate(dict.fromkeys(group))}
+        size = Counter(group)
+        padding = plan.num_padding
+        fields = {
+            "group_id": [names[g] for g in group] + [-1] * padding,
+            "group_size": [size[g] for g in group] + [0] * padding,
+            "sample_index": list(range(len(group) + padding)),
+            "sequence_reward": reward + [0.0] * padding,
+            "fresh_old_log_probs": [self._old_log_probs_are_fresh()] * (len(group) + padding),
+            "entropy_logged": [not self._bypass_mode()] * (len(group) + padding),
+            "local_step": [self.local_trigger_step] * (len(group) + padding),
+            "local_steps": [self.parameter_sync_step] * (len(group) + padding),
+        }
+        # To a multiple of the size wanted: adds exactly what is missing.
+        batch = upsample_batch_to_divisible_size(batch, len(group) + padding, self.tokenizer.eos_token_id)
+        batch.reorder(plan.order)
+        fields = {k: torch.tensor([v[i] for i in plan.order]) for k, v in fields.items()}
+        fields["mini_batch_id"] = torch.tensor(plan.mini_batch)
+        written = tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
+        )
+        assert list(written.keys) == list(batch.keys)
+
+        tokens = [*lengths, *[SYNTHETIC_PADDING_SEQ_LEN] * padding]
+        by_rank = [[row for part in parts for row in part] for parts in zip(*plan.partitions, strict=True)]
+        metrics.update(log_seqlen_unbalance(seqlen_list=tokens, partitions=by_rank, prefix=logging_prefix))
+        metrics["training/failed_questions"] = self.config.data.train_batch_size // self.parameter_sync_step - len(
+            names
+        )
+        metrics["training/padding_rows"] = padding
+        return batch
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        started = time.perf_counter()
+        self._totals: Counter[str] = Counter()
+        self._mini_batches = 0
+        try:
+            batch = super().step(metrics, timing_raw)
+        except Exception:
+            # What verl says of a batch without responses does not name the reward.
+            if "verl_ext" in self.config:
+                self._count_rewards(f"step {self.global_steps}")
+            raise
+        # verl averages over the step's local updates.
+        metrics.update(self._totals)
+        if "verl_ext" in self.config:
+            metrics["training/failed_rewards"] = self._count_rewards(f"step {self.global_steps}")
+            for line in self._watch.lines(metrics, self._mini_batches, fresh=not self._bypass_mode()):
+                print(f"verl-disco: warning: {line}", flush=True)
+        self._done = batch, metrics, started
+        return batch
+
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
+        batch = super()._step_once(metrics, timing_raw, sample_batch_size)
+        self._totals.update({name: metrics[name] for name in TOTALS if name in metrics})
+        return batch
+
+    def _fixed_micro_batches(self) -> list[int]:
+        """Sizes of fixed micro-batches, for training and for log-probabilities, that must divide a rank's rows."""
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        if actor.use_dynamic_bsz:
+            return []
+        return [actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu]
+
+    def _sequence_rewards(self, batch: KVBatchMeta) -> list[float]:
+        """Each row's summed reward, before any KL term; NaN stops the run."""
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        reward = [float(row.sum()) for row in data["rm_scores"].unbind()]
+        bad = [i for i, r in enumerate(reward) if not np.isfinite(r)]
+        if bad:
+            raise ValueError(
+                f"{reward_function(self.config)}: the reward of sample {batch.keys[bad[0]]} (row {bad[0]}) is "
+                f"{reward[bad[0]]}; {len(bad)} of {len(reward)} samples of step {self.global_steps} have no finite "
+                "reward"
+            )
+        return reward
+
+    def _old_log_probs_are_fresh(self) -> bool:
+        """Whether old_log_probs are those of the policy that is about to be updated."""
+        return not self._bypass_mode() and self.local_trigger_step == 0
+
+    def _bypass_mode(self) -> bool:
+        """Whether old_log_probs are the rollout's, so that verl makes no pass for them and logs no entropy."""
+        return bool(OmegaConf.select(self.config, "algorithm.rollout_correction.bypass_mode", default=False))
+
+    def _actor_data_parallel_size(self) -> int:
+        group = self.actor_rollout_wg
+        if "actor" not in group._dispatch_info:
+            group._dispatch_info["actor"] = group._query_dispatch_info("actor")
+        return max(group._dispatch_info["actor"]) + 1
+
+    @for_forward_passes
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        return super()._compute_old_log_prob(batch, metrics)
+
+    @for_forward_passes
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        return super()._compute_ref_log_prob(batch, metrics)
+
+    @for_forward_passes
+    def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        return super()._compute_values(batch, metrics)
+
+    @tensors_alone
+    def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        return super()._update_critic(batch, metrics)
+
+    @tensors_alone
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._update_actor(batch, metrics)
+        if group := OmegaConf.select(self.config, "verl_ext.metrics"):
+            for name in [k for k in metrics if k.startswith(f"actor/{group}/")]:
+                metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        return batch
+
+
+def most_failed_rewards(config: DictConfig) -> float:
+    """Read the share of a step's rewards that may fail.
+
+    Raises:
+        ValueError: it is no share.
+    """
+    most = OmegaConf.select(config, "verl_ext.max_failed_rewards", default=MOST_FAILED_REWARDS)
+    if type(most) not in (int, float) or not 0 <= most <= 1:
+        raise ValueError(f"verl_ext.max_failed_rewards={most} must be a number from 0 (none may fail) to 1")
+    return most
+
+
+def shares(group: list[str], reward: list[float]) -> tuple[float, float]:
+    """Shares of the questions whose responses got different rewards, and of those that all got one above 0."""
+    rewards: dict[str, set[float]] = {}
+    for name, value in zip(group, reward, strict=True):
+        rewards.setdefault(name, set()).add(value)
+    mixed = sum(len(values) > 1 for values in rewards.values())
+    right = sum(len(values) == 1 and max(values) > 0 for values in rewards.values())
+    return mixed / max(len(rewards), 1), right / max(len(rewards), 1)
+
+
+def refuse_several_trajectories(keys: Iterable[str], agent_loop: str) -> None:
+    """Refuse a batch in which one session has several rows.
+
+    Args:
+        keys: verl's, ``{uid}_{session}_{index of the trajectory}``.
+        agent_loop: the default one's name.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    session, number = Counter(key.rpartition("_")[0] for key in keys).most_common(1)[0]
+    if number > 1:
+        raise ValueError(
+            f"an agent loop returned {number} trajectories for one session ({session}), and each would count as a "
+            "response of its own, so that long sessions weigh more; use one that returns one trajectory: "
+            f"actor_rollout_ref.rollout.agent.default_agent_loop={agent_loop}, or agent_name in the data"
+        )
+
+
+class ExtendedTrainerSync(ExtendedTrainer, PPOTrainerSync):
+    """verl's ``sync`` trainer, extended."""
+
+
+class ExtendedTrainerColocateAsync(ExtendedTrainer, PPOTrainerColocateAsync):
+    """verl's ``colocate_async`` trainer, extended."""
+
+
+class ExtendedTrainerSeparateAsync(ExtendedTrainer, PPOTrainerSeparateAsync):
+    """verl's ``separate_async`` trainer, extended."""
+
+    def _actor_worker_class(self) -> type:
+        worker = super()._actor_worker_class()
+        return DetachedWorker if worker is None else type(worker.__name__, (worker, DetachedWorker), {})
+
+
+def register() -> None:
+    """Put the extended trainers, and the reward workers that count, in the place of verl's."""
+    for cls in (ExtendedTrainerSync, ExtendedTrainerColocateAsync, ExtendedTrainerSeparateAsync):
+        stock = cls.__mro__[2]
+        name = next((n for n, c in TRAINER_REGISTRY.items() if c in (stock, cls)), None)
+        if name is None:
+            raise RuntimeError(f"verl no longer registers its trainer {stock.__name__}; verl-disco needs an update")
+        TRAINER_REGISTRY[name] = cls
+    # verl builds its reward workers from this name alone.
+    if not issubclass(CountingRewardManager, getattr(trainer_base, "RewardLoopManager", ())):
+        raise RuntimeError("verl's trainer no longer uses its RewardLoopManager; verl-disco needs an update")
+    trainer_base.RewardLoopManager = CountingRewardManager
