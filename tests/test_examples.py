@@ -109,8 +109,8 @@ def test_a_cluster_that_does_not_come_up_ends_the_run(start):
 
 
 def test_the_custom_objective_is_registered_and_checked():
-    from recipe.disco.config import DiscoConfig
     from recipe.disco.objectives import weigh
+    from recipe.disco.settings import DiscoConfig
 
     module = str(ROOT / "examples/custom_objective.py")
     with pytest.raises(ValueError, match="needs the setting 'margin'"):

@@ -32,12 +32,12 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
-from recipe.disco.config import DiscoConfig
 from recipe.disco.constraint import kl_estimate, kl_standard_error, price
 from recipe.disco.loss import micro_batch_loss, require_numbers
 from recipe.disco.metrics import group_metrics
 from recipe.disco.objectives import weigh
 from recipe.disco.scores import SCORES, compute_score, masked
+from recipe.disco.settings import DiscoConfig
 
 logger = logging.getLogger(__name__)
 

@@ -66,7 +66,7 @@ def batch_loss(
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     if actor.policy_loss.loss_mode == "disco":
         from recipe.disco import disco_loss
-        from recipe.disco.config import parse
+        from recipe.disco.settings import parse
 
         return disco_loss(
             log_prob,

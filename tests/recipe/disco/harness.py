@@ -84,7 +84,7 @@ def make_rows() -> list[dict]:
 
 
 def settings_of(case: dict):
-    from recipe.disco.config import DiscoConfig
+    from recipe.disco.settings import DiscoConfig
 
     return DiscoConfig(**{n: case[n] for n in DiscoConfig.__dataclass_fields__ if n in case})
 

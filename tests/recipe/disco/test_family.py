@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from recipe.disco import disco_loss
-from recipe.disco.config import DiscoConfig, load_once
 from recipe.disco.objectives import NEGATIVES, SURROGATES, weigh
+from recipe.disco.settings import DiscoConfig, load_once
 
 SURROGATE = {
     "identity": lambda d: d,

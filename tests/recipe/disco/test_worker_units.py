@@ -10,9 +10,9 @@ import torch
 from tensordict import TensorDict
 
 from recipe.disco import worker
-from recipe.disco.config import DiscoConfig
 from recipe.disco.objectives import OBJECTIVES, Sides
 from recipe.disco.scores import SCORES, Score, masked
+from recipe.disco.settings import DiscoConfig
 from recipe.disco.worker import DiscoTrainingWorker, largest_divisor, refuse_torn_questions
 
 

@@ -67,8 +67,8 @@ def findings(config: DictConfig, *overrides: str) -> list:
         (["actor_rollout_ref.rollout.agent.agent_loop_config_path=nope.yaml"], "nope.yaml: there is no such file", ""),
         (["trainer.checkpoint_callback_class=nope.Callback"], "nope.Callback: there is no such module", ""),
         (
-            ["verl_ext.validator=recipe.disco.config.valdate"],
-            "verl_ext.validator=valdate is not in pkg://recipe.disco.config",
+            ["verl_ext.validator=recipe.disco.validate.valdate"],
+            "verl_ext.validator=valdate is not in pkg://recipe.disco.validate",
             "nearest: validate",
         ),
         (["trainer.resume_mode=resume_path"], "resume_from_path=null does not name a checkpoint", "give a checkpoint"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from verl_ext.runs import files, read_metrics
+from verl_ext.runs import files
+from verl_ext.runs.folder import read_metrics
 from verl_ext.training import metrics_log
 from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_row
 

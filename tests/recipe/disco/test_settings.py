@@ -9,8 +9,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import verl_ext.plugin  # noqa: F401  (registers the config group)
-from recipe.disco.config import DiscoConfig, DiscoPolicyLossConfig, parse, validate
+from recipe.disco.estimator import DiscoPolicyLossConfig
 from recipe.disco.scores import SCORES, Score, masked
+from recipe.disco.settings import DiscoConfig, parse
+from recipe.disco.validate import validate
 
 RUN = ["algorithm=disco", "actor_rollout_ref.rollout.name=hf", "trainer.n_gpus_per_node=8"]
 

@@ -1,0 +1,174 @@
+"""Typed settings of the method: the node ``disco``."""
+
+import functools
+from dataclasses import asdict, dataclass, field, fields
+from inspect import signature
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.disco.constraint import CONTROLLERS, KL_ESTIMATORS, Controller, build_controller
+from recipe.disco.objectives import NEGATIVES, OBJECTIVES, SURROGATES, select
+from recipe.disco.registry import require_finite
+from recipe.disco.scores import SCORES
+
+MEASURES = {
+    "exact": "scores and KL of the whole mini-batch are measured before each update; the gradient of L is exact",
+    "lagged": "weights from old_log_probs and the KL of the previous mini-batch; no extra forward pass",
+}
+
+
+@dataclass
+class DiscoConfig:
+    """The ``disco`` node: the user's knobs. ``verl_ext/config/algorithm/disco.yaml`` gives values and sources.
+
+    Args:
+        objective: registered objective: disco (the discriminative family), disco_b, drpo, real.
+        score: registered score: log_l, l_ratio, log_ratio, log_ratio_ref.
+        tau: temperature of the softmax over negatives (of the labels' logits in REAL), > 0.
+        surrogate: of a difference of scores, for disco and disco_b: identity, logistic or squared_hinge.
+        negatives: how disco aggregates over negatives: softmax, mean or topk.
+        top_share: share of the negatives that topk keeps, in (0, 1].
+        scale: factor of a difference of scores in the surrogate, > 0.
+        length_temperature: lambda of DRPO's length weights, > 0.
+        max_length: L of DRPO's length weights, tokens, > 0.
+        kl_estimator: k1 or k3.
+        constraint: registered controller: squared_hinge, augmented_lagrangian, fixed, none.
+        delta: radius of the trust region, nats a token, >= 0.
+        kl_floor: KL at the same weights, as a run logged it (``disco/kl_floor``), >= 0; null: assumed by precision.
+        beta: weight of the squared hinge, >= 0.
+        rho: step of the augmented Lagrangian, > 0.
+        coefficient: weight of the KL for ``constraint=fixed``, >= 0.
+        measure: exact or lagged.
+        positive_threshold: a response is positive when its summed reward is >= this.
+        module: a Python file or pkg://name that every process loads first, to register objectives, scores, controllers.
+        options: settings of objectives registered by ``module``, by name.
+
+    Raises:
+        ValueError: names the setting, the value found and what would be right.
+    """
+
+    objective: str = "disco"
+    score: str = "log_l"
+    tau: float = 10.0
+    surrogate: str = "identity"
+    negatives: str = "softmax"
+    top_share: float = 0.25
+    scale: float = 1.0
+    length_temperature: float = 0.1
+    max_length: int = 8192
+    kl_estimator: str = "k1"
+    constraint: str = "squared_hinge"
+    delta: float = 1e-4
+    kl_floor: float | None = None
+    beta: float = 1e3
+    rho: float = 1e3
+    coefficient: float = 0.1
+    measure: str = "exact"
+    positive_threshold: float = 1.0
+    module: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        load_once(self.module)
+        for name, choices in (
+            ("objective", OBJECTIVES),
+            ("score", SCORES),
+            ("surrogate", SURROGATES),
+            ("negatives", NEGATIVES),
+            ("kl_estimator", KL_ESTIMATORS),
+            ("constraint", CONTROLLERS),
+            ("measure", MEASURES),
+        ):
+            if getattr(self, name) not in list(choices):
+                raise ValueError(f"disco.{name}={getattr(self, name)!r} is unknown; choose from {sorted(choices)}")
+        for name in ("tau", "scale", "length_temperature", "max_length", "top_share"):
+            require_finite(f"disco.{name}", getattr(self, name), above=0)
+        if self.top_share > 1:
+            raise ValueError(f"disco.top_share={self.top_share} is not a share; use a number in (0, 1]")
+        self._refuse_unused()
+        select(OBJECTIVES[self.objective], self.settings())
+        require_finite("disco.positive_threshold", self.positive_threshold)
+        require_finite("disco.delta", self.delta, minimum=0)
+        if self.kl_floor is not None:
+            require_finite("disco.kl_floor", self.kl_floor, minimum=0)
+        require_finite("disco.beta", self.beta, minimum=0)
+        require_finite("disco.rho", self.rho, above=0)
+        require_finite("disco.coefficient", self.coefficient, minimum=0)
+        self.controller()
+        fixed_weights = self.surrogate == "identity" and (
+            self.objective == "disco_b" or (self.objective, self.negatives) == ("disco", "mean")
+        )
+        if self.measure == "lagged" and SCORES[self.score].constant_at_old and not fixed_weights:
+            raise ValueError(
+                f"disco.measure=lagged with disco.score={self.score} and disco.objective={self.objective}: all scores "
+                "are equal at old_log_probs, so the weights would silently be DisCO-b's; use disco.measure=exact, "
+                "disco.score=log_l or algorithm=disco_b"
+            )
+
+    def _refuse_unused(self) -> None:
+        used = signature(OBJECTIVES[self.objective]).parameters
+        for name in ("surrogate", "negatives", "top_share", "scale", "length_temperature", "max_length"):
+            default, value = self.__dataclass_fields__[name].default, getattr(self, name)
+            if name == "negatives" and self.objective == "disco_b" and value == "mean":
+                continue
+            if value != default and name not in used:
+                raise ValueError(
+                    f"disco.{name}={value} has no effect with disco.objective={self.objective}; leave it at {default}, "
+                    "or choose another objective (disco reads surrogate, negatives, top_share and scale)"
+                )
+        used = {*used, *signature(CONTROLLERS[self.constraint]).parameters}
+        for name in self.options:
+            if name in self.__dataclass_fields__:
+                raise ValueError(f"disco.options.{name} would hide disco.{name}; set disco.{name}")
+            if name not in used:
+                raise ValueError(
+                    f"disco.options.{name} is no setting of disco.objective={self.objective} or "
+                    f"disco.constraint={self.constraint}; they read {sorted(used - {'group'})}"
+                )
+
+    def settings(self) -> dict[str, Any]:
+        """All settings by name, those of ``options`` among them."""
+        return asdict(self) | dict(self.options)
+
+    def chosen(self) -> dict[str, Any]:
+        """The arguments of :func:`recipe.disco.disco_loss` that this objective and constraint use."""
+        settings = self.settings()
+        names = [*signature(OBJECTIVES[self.objective]).parameters, *signature(CONTROLLERS[self.constraint]).parameters]
+        common = ("objective", "score", "kl_estimator", "constraint", "positive_threshold")
+        return {n: settings[n] for n in (*common, *names) if n in settings}
+
+    def controller(self) -> Controller:
+        """A fresh controller for the constraint."""
+        return build_controller(self.constraint, self.settings())
+
+
+@functools.cache
+def load_once(module: str | None) -> None:
+    """Run a user's module, once a process: it registers objectives, scores or controllers.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from verl.utils.import_utils import load_module
+
+    try:
+        load_module(module)
+    except Exception as e:
+        raise ValueError(f"disco.module={module} cannot be loaded: {e!r}; give a file or pkg://a.module") from e
+
+
+def parse(node: DictConfig | dict[str, Any]) -> DiscoConfig:
+    """The ``disco`` node as typed settings.
+
+    Raises:
+        ValueError: for an unknown field or a value out of range.
+    """
+    # First the score: the default of tau is looked up by it.
+    DiscoConfig(score=node.get("score", "log_l"), module=node.get("module"))
+    values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    values.pop("_target_", None)
+    known = {f.name for f in fields(DiscoConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"disco.{unknown[0]} is not a setting; the settings are {sorted(known)}")
+    return DiscoConfig(**values)
