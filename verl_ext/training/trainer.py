@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import transfer_queue as tq
 import verl  # noqa: F401  (first, whole: its plugins register this module's trainers while parts of it are imported)
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
-from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.padding_utils import SYNTHETIC_PADDING_SEQ_LEN, upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, trainer_base
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
@@ -35,6 +33,7 @@ from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_eval
 from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
 from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function
+from verl_ext.training.transfer import Batch, RowKey, parse_key, read, write
 from verl_ext.training.watch import Watch
 
 GROUP_FIELDS = (
@@ -66,10 +65,10 @@ def tensors_alone(method: Callable, without: Iterable[str] = ()) -> Callable:
     unread = UNREAD.union(without)
 
     @functools.wraps(method)
-    def step(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+    def step(self, batch: Batch, metrics: dict) -> Batch:
         if "verl_ext" not in self.config or self.processor is not None:
             return method(self, batch, metrics)
-        row = tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id)
+        row = read(batch, rows=slice(1))
         before = batch.fields
         batch.fields = [name for name, x in row.items() if isinstance(x, torch.Tensor) and name not in unread]
         try:
@@ -294,16 +293,17 @@ class ExtendedTrainer:
         name = OmegaConf.select(self.config, "verl_ext.actor_worker_class")
         return load_class_from_fqn(name, "actor worker") if name else None
 
-    def _balance_batch(self, batch: KVBatchMeta, metrics, logging_prefix="global_seqlen", keep_minibatch=False):
+    def _balance_batch(self, batch: Batch, metrics, logging_prefix="global_seqlen", keep_minibatch=False):
         if "verl_ext" not in self.config:
             return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
-        group = [key.rsplit("_", 2)[0] for key in batch.keys]
+        rows = [parse_key(key) for key in batch.keys]
+        group = [row.uid for row in rows]
         reward = self._sequence_rewards(batch)
         metrics["training/mixed_questions"], metrics["training/right_questions"] = shares(group, reward)
         if not self._whole_groups:
             return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
         actor = self.config.actor_rollout_ref.actor
-        refuse_several_trajectories(batch.keys, self.config.actor_rollout_ref.rollout.agent.default_agent_loop)
+        refuse_several_trajectories(rows, self.config.actor_rollout_ref.rollout.agent.default_agent_loop)
         lengths = [tag["seq_len"] for tag in batch.tags]
         plan = deal(
             group,
@@ -333,10 +333,7 @@ class ExtendedTrainer:
         batch.reorder(plan.order)
         fields = {k: torch.tensor([v[i] for i in plan.order]) for k, v in fields.items()}
         fields["mini_batch_id"] = torch.tensor(plan.mini_batch)
-        written = tq.kv_batch_put(
-            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
-        )
-        assert list(written.keys) == list(batch.keys)
+        write(batch, TensorDict(fields, batch_size=len(batch)))
 
         tokens = [*lengths, *[SYNTHETIC_PADDING_SEQ_LEN] * padding]
         by_rank = [[row for part in parts for row in part] for parts in zip(*plan.partitions, strict=True)]
@@ -347,7 +344,7 @@ class ExtendedTrainer:
         metrics["training/padding_rows"] = padding
         return batch
 
-    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+    def step(self, metrics: dict, timing_raw: dict) -> Batch:
         started = time.perf_counter()
         self._totals: Counter[str] = Counter()
         self._mini_batches = 0
@@ -367,7 +364,7 @@ class ExtendedTrainer:
         self._done = batch, metrics, started
         return batch
 
-    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> Batch:
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
         self._totals.update({name: metrics[name] for name in TOTALS if name in metrics})
         return batch
@@ -379,10 +376,9 @@ class ExtendedTrainer:
             return []
         return [actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu]
 
-    def _sequence_rewards(self, batch: KVBatchMeta) -> list[float]:
+    def _sequence_rewards(self, batch: Batch) -> list[float]:
         """Each row's summed reward, before any KL term; NaN stops the run."""
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
-        reward = [float(row.sum()) for row in data["rm_scores"].unbind()]
+        reward = [float(row.sum()) for row in read(batch, ["rm_scores"])["rm_scores"].unbind()]
         bad = [i for i, r in enumerate(reward) if not np.isfinite(r)]
         if bad:
             raise ValueError(
@@ -407,23 +403,23 @@ class ExtendedTrainer:
         return max(group._dispatch_info["actor"]) + 1
 
     @for_forward_passes
-    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+    def _compute_old_log_prob(self, batch: Batch, metrics: dict) -> Batch:
         return super()._compute_old_log_prob(batch, metrics)
 
     @for_forward_passes
-    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+    def _compute_ref_log_prob(self, batch: Batch, metrics: dict) -> Batch:
         return super()._compute_ref_log_prob(batch, metrics)
 
     @for_forward_passes
-    def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+    def _compute_values(self, batch: Batch, metrics: dict) -> Batch:
         return super()._compute_values(batch, metrics)
 
     @tensors_alone
-    def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+    def _update_critic(self, batch: Batch, metrics: dict) -> Batch:
         return super()._update_critic(batch, metrics)
 
     @tensors_alone
-    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+    def _update_actor(self, batch: Batch, metrics: dict) -> Batch:
         batch = super()._update_actor(batch, metrics)
         if group := OmegaConf.select(self.config, "verl_ext.metrics"):
             for name in [k for k in metrics if k.startswith(f"actor/{group}/")]:
@@ -453,21 +449,21 @@ def shares(group: list[str], reward: list[float]) -> tuple[float, float]:
     return mixed / max(len(rewards), 1), right / max(len(rewards), 1)
 
 
-def refuse_several_trajectories(keys: Iterable[str], agent_loop: str) -> None:
+def refuse_several_trajectories(rows: Iterable[RowKey], agent_loop: str) -> None:
     """Refuse a batch in which one session has several rows.
 
     Args:
-        keys: verl's, ``{uid}_{session}_{index of the trajectory}``.
+        rows: keys of the batch.
         agent_loop: the default one's name.
 
     Raises:
         ValueError: names the setting.
     """
-    session, number = Counter(key.rpartition("_")[0] for key in keys).most_common(1)[0]
+    (uid, session), number = Counter((row.uid, row.session) for row in rows).most_common(1)[0]
     if number > 1:
         raise ValueError(
-            f"an agent loop returned {number} trajectories for one session ({session}), and each would count as a "
-            "response of its own, so that long sessions weigh more; use one that returns one trajectory: "
+            f"an agent loop returned {number} trajectories for one session ({uid}_{session}), and each would count as "
+            "a response of its own, so that long sessions weigh more; use one that returns one trajectory: "
             f"actor_rollout_ref.rollout.agent.default_agent_loop={agent_loop}, or agent_name in the data"
         )
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transfer_queue
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
@@ -61,7 +62,7 @@ def balanced(monkeypatch, keys, lengths, ranks=2, questions=2):
         batch.tags += [{"seq_len": 129, "is_padding": True}] * missing
         return batch
 
-    monkeypatch.setattr(trainer.tq, "kv_batch_put", put)
+    monkeypatch.setattr(transfer_queue, "kv_batch_put", put)
     monkeypatch.setattr(trainer, "upsample_batch_to_divisible_size", pad)
     actor = dict(ppo_mini_batch_size=questions, use_dynamic_bsz=True, shuffle=False, data_loader_seed=1, ppo_epochs=1)
     rollout = {"agent": {"default_agent_loop": "my_agent"}}
@@ -88,7 +89,7 @@ def balanced(monkeypatch, keys, lengths, ranks=2, questions=2):
 
 @pytest.mark.parametrize(
     "keys",
-    [["a_0_0", "a_0_1"], ["a_b_0_0", "c_0_0", "a_b_1_0", "c_1_0", "c_1_2"], ["a_0_3", "b_0_0", "a_0_0"]],
+    [["a_0_0", "a_0_1"], ["a-b_0_0", "c_0_0", "a-b_1_0", "c_1_0", "c_1_2"], ["a_0_3", "b_0_0", "a_0_0"]],
 )
 def test_several_trajectories_in_a_session_are_refused(monkeypatch, keys):
     message = (
@@ -98,9 +99,14 @@ def test_several_trajectories_in_a_session_are_refused(monkeypatch, keys):
         balanced(monkeypatch, keys, [10] * len(keys))
 
 
+def test_a_key_of_unknown_shape_is_refused_not_taken_for_a_group(monkeypatch):
+    with pytest.raises(ValueError, match=r"the key 'a_sess1_0' of a batch is not of the shape"):
+        balanced(monkeypatch, ["a_0_0", "a_sess1_0"], [10, 10])
+
+
 def test_whole_questions_with_failures_are_dealt(monkeypatch):
-    # verl's keys are uid_session_trajectory. Question "a_b" has three responses, the fourth question failed.
-    keys = ["a_b_0_0", "c_0_0", "a_b_10_0", "d_0_0", "c_1_0", "a_b_1_0", "d_1_0"]
+    # verl's keys are uid_session_trajectory. Question "a-b" has three responses, the fourth question failed.
+    keys = ["a-b_0_0", "c_0_0", "a-b_10_0", "d_0_0", "c_1_0", "a-b_1_0", "d_1_0"]
     batch, written, metrics = balanced(monkeypatch, keys, [10, 20, 30, 40, 50, 60, 70])
     assert written["keys"] == batch.keys
     rows = {key: {name: written[name][i] for name in written} for i, key in enumerate(batch.keys)}
@@ -145,7 +151,7 @@ def test_workers_fetch_the_tensors_they_read_unless_there_are_images(
 ):
     names = ("group_id", "ids", "rm_scores", "entropy")
     row = tu.get_tensordict({name: torch.zeros(1, 3) for name in names} | {"uid": ["a"]})
-    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **kwargs: row)
+    monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **kwargs: row)
     batch = Batch(keys=["a_0_0", "b_0_0"], partition_id="train", fields=None)
     during = []
     this = SimpleNamespace(config=OmegaConf.create(extension), processor=processor)
@@ -166,7 +172,7 @@ def test_old_log_probs_are_fresh_unless_they_are_the_rollouts_or_an_update_came_
 def test_a_reward_that_is_no_number_stops_the_run_naming_the_sample(monkeypatch, bad):
     scores = [torch.tensor([0.0, 1.0]), torch.tensor([0.0, bad]), torch.tensor([1.0])]
     data = {"rm_scores": torch.nested.as_nested_tensor(scores, layout=torch.jagged)}
-    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **kwargs: data)
+    monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **kwargs: data)
     batch = SimpleNamespace(keys=["u_0_0", "u_1_0", "v_0_0"], partition_id="train")
     this = SimpleNamespace(global_steps=7, config=settings())
     message = r"custom_reward_function=r.py:score: the reward of sample u_1_0 \(row 1\) is (nan|inf); 1 of 3 .* step 7"

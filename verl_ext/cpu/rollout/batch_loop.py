@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch.nn.utils.rnn import pad_sequence
@@ -32,6 +31,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_ext.cpu.rollout.replica import server_name
 from verl_ext.cpu.rollout.server import TokenOutput
+from verl_ext.training.transfer import RowKey, put
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class BatchAgentLoopManager:
         uids = [q["uid"] for q in questions]
         failed = self._run(self._samples(questions, validate), partition)
         tags = [{"status": "failure" if uid in failed else "finished"} for uid in uids]
-        tq.kv_batch_put(keys=uids, partition_id=partition, tags=tags)
+        put(partition, uids, tags)
 
     def _run(self, samples: list[Sample], partition: str) -> set[str]:
         """Store the responses; returns the uids of questions of which one failed.
@@ -137,7 +137,7 @@ class BatchAgentLoopManager:
             for name, value in seconds.items():
                 setattr(output.metrics, name, value)
             field, tag = _row(sample.fields, output)
-            keys.append(f"{uid}_{session_id}_0")
+            keys.append(str(RowKey(uid, session_id, trajectory=0)))
             fields.append({name: _wrap(value, wrapped) for name, value in field.items()})
             tags.append(tag)
         for alike in errors.values():
@@ -145,7 +145,7 @@ class BatchAgentLoopManager:
         if not keys and not self.refill_failed:
             raise RuntimeError(f"all {len(samples)} responses failed") from next(iter(errors.values()))[0]
         if keys:
-            tq.kv_batch_put(keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition)
+            put(partition, keys, tags, list_of_dict_to_tensordict(fields))
         return failed
 
     def _samples(self, questions: list[dict[str, Any]], validate: bool) -> list[Sample]:
