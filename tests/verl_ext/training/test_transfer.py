@@ -1,4 +1,4 @@
-"""Rows' keys: those of verl are taken apart, all others refused; batches keep their order; one module makes the calls."""
+"""Rows are taken apart by verl's keys and no others; batches keep their order; one module makes the calls."""
 
 import ast
 from pathlib import Path
