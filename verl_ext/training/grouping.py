@@ -51,17 +51,17 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
         return [[i] for i in range(parts)]
     if parts == 1:
         return [list(range(len(lengths)))]
-    lengths = np.asarray(lengths)
-    load = np.zeros(parts, dtype=lengths.dtype)
+    size = np.asarray(lengths)
+    load = np.zeros(parts, dtype=size.dtype)
     dealt = []
-    for items in np.argsort(-lengths, kind="stable").reshape(-1, parts):
+    for items in np.argsort(-size, kind="stable").reshape(-1, parts):
         dealt.append(np.empty_like(items))
         dealt[-1][load.argsort(kind="stable")] = items
-        load += lengths[dealt[-1]]
+        load += size[dealt[-1]]
     split = np.stack(dealt, 1)
     for _ in range(100):
-        split = np.take_along_axis(split, lengths[split].argsort(1), 1)
-        tokens = lengths[split]
+        split = np.take_along_axis(split, size[split].argsort(1), 1)
+        tokens = size[split]
         load = tokens.sum(1)
         order = load.argsort()
         full, other = order[::-1][: parts // 2], order[: parts // 2]

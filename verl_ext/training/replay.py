@@ -86,7 +86,7 @@ class WatchedReplayBuffer:
         failed, parts = replaced[None], []
         alike = {value: number for value, number in replaced.items() if value is not None}
         if alike:
-            most = sorted(alike, key=alike.get, reverse=True)[:3]
+            most = sorted(alike, key=alike.__getitem__, reverse=True)[:3]
             values = ", ".join(f"{value:g} in {alike[value]}" for value in most)
             parts.append(
                 f"{sum(alike.values())} had responses with the same {self.filter_groups_metric} throughout ({values}; "

@@ -50,8 +50,8 @@ class Tally:
 def reward_function(config: DictConfig) -> str:
     """Name what gives the rewards, by the settings that choose it."""
     custom = config.reward.get("custom_reward_function") or {}
-    if custom.get("path"):
-        return f"reward.custom_reward_function={custom.path}:{custom.get('name')}"
+    if path := custom.get("path"):
+        return f"reward.custom_reward_function={path}:{custom.get('name')}"
     if config.reward.reward_model.enable:
         return f"reward.reward_model.model_path={config.reward.reward_model.get('model_path')}"
     return (
@@ -143,7 +143,7 @@ class CountingRewardWorker(RewardLoopWorker):
             # The text alone: another process may not be able to load the error.
             raise RewardError(text) from None
 
-    async def compute_scores(self, data: DataProto) -> list[dict[str, Any] | Exception]:
+    async def compute_scores(self, data: DataProto) -> list[dict[str, Any] | BaseException]:
         """Grade a batch: a result or an error per response."""
         rows = (self.compute_score(data[i : i + 1]) for i in range(len(data)))
         return await asyncio.gather(*rows, return_exceptions=True)
