@@ -33,18 +33,25 @@ def check_verl_version(found: str) -> None:
         )
 
 
-SHARED = ("recipe.disco", "hydra_plugins.verl_ext_sweep")
-"""Ours in packages that others may have, too: without an ``__init__.py``, they join; with one, it hides all others."""
-
-
 def check_not_hidden() -> None:
     """Refuse to start where a package of the same name, such as one in the working folder, hides ours.
+
+    Our launcher and recipes lie in packages that others may have, too: without an ``__init__.py``, they join; with one,
+    it hides all others.
 
     Raises:
         RuntimeError: names what hides it.
     """
-    for name in SHARED:
+    from verl_ext import recipes
+
+    root = Path(__file__).resolve().parents[1]
+    modules = {point.module.rpartition(".")[0] for point in recipes.entry_points()}
+    for name in ("hydra_plugins.verl_ext_sweep", *sorted(modules)):
         package, _, part = name.partition(".")
+        mine = [root / package / f"{part}.py", root / package / part / "__init__.py"]
+        if not any(map(Path.exists, mine)):
+            # A recipe of another distribution.
+            continue
         try:
             outer = find_spec(package)
         except ValueError:
@@ -52,9 +59,7 @@ def check_not_hidden() -> None:
             outer = None
         places = outer.submodule_search_locations if outer else None
         inner = PathFinder.find_spec(name, list(places)) if places else None
-        mine = Path(__file__).resolve().parents[1] / package / part
-        found = Path(inner.origin).resolve() if inner and inner.origin else None
-        if found in (mine.with_suffix(".py"), mine / "__init__.py"):
+        if inner and inner.origin and Path(inner.origin).resolve() in mine:
             continue
         hiding = (inner and inner.origin) or (outer and outer.origin) or f"sys.modules['{package}']"
         raise RuntimeError(
@@ -78,12 +83,22 @@ def activate() -> None:
     cpu.register()
     hydra_config.register()
     register_post_import_hook(_register_trainers, "verl.trainer.ppo.v1")
+    register_post_import_hook(_register_recipes, "verl.trainer.ppo.core_algos")
 
 
 def _register_trainers(_module) -> None:
     from verl_ext.lazy import import_whole
 
     import_whole("verl_ext.training.trainer").register()
+
+
+def _register_recipes(_module) -> None:
+    from verl_ext.lazy import import_whole
+    from verl_ext.recipes import installed
+
+    for recipe in installed():
+        for name in recipe.registering:
+            import_whole(name).register()
 
 
 try:

@@ -1,15 +1,15 @@
 """Makes ``algorithm=NAME`` a Hydra config group, although verl's primary configs define ``algorithm:`` as a plain node.
 
 Two Hydra plugins, registered when Hydra is first imported, act only if the application's main config directory lies
-inside the installed verl package. One puts ``verl_ext/config`` (groups ``algorithm``, ``experiment``) on the search
-path. The other serves verl's directory unchanged but for this: to a primary config it appends the default
-``algorithm: ppo``, which sets nothing, and the Hydra callback of :mod:`verl_ext.hydra.callbacks`. So stock commands
-compose as before, and nothing of verl is copied.
+inside the installed verl package. Then verl's directory is served together with our config groups and the recipes'
+(:mod:`verl_ext.recipes`), and to a primary config the default ``algorithm: ppo`` is appended, which sets nothing, and
+the Hydra callback of :mod:`verl_ext.hydra.callbacks`. So stock commands compose as before, and nothing of verl is
+copied.
 
-A primary config of your own, outside verl, that inherits from verl's asks for both by its search path::
+A primary config of your own, outside verl, that inherits from verl's asks for all of it by its search path::
 
     hydra:
-      searchpath: [verl-ext://trainer/config, pkg://verl_ext.config]
+      searchpath: [verl-ext://trainer/config]
 """
 
 from pathlib import Path
@@ -18,14 +18,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+from verl_ext import recipes
+
 DEFAULT_ALGORITHM = "ppo"
 """The option that leaves verl's own settings as they are."""
-
-CONFIG_PACKAGE = "verl_ext.config"
-"""Holds our config groups, one directory each."""
-
-ALGORITHMS = Path(__file__).parents[1] / "config" / "algorithm"
-"""The options of ``algorithm=NAME``, one YAML file each."""
 
 
 def register() -> None:
@@ -63,7 +59,7 @@ def share(fraction: float, total: int) -> int:
 
 def describe_algorithms() -> dict[str, str]:
     """Options of ``algorithm=NAME`` -> the comment in the second line of its YAML file (the first is the package)."""
-    return {f.stem: f.read_text().splitlines()[1].lstrip("# ") for f in sorted(ALGORITHMS.glob("*.yaml"))}
+    return {name: file.read_text().splitlines()[1].lstrip("# ") for name, file in recipes.options("algorithm").items()}
 
 
 def _verl_root() -> Path:
@@ -86,24 +82,31 @@ def _verl_directory(path: str) -> Path | None:
 
 def _register_plugins(_hydra: Any) -> None:
     from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
     from hydra.core.object_type import ObjectType
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
     from omegaconf import DictConfig, OmegaConf
 
     class VerlConfigSource(FileConfigSource):
-        """verl's config directory, with the group ``algorithm`` in the defaults list of each primary config."""
+        """verl's config directory, then our config groups and the recipes'; see above for what is appended."""
 
         def __init__(self, provider: str, path: str):
             super().__init__(provider, path)
             # Relative paths are within verl: `hydra.searchpath: [verl-ext://trainer/config]`.
             self.path = str(_verl_root() / self.path)
+            self.more = [ImportlibResourcesConfigSource(provider, f"pkg://{p}") for p in recipes.config_packages()]
 
         @staticmethod
         def scheme() -> str:
             return "verl-ext"
 
+        def available(self) -> bool:
+            return Path(self.path).is_dir()
+
         def load_config(self, config_path: str):
+            if not super().is_config(config_path):
+                return next((s for s in self.more if s.is_config(config_path)), super()).load_config(config_path)
             result = super().load_config(config_path)
             cfg = result.config
             # The configs that define the node `algorithm`; ppo_megatron_trainer and users' own inherit from these.
@@ -113,17 +116,22 @@ def _register_plugins(_hydra: Any) -> None:
                 OmegaConf.update(cfg, "hydra.callbacks.verl_ext", callback, force_add=True)
             return result
 
+        def is_config(self, config_path: str) -> bool:
+            return super().is_config(config_path) or any(s.is_config(config_path) for s in self.more)
+
         def is_group(self, config_path: str) -> bool:
             # verl's directory "model" holds one fragment and no choice. As a group it would swallow `model=PATH`, which
             # our +experiment=evaluate takes for a setting.
-            return config_path != "model" and super().is_group(config_path)
+            stock = config_path != "model" and super().is_group(config_path)
+            return stock or any(s.is_group(config_path) for s in self.more)
 
         def list(self, config_path: str, results_filter: ObjectType | None):
+            found = [n for s in self.more if s.is_group(config_path) for n in s.list(config_path, results_filter)]
             # verl keeps the fragment of the node algorithm.rollout_correction in a directory of the same name: it is
             # no choice for `algorithm=`.
-            if config_path == "algorithm" and results_filter == ObjectType.CONFIG:
-                return []
-            return super().list(config_path, results_filter)
+            if super().is_group(config_path) and (config_path, results_filter) != ("algorithm", ObjectType.CONFIG):
+                found += super().list(config_path, results_filter)
+            return sorted(set(found))
 
     class VerlSearchPath(SearchPathPlugin):
         def manipulate_search_path(self, search_path) -> None:
@@ -132,7 +140,6 @@ def _register_plugins(_hydra: Any) -> None:
             directory = _verl_directory(main.path) if main and main.path else None
             if directory is not None:
                 main.path = f"{VerlConfigSource.scheme()}://{directory}"
-                search_path.append(provider="verl-ext", path=f"pkg://{CONFIG_PACKAGE}")
 
     for plugin in (VerlConfigSource, VerlSearchPath):
         Plugins.instance().register(plugin)

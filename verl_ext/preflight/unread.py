@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_ext import recipes
 from verl_ext.preflight.composition import Composition, hints, names, walk
 from verl_ext.preflight.findings import Finding, nearest
 
@@ -38,8 +39,8 @@ HANDED_ON = {
 REWARD_KWARGS = "custom_reward_function.reward_kwargs"
 """Checked against the function's parameters, where the function is (:mod:`verl_ext.preflight.references`)."""
 
-PACKAGES = {"verl", "verl_ext", "recipe", "transfer_queue"}
-"""What reads the settings of every run."""
+PACKAGES = ("verl", "verl_ext", "transfer_queue")
+"""What reads the settings of every run, besides recipes and verl's plugins."""
 
 SELDOM = ("distillation", "reward_model", "custom_reward_function", "critic", "arithmetic")
 
@@ -72,8 +73,6 @@ IGNORED: dict[str, str] = {
 """Settings of verl's that its V1 trainers read nowhere -> what to do instead."""
 
 RAY_INIT = "ray_kwargs.ray_init"
-
-GROUPS = Path(__file__).parents[1] / "config"
 
 
 def check_unread(composition: Composition) -> Iterator[Finding]:
@@ -177,7 +176,7 @@ def reads(text: str, parts: list[str], key: str, siblings: set[str]) -> bool:
     for receiver in set(re.findall(rf"([A-Za-z_][\w.]*)\.{re.escape(key)}\b(?!\()", text)):
         *before, last = receiver.split(".")
         # An object's own attributes, and the names of modules in texts.
-        if receiver in ("self", "cls") or receiver.split(".")[0] in PACKAGES:
+        if receiver in ("self", "cls") or receiver.split(".")[0] in {p.split(".")[0] for p in packages()}:
             continue
         if others & {re.sub("_(config|cfg)$", "", part) for part in (*before, last)}:
             continue
@@ -197,11 +196,17 @@ def _read_from(receiver: str, text: str) -> set[str]:
 
 
 @cache
+def packages() -> frozenset[str]:
+    """Packages that may read the settings of every run."""
+    plugins = {e.module.split(".")[0] for e in metadata.entry_points(group="verl.plugins")}
+    return plugins.union(PACKAGES, (recipe.package for recipe in recipes.installed()))
+
+
+@cache
 def sources() -> dict[Path, str]:
     """Python sources that may read settings, by file."""
-    packages = PACKAGES | {e.value.split(":")[0].split(".")[0] for e in metadata.entry_points(group="verl.plugins")}
     folders = []
-    for package in sorted(packages):
+    for package in sorted(packages()):
         spec = importlib.util.find_spec(package)
         folders += spec.submodule_search_locations or [] if spec else []
     return {f: f.read_text(errors="replace") for d in folders for f in Path(d).rglob("*.py")}
@@ -236,10 +241,9 @@ def text_of_users(raw: dict[str, Any]) -> str:
 
 def _source_of(name: str) -> str:
     """The source of a module, or of the module of an object; nothing for verl's and ours, which are read anyway."""
-    parts = name.split(".")
-    if parts[0] in PACKAGES:
+    if name.startswith(tuple(f"{package}." for package in packages())):
         return ""
-    for module in (name, ".".join(parts[:-1])):
+    for module in (name, name.rpartition(".")[0]):
         try:
             spec = importlib.util.find_spec(module)
         except (ImportError, ValueError):
@@ -255,9 +259,10 @@ def _is_word(name: str, text: str) -> bool:
 
 @cache
 def names_of_groups() -> set[str]:
-    """Our config groups, and what their options set: only some runs have ``disco.delta``."""
-    found = set().union(*(names(OmegaConf.load(f)) for f in GROUPS.rglob("*.yaml"))) - {"defaults"}
-    return found | {folder.name for folder in GROUPS.iterdir() if folder.is_dir()}
+    """The config groups, and what their options set: a method's settings are in its own runs alone."""
+    groups = recipes.groups()
+    files = [file for group in groups for file in recipes.options(group).values()]
+    return groups.union(*(names(OmegaConf.load(file)) for file in files)) - {"defaults"}
 
 
 @cache

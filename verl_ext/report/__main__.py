@@ -25,7 +25,7 @@ from verl_ext.report.tables import (
     difficulty_table,
     pass_k_tables,
     pass_table,
-    published_table,
+    published_tables,
     time_table,
     without_samples,
 )
@@ -93,7 +93,7 @@ def short_names(folders: list[Path]) -> dict[Path, str]:
 
 
 def describe_values(by_method: dict[str, str]) -> str:
-    """``1e-4: disco, ppo; 2e-4: grpo``"""
+    """``1e-4: ppo, rloo; 2e-4: grpo``"""
     methods: dict[str, list[str]] = {}
     for method, value in by_method.items():
         methods.setdefault(value, []).append(method)
@@ -168,8 +168,10 @@ def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str],
     else:
         parts.append("There is no evaluation yet.")
     parts += pass_k_parts(pass_k, [plain(names[r.folder]) for r in unstored])
-    if len(table := published_table(runs)):
-        parts += ["## Published pass@1, %", "The DisCO paper's (arXiv 2505.12366), for this model.", markdown(table)]
+    if tables := published_tables(runs):
+        parts.append("## Published pass@1, %")
+        for source, table in tables.items():
+            parts += [f"For this model, from {source}.", markdown(table)]
     if "pass_at_1.png" in plots:
         parts.append(image("pass_at_1.png", plots))
 
@@ -185,8 +187,8 @@ def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str],
     if curves:
         parts.append("## Training")
         parts.append(
-            f"Thick: mean over runs; thin: the runs. Running means of {SMOOTHING} steps. For methods outside DisCO's "
-            "family the KL is verl's `actor/ppo_kl`, measured within the updates."
+            f"Thick: mean over runs; thin: the runs. Running means of {SMOOTHING} steps. For methods that log no KL of "
+            "their own it is verl's `actor/ppo_kl`, measured within the updates."
         )
         parts.append("\n".join(image(p, plots) for p in curves))
     if len(times := time_table(runs)):

@@ -5,20 +5,18 @@ from pathlib import Path
 
 import pandas as pd
 
+from verl_ext.recipes import installed, metric_names
 from verl_ext.report.read import Run, is_number
 from verl_ext.report.tables import by_method
 
 CURVES = {
-    "reward": ("reward in training", ("critic/score/mean",)),
-    "entropy": ("entropy, nats per token", ("actor/entropy", "disco/entropy")),
-    "kl": ("KL(old || new), nats per token", ("disco/kl", "actor/ppo_kl")),
-    "length": ("response length, tokens", ("response_length/mean",)),
-    "mixed": ("share of questions with right and wrong responses", ("training/mixed_questions", "disco/groups_mixed")),
+    "reward": ("reward in training", "critic/score/mean"),
+    "entropy": ("entropy, nats per token", "actor/entropy"),
+    "kl": ("KL(old || new), nats per token", "actor/ppo_kl"),
+    "length": ("response length, tokens", "response_length/mean"),
+    "mixed": ("share of questions with right and wrong responses", "training/mixed_questions"),
 }
-"""File -> title, and the metrics of which the first that was logged is drawn."""
-
-WITH_DELTA = ("squared_hinge", "augmented_lagrangian")
-"""Constraints that know a delta."""
+"""File -> title, and the metric; where it was not logged, a recipe's for it."""
 
 SMOOTHING = 5
 """Steps of the running mean over curves of training; evaluations are drawn as they are."""
@@ -28,7 +26,7 @@ def curve_of(run: Run, name: str) -> pd.Series:
     if name == "kl" and run.algorithm == "kl_cov":
         # verl logs the mean of |log ratio| under the name of the KL.
         return pd.Series(dtype=float)
-    return run.column(*CURVES[name][1]).rolling(SMOOTHING, min_periods=1).mean()
+    return run.column(*metric_names(name, CURVES[name][1])).rolling(SMOOTHING, min_periods=1).mean()
 
 
 def pass_at_1_of(run: Run) -> pd.Series:
@@ -50,8 +48,8 @@ def draw_all(runs: list[Run], difficulty: pd.DataFrame, out: Path) -> list[tuple
     # A method's name may hold the value of a setting, and a dollar sign in it begins no formula.
     with matplotlib.rc_context({"text.parse_math": False}):
         for name, (title, of) in panels.items():
-            bounded = [r.settings for r in runs if name == "kl" and r.settings.get("disco.constraint") in WITH_DELTA]
-            deltas = {delta for s in bounded if is_number(delta := s.get("disco.delta"))}
+            bounds = [recipe.kl_bound(r.settings) for r in runs if name == "kl" for recipe in installed()]
+            deltas = {bound for bound in bounds if is_number(bound)}
             if draw_curves(runs, of, title, deltas, out / f"{name}.png"):
                 written.append((f"{name}.png", title))
         if len(difficulty):

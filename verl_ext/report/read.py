@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
-from verl_ext.hydra.config_source import ALGORITHMS, DEFAULT_ALGORITHM
+from verl_ext import recipes
+from verl_ext.hydra.config_source import DEFAULT_ALGORITHM
 from verl_ext.runs.folder import (
     CONFIG_FILE,
     FINISHED_FILE,
@@ -32,8 +33,8 @@ POOLED = "all benchmarks"
 SAMPLE = re.compile(r"(?P<question>.+)_\d+_\d+$")
 """verl's ``uid`` of a stored response: question, sample, and which of the sample's outputs it is."""
 
-COPIES = ("disco_published_tau.", "actor_rollout_ref.actor.policy_loss.disco.", "verl_ext.", "critic.loss_")
-"""Nodes that repeat a method's settings, or from which they are looked up, or that follow from it."""
+COPIES = ("verl_ext.", "critic.loss_")
+"""Nodes that follow from the method; recipes add theirs."""
 
 LONGEST_NAME = 80
 """Characters of a method's name that tables and legends have room for."""
@@ -246,7 +247,7 @@ def evaluations(metrics: pd.DataFrame) -> pd.DataFrame:
 @functools.cache
 def own_settings(algorithm: str) -> dict:
     """What the algorithm's YAML file sets, by full name, with those of the algorithms that it builds on."""
-    file = next((f for f in ALGORITHMS.glob("*.yaml") if f.stem == algorithm), None)
+    file = recipes.options("algorithm").get(algorithm)
     if file is None:
         return {}
     node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -275,15 +276,16 @@ def values_of(name: str, settings: list[dict]) -> list:
 
 def differences(settings: list[dict]) -> list[str]:
     """Names of settings that are not the same in all, but for those in which any two runs may differ."""
-    names = sorted({n for s in settings for n in s if not NO_SETTING.search(n) and not n.startswith(COPIES)})
+    copies = COPIES + tuple(name for recipe in recipes.installed() for name in recipe.copies)
+    names = sorted({n for s in settings for n in s if not NO_SETTING.search(n) and not n.startswith(copies)})
     return [n for n in names if len(values_of(n, settings)) > 1]
 
 
 def read_runs(folders: list[Path]) -> tuple[list[Run], dict[Path, str]]:
     """Read the runs with metrics, and say why a damaged one is left out.
 
-    Methods are named: ``disco (score=l_ratio)`` where there is also another disco; ``disco #2`` where what tells them
-    apart is too much for a name, and stands in the table of :func:`other_differences` alone.
+    Methods are named: ``grpo (kl_coef=0.1)`` where there is also another grpo; ``grpo #2`` where what tells them apart
+    is too much for a name, and stands in the table of :func:`other_differences` alone.
     """
     runs, damaged = [], {}
     for folder in folders:
@@ -302,7 +304,8 @@ def name_methods(runs: list[Run]) -> None:
     """Name the methods of runs of one algorithm by what differs between them."""
     alike = [run.settings for run in runs]
     # Of what only some of them know, options were given; the rest is of another version.
-    told = [n for n in differences(alike) if n.startswith("disco.options") or all(n in s for s in alike)]
+    optional = tuple(name for recipe in recipes.installed() for name in recipe.optional)
+    told = [n for n in differences(alike) if n.startswith(optional) or all(n in s for s in alike)]
     for run in runs:
         values = ", ".join(f"{n.rsplit('.', 1)[-1]}={run.settings.get(n, '(not set)')}" for n in told)
         run.method = one_line(f"{run.algorithm} ({values})" if values else run.algorithm)
@@ -345,6 +348,6 @@ def other_differences(runs: list[Run]) -> dict[str, dict[str, str]]:
 
 
 def repeated_seeds(runs: list[Run]) -> list[str]:
-    """``disco, seed 1``: what stands in more than one run, which says nothing of the spread over seeds."""
+    """``grpo, seed 1``: what stands in more than one run, which says nothing of the spread over seeds."""
     counts = Counter(f"{r.method}, seed {r.seed}" for r in runs)
     return sorted(name for name, count in counts.items() if count > 1)

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 from scipy import stats
 
+from verl_ext import recipes
 from verl_ext.report.read import EVALUATION, Run
 
 BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -154,8 +156,9 @@ def by_method(runs: list[Run]) -> dict[str, list[Run]]:
 
 @cache
 def published() -> dict:
-    """model -> method -> benchmark -> pass@1."""
-    return OmegaConf.to_container(OmegaConf.load(Path(__file__).parent / "published.yaml"))
+    """Published results: source -> model -> method -> benchmark -> pass@1."""
+    told = {r.source: resources.files(r.config) / r.published for r in recipes.installed() if r.published}
+    return {source: OmegaConf.to_container(OmegaConf.load(str(file))) for source, file in told.items()}
 
 
 def plain(name: str) -> str:
@@ -163,18 +166,22 @@ def plain(name: str) -> str:
     return re.sub(r"20(2\d)", r"\1", re.sub(r"[-_ /]", "", name.lower()))
 
 
-def published_table(runs: list[Run]) -> pd.DataFrame:
-    """Published pass@1 for the runs' model, on the benchmarks that they evaluate; empty where nothing matches."""
+def published_tables(runs: list[Run]) -> dict[str, pd.DataFrame]:
+    """Published pass@1 by source, for the runs' model and the benchmarks that they evaluate, where something matches."""
     # An evaluation says what the model was trained from.
     models = {Path(str(r.settings.get("base_model") or model_of(r))).name for r in runs}
     benchmarks = [b for r in runs for b in r.pass_at.get(1, ())]
-    rows = {}
-    for model in models & set(published()):
-        for method, values in published()[model].items():
-            row = {b: f"{100 * values[p]:.1f}" for b in dict.fromkeys(benchmarks) for p in values if p in plain(b)}
-            if row:
-                rows[model, method] = row
-    return pd.DataFrame(rows).T
+    tables = {}
+    for source, results in published().items():
+        rows = {}
+        for model in models & set(results):
+            for method, values in results[model].items():
+                row = {b: f"{100 * values[p]:.1f}" for b in dict.fromkeys(benchmarks) for p in values if p in plain(b)}
+                if row:
+                    rows[model, method] = row
+        if rows:
+            tables[source] = pd.DataFrame(rows).T
+    return tables
 
 
 def difficulty_table(runs: list[Run]) -> pd.DataFrame:

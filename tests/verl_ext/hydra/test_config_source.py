@@ -21,12 +21,13 @@ from verl.trainer.ppo.reward import resolve_reward_manager_cls
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.config import omega_conf_to_dataclass
 
+from verl_ext import recipes
 from verl_ext.hydra import callbacks as hydra_callbacks
 from verl_ext.hydra import config_source as hydra_config
 from verl_ext.runs import folder as runs
 
 VERL = Path(verl.__file__).parent
-ALGORITHMS = sorted(f.stem for f in hydra_config.ALGORITHMS.glob("*.yaml"))
+ALGORITHMS = list(recipes.options("algorithm"))
 
 # Every primary config with a node `algorithm` that verl ships -> its directory in verl.
 PRIMARY = {
@@ -220,7 +221,7 @@ def test_a_share_is_at_least_one():
 
 
 def test_experiments_come_from_the_same_search_path(compose):
-    names = sorted(f.stem for f in (hydra_config.ALGORITHMS.parent / "experiment").glob("*.yaml"))
+    names = list(recipes.options("experiment"))
     with pytest.raises(MissingConfigException) as e:
         compose("+experiment=nonsense")
     assert (e.value.options or []) == names
@@ -228,7 +229,7 @@ def test_experiments_come_from_the_same_search_path(compose):
 
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_another():
     """Issue: with one checkpoint to keep, verl's rotation had none for a moment."""
-    texts = [f.read_text() for f in hydra_config.ALGORITHMS.parent.rglob("*.yaml")]
+    texts = [f.read_text() for group in recipes.groups() for f in recipes.options(group).values()]
     kept = [int(n) for text in texts for n in re.findall(r"max_(?:actor|critic)_ckpt_to_keep: (\d+)", text)]
     assert len(kept) >= 4 and min(kept) >= 2
 
@@ -299,7 +300,7 @@ def test_a_users_config_on_top_of_verls_has_the_group(jobs, tmp_path):
 def test_a_users_own_directory_asks_for_the_group_by_its_search_path(jobs, tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "defaults: [ppo_trainer, _self_]\n"
-        "hydra: {searchpath: ['verl-ext://trainer/config', 'pkg://verl_ext.config']}\n"
+        "hydra: {searchpath: ['verl-ext://trainer/config']}\n"
         "trainer: {total_epochs: 3}\n"
     )
     (config,) = jobs("--config-path", str(tmp_path), "--config-name", "mine", "algorithm=disco")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from verl_ext import recipes
 from verl_ext.hydra import config_source as hydra_config
 from verl_ext.preflight import composition
 from verl_ext.preflight.composition import Composition
@@ -15,6 +16,7 @@ from verl_ext.preflight.unread import HANDED_ON, IGNORED, RAY_NAMES, as_attribut
 from verl_ext.preflight.values import MODES, check_values
 
 ROOT = Path(hydra_config.__file__).parents[2]
+SHIPPED = [file for group in sorted(recipes.groups()) for file in recipes.options(group).values()]
 ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 
 
@@ -159,7 +161,7 @@ def test_what_megatron_reads_is_no_finding(runs):
 
 def test_no_setting_of_our_configuration_and_pages_is_a_wrong_one(runs):
     """Not under another algorithm either: README writes ++disco.delta in sweeps over methods."""
-    for file in (ROOT / "verl_ext/config").rglob("*.yaml"):
+    for file in SHIPPED:
         names = composition.names(OmegaConf.load(file)) - {"defaults"}
         leaves = sorted(n for n in names if not any(o.startswith(f"{n}.") for o in names) and "hydra" not in n)
         run = runs["megatron" if "megatron" in file.name else "disco"]
@@ -258,7 +260,7 @@ def test_what_verl_ignores_is_listed(training, stock):
 
 
 def test_something_reads_all_that_our_files_set(training, stock):
-    files = [OmegaConf.load(file) for file in (ROOT / "verl_ext/config").rglob("*.yaml")]
+    files = [OmegaConf.load(file) for file in SHIPPED]
     ours = {n for n in set().union(*map(composition.names, files)) if not n.startswith(("hydra", "verl_ext.", "defau"))}
     # verl's own last: its nodes have more siblings.
     nodes = [*(OmegaConf.to_container(file, resolve=False) for file in files), *stock]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from verl_ext import doctor
+from verl_ext import doctor, recipes
 from verl_ext.hydra import config_source as hydra_config
 from verl_ext.preflight import dry_run
 from verl_ext.preflight.memory import lora_parameters
 
-EXPERIMENTS = sorted(p.stem for p in (Path(hydra_config.__file__).parents[1] / "config/experiment").glob("*.yaml"))
+EXPERIMENTS = list(recipes.options("experiment"))
 SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "evaluate")]
 SETS = ("train", "aime24", "aime25", "math500", "amc23", "minerva", "olympiadbench")
 

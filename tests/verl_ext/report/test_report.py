@@ -15,7 +15,7 @@ from verl_ext.report.tables import (
     difficulty_table,
     mean_and_interval,
     pass_table,
-    published_table,
+    published_tables,
     time_table,
 )
 from verl_ext.runs import folder as runs
@@ -161,13 +161,13 @@ def test_time_leaves_out_the_first_steps(make):
 def test_published_figures_stand_beside_where_model_and_benchmark_match(make):
     path = {"actor_rollout_ref.model.path": "/models/DeepSeek-R1-Distill-Qwen-1.5B"}
     folder = make("disco", 1, **path)
-    assert not len(published_table(read([folder])))
+    assert published_tables(read([folder])) == {}
     metrics = folder / runs.METRICS_FILE
     metrics.write_text(metrics.read_text().replace("val-core/toy", "val-core/AIME 2024"))
-    table = published_table(read([folder]))
+    (table,) = published_tables(read([folder])).values()
     assert table.loc[("DeepSeek-R1-Distill-Qwen-1.5B", "disco"), "AIME 2024"] == "40.4"
     assert table.loc[("DeepSeek-R1-Distill-Qwen-1.5B", "grpo"), "AIME 2024"] == "27.7"
-    assert not len(published_table(read([make("grpo", 1)])))
+    assert published_tables(read([make("grpo", 1)])) == {}
 
 
 def test_the_command_writes_a_self_contained_page(make, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,56 @@
+"""What the entry point tells verl_ext of this recipe; cheap to import, so what needs verl is imported when called."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+
+from verl_ext.recipes import Recipe
+
+
+def batch_loss(
+    config: DictConfig,
+    *,
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    response_mask: Tensor,
+    reward: Tensor,
+    uid: Sequence,
+    ref_log_prob: Tensor | None = None,
+    **unused: Any,
+) -> Tensor:
+    """The loss of a mini-batch under the settings ``config.disco``: see :func:`recipe.disco.disco_loss`."""
+    from recipe.disco import disco_loss
+    from recipe.disco.settings import parse
+
+    settings = parse(config.disco).chosen()
+    return disco_loss(log_prob, old_log_prob, response_mask, reward, uid, ref_log_prob=ref_log_prob, **settings)[0]
+
+
+def kl_bound(settings: Mapping[str, Any]) -> float | None:
+    """``disco.delta``, where the constraint knows one."""
+    bounded = settings.get("disco.constraint") in ("squared_hinge", "augmented_lagrangian")
+    return settings.get("disco.delta") if bounded else None
+
+
+RECIPE = Recipe(
+    package="recipe.disco",
+    config="recipe.disco.config",
+    registering=("recipe.disco.estimator",),
+    losses={"disco": batch_loss},
+    compared=("disco", "real"),
+    metrics={
+        "entropy": ("disco/entropy",),
+        "kl": ("disco/kl",),
+        "mixed": ("disco/groups_mixed",),
+        "coefficient": ("disco/coefficient",),
+        "lengths": ("disco/length_positive", "disco/length_negative"),
+    },
+    totals=("disco/measure_seconds",),
+    kl_bound=kl_bound,
+    copies=("disco_published_tau.", "actor_rollout_ref.actor.policy_loss.disco."),
+    optional=("disco.options",),
+    published="published.yaml",
+    source="the DisCO paper (arXiv 2505.12366)",
+)
