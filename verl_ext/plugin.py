@@ -98,7 +98,7 @@ def _register_recipes(_module) -> None:
 
     for recipe in installed():
         for name in recipe.registering:
-            import_whole(name).register()
+            getattr(import_whole(name), "register", lambda: None)()
 
 
 try:

@@ -167,7 +167,7 @@ def plain(name: str) -> str:
 
 
 def published_tables(runs: list[Run]) -> dict[str, pd.DataFrame]:
-    """Published pass@1 by source, for the runs' model and the benchmarks that they evaluate, where something matches."""
+    """Published pass@1 by source, for the runs' model and the benchmarks that they evaluate, where any matches."""
     # An evaluation says what the model was trained from.
     models = {Path(str(r.settings.get("base_model") or model_of(r))).name for r in runs}
     benchmarks = [b for r in runs for b in r.pass_at.get(1, ())]
