@@ -1,7 +1,7 @@
 """What to know before a long run.
 
     python -m verl_ext.doctor                                              # this machine
-    python -m verl_ext.doctor experiment algorithm=disco +experiment=NAME  # one run, without starting it
+    python -m verl_ext.doctor experiment algorithm=NAME +experiment=NAME   # one run, without starting it
 
 The first prints versions, the plugin's state, the algorithms, devices and rollout engines; the second checks a run's
 settings, sizes, data and memory (:mod:`verl_ext.preflight.dry_run`). Both end with ``OK``, or with what is wrong and

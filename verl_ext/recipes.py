@@ -35,7 +35,7 @@ class Recipe:
         losses: ``actor.policy_loss.loss_mode`` -> the loss of a whole mini-batch, for methods that verl's ``ppo_loss``
             does not compute; called as :func:`verl_ext.report.weights.batch_loss`.
         compared: options of ``algorithm`` that are drawn beside verl's own methods.
-        metrics: curve (``kl``, ``entropy``, ``mixed`` ...) -> the recipe's metrics for it.
+        metrics: ``kl``, ``entropy``, ``coefficient`` or ``lengths`` -> the recipe's metrics that show it.
         totals: metrics of which a step logs the sum, not the mean, over its local updates.
         kl_bound: a run's settings by full name -> largest KL that costs nothing, if the method has one.
         copies: beginnings of settings that repeat others or follow from them.
@@ -109,5 +109,5 @@ def groups() -> set[str]:
 
 
 def metric_names(curve: str, *stock: str) -> tuple[str, ...]:
-    """Names under which a curve may be logged: verl's, then the recipes'."""
+    """Give the metrics that show a curve: verl's, then the recipes' (see :attr:`Recipe.metrics`)."""
     return (*stock, *(name for recipe in installed() for name in recipe.metrics.get(curve, ())))

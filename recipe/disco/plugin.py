@@ -17,8 +17,7 @@ def batch_loss(
     response_mask: Tensor,
     reward: Tensor,
     uid: Sequence,
-    ref_log_prob: Tensor | None = None,
-    **unused: Any,
+    ref_log_prob: Tensor | None,
 ) -> Tensor:
     """The loss of a mini-batch under the settings ``config.disco``: see :func:`recipe.disco.disco_loss`."""
     from recipe.disco import disco_loss
@@ -43,7 +42,6 @@ RECIPE = Recipe(
     metrics={
         "entropy": ("disco/entropy",),
         "kl": ("disco/kl",),
-        "mixed": ("disco/groups_mixed",),
         "coefficient": ("disco/coefficient",),
         "lengths": ("disco/length_positive", "disco/length_negative"),
     },

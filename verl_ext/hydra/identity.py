@@ -215,7 +215,7 @@ def _is_given(name: str, given: Collection[str]) -> bool:
 
 
 def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """``seed=2, there 1; disco.score=l_ratio, there log_l``"""
+    """``seed=2, there 1; algorithm.gamma=0.9, there 1.0``"""
     told = [f"{name}={_shown(new, name)}, there {_shown(old, name)}" for name, (old, new) in changed.items()]
     more = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
     return "; ".join(told[:MOST_TOLD] + more)

@@ -1,4 +1,4 @@
-"""Sweeps: ``-m algorithm=ppo,disco seed=1,2`` runs its jobs one after another, each in a process of its own.
+"""Sweeps: ``-m algorithm=ppo,grpo seed=1,2`` runs its jobs one after another, each in a process of its own.
 
 Hydra's own launcher runs them all in one process, where one job's crash ends the others. This one goes on when a job
 fails, says so at the end with exit status 1, and started again skips what is finished and resumes what is not. Each
@@ -40,7 +40,7 @@ own places, and on a cluster the number of GPUs follows from the allocation."""
 
 
 def job_name(job: DictConfig, overrides: Sequence[str], swept: Collection[str] = ()) -> str:
-    """``disco,disco.tau=1,seed=2``: algorithm, the overrides that change results, seed; cut, with a hash, at 120 bytes.
+    """``grpo,grpo.kl_coef=0,seed=2``: algorithm, the overrides that change results, seed; cut, with a hash, at 120 bytes.
 
     Args:
         job: the job's settings.

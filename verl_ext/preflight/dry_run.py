@@ -1,4 +1,4 @@
-"""A dry run without GPUs: ``python -m verl_ext.doctor experiment algorithm=disco +experiment=NAME ...overrides``.
+"""A dry run without GPUs: ``python -m verl_ext.doctor experiment algorithm=NAME +experiment=NAME ...overrides``.
 
 Composes the settings as ``verl.trainer.main_ppo`` would, looks for overrides that nothing reads and values that cannot
 be right, makes verl's dataclasses of the settings, runs verl's checks and ours for the number of GPUs asked for, opens

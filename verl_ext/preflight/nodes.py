@@ -7,24 +7,27 @@ import error that names no node. Nodes that do not see the run's files are named
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_ext.preflight.findings import Finding
+from verl_ext.recipes import installed
+
 SECONDS_TO_ANSWER = 300.0
 
 
-def check_nodes(config: DictConfig, folder: Path | None = None) -> None:
+def ask_cluster(config: DictConfig, folder: Path | None = None) -> Iterator[Finding]:
     """Ask each node of the cluster that ``config`` will train on; on a Ray of the run's own there is nothing to ask.
 
     Args:
         config: the settings.
         folder: the run's, which is there.
 
-    Raises:
-        ValueError: names each node that differs from this one, what it has, and its Python.
+    Yields:
+        What each node has that differs from this one, with its Python, and which files it does not see.
     """
     settings = OmegaConf.to_container(OmegaConf.select(config, "ray_kwargs.ray_init") or OmegaConf.create())
     address = cluster_address(settings)
@@ -49,22 +52,19 @@ def check_nodes(config: DictConfig, folder: Path | None = None) -> None:
     finally:
         ray.shutdown()
     if problems := [f"{node}: {problem}" for node, found in answers.items() if (problem := compare(found, here))]:
-        raise ValueError(
-            f"ray_kwargs.ray_init.address={address}: not every node has what this one has, verl-disco "
-            f"{here['verl-disco']} and verl {here['verl']}; install the same there: " + "; ".join(problems)
-        )
+        has = f"verl-disco {here['verl-disco']} and verl {here['verl']}"
+        problem = f"ray_kwargs.ray_init.address={address}: not every node has what this one has, {has}"
+        yield Finding("nodes", "", problem, f"install the same there: {'; '.join(problems)}")
+        return
+    yield Finding("nodes", f"{len(answers)} at {address} have what this one has")
     if address.startswith("ray://"):
-        print(
-            f"verl-disco: warning: behind Ray's client ({address}) files are the cluster's: what lies in "
-            f"trainer.default_local_dir={folder} there, and whether its nodes share it, cannot be seen from here",
-            flush=True,
-        )
+        problem = f"behind Ray's client ({address}) files are the cluster's: what lies in trainer.default_local_dir="
+        problem += f"{OmegaConf.select(config, 'trainer.default_local_dir')} there cannot be seen from here"
+        yield Finding("nodes", "", problem, "make sure that all its nodes share it", warning=True)
     for node, names in unseen.items():
-        print(
-            f"verl-disco: warning: node {node} does not see {', '.join(names)} of this one: what its processes write "
-            "stays there, and what they read must be there, too; use a disk that all nodes share",
-            flush=True,
-        )
+        problem = f"node {node} does not see {', '.join(names)} of this one: what its processes write stays there, and "
+        problem += "what they read must be there, too"
+        yield Finding("nodes", "", problem, "use a disk that all nodes share", warning=True)
 
 
 def what_is_not_seen(config: DictConfig, folder: Path | None) -> dict[str, list[str]]:
@@ -119,9 +119,10 @@ def is_listening(address: str) -> bool:
 def what_is_installed():
     """A function that Ray sends as code, since a node may not have this module: version by package, ``python``.
 
-    None for a package that is not there. The plugin's version ends in a digest of its files, because a checkout that
-    was not updated has the same number.
+    None for a package that is not there. The plugin's version ends in a digest of its files and of the recipes',
+    because a checkout that was not updated has the same number.
     """
+    packages = ["verl_ext", *(recipe.package for recipe in installed())]
 
     def found() -> dict[str, str | None]:
         import hashlib
@@ -137,14 +138,16 @@ def what_is_installed():
                 return None
 
         versions = {"python": sys.executable, "verl": of("verl"), "verl-disco": of("verl-disco")}
+        if versions["verl-disco"] is None:
+            return versions
         digest = hashlib.sha256()
-        for name in ("verl_ext", "recipe.disco"):
+        for name in packages:
             try:
                 spec = find_spec(name)
             except ModuleNotFoundError:
                 spec = None
             if spec is None:
-                return versions | {"verl-disco": None}
+                return versions | {"verl-disco": f"{versions['verl-disco']} without {name}"}
             folder = pathlib.Path(spec.origin).parent
             for file in sorted(f for kind in ("py", "yaml") for f in folder.rglob(f"*.{kind}")):
                 digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())

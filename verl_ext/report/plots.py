@@ -16,7 +16,7 @@ CURVES = {
     "length": ("response length, tokens", "response_length/mean"),
     "mixed": ("share of questions with right and wrong responses", "training/mixed_questions"),
 }
-"""File -> title, and the metric; where it was not logged, a recipe's for it."""
+"""File -> title, and the metric; where it was not logged, a recipe's."""
 
 SMOOTHING = 5
 """Steps of the running mean over curves of training; evaluations are drawn as they are."""

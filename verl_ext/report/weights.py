@@ -1,4 +1,4 @@
-"""Draws the weight that a method puts on a question, against the share p of its responses that are right.
+"""Draws each question's weight in a method's gradient as a function of its pass rate p.
 
     python -m verl_ext.report.weights [--out weights.png] [ALGORITHM[,OVERRIDE...] ...]
 
@@ -25,8 +25,10 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import ppo_loss
 
-ALGORITHMS = ("grpo", "dr_grpo", "disco", "real")
-"""What is drawn by default."""
+from verl_ext.recipes import installed
+
+ALGORITHMS = ("grpo", "dr_grpo")
+"""What is drawn by default, with what recipes name."""
 
 TOKENS = 8
 """Length of the constructed responses."""
@@ -52,7 +54,7 @@ def batch_loss(
     values: Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> Tensor:
-    """The loss that a method minimises on one mini-batch, by the functions that the trainer and the worker call.
+    """Compute the loss that a method minimises on one mini-batch, by the functions that trainer and worker call.
 
     Args:
         config: a composed configuration.
@@ -64,19 +66,17 @@ def batch_loss(
         entropy: (B, T) nats, for an entropy bonus.
     """
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-    if actor.policy_loss.loss_mode == "disco":
-        from recipe.disco import disco_loss
-        from recipe.disco.settings import parse
-
-        return disco_loss(
-            log_prob,
-            old_log_prob,
-            response_mask,
-            reward,
-            uid,
+    losses = {mode: loss for recipe in installed() for mode, loss in recipe.losses.items()}
+    if loss := losses.get(actor.policy_loss.loss_mode):
+        return loss(
+            config,
+            log_prob=log_prob,
+            old_log_prob=old_log_prob,
+            response_mask=response_mask,
+            reward=reward,
+            uid=uid,
             ref_log_prob=ref_log_prob,
-            **parse(config.disco).chosen(),
-        )[0]
+        )
 
     length = response_mask.sum(-1).long()
     rewards = torch.zeros_like(log_prob).scatter(1, length[:, None] - 1, reward[:, None].to(log_prob.dtype))
@@ -164,9 +164,10 @@ def draw(algorithms: Sequence[str], sizes: Sequence[int], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("algorithms", nargs="*", default=ALGORITHMS, metavar="ALGORITHM[,OVERRIDE...]")
+    default = [*ALGORITHMS, *(name for recipe in installed() for name in recipe.compared)]
+    parser.add_argument("algorithms", nargs="*", default=default, metavar="ALGORITHM[,OVERRIDE...]")
     parser.add_argument("--out", type=Path, default=Path("weights.png"))
-    parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="responses a question")
+    parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="responses per question")
     args = parser.parse_args()
     if "ppo" in args.algorithms:
         parser.error("ppo's weights come from a critic, of which there is none here; name other algorithms")

@@ -1,4 +1,4 @@
-"""Filter of verl's output: a line a training step, evaluations and refusals; the rest is dropped.
+"""Filters verl's output: one line per training step, evaluations and refusals; the rest is dropped.
 
 python -m verl.trainer.main_ppo ... 2>&1 | python -m verl_ext.tasks.arithmetic.progress
 """
@@ -11,10 +11,11 @@ from verl_ext.tasks.arithmetic.summary import pass_at_1
 STEP = re.compile(r"step:(\d+) - (.*)")
 # Validation metrics are printed as np.float64(...).
 VALUE = re.compile(r"([\w@/.-]+):(?:np\.\w+\()?(-?[\d.]+(?:e[+-]?\d+)?|nan|inf)")
+# A method's own KL, else verl's.
 SHOWN = {
     "reward": "critic/score/mean",
-    "mixed": "disco/groups_mixed",
-    "KL": "disco/kl",
+    "mixed": "training/mixed_questions",
+    "KL": "[^/]+/kl|actor/ppo_kl",
     "entropy": "actor/entropy",
     "seconds": "timing_s/step",
 }
@@ -26,7 +27,8 @@ def summarise(line: str) -> str | None:
     if match := STEP.search(line):
         values = {name: float(value) for name, value in VALUE.findall(match[2])}
         passed = list(pass_at_1(values).values())
-        shown = [f"{label} {values[name]:.3g}" for label, name in SHOWN.items() if name in values]
+        found = {label: [v for name, v in values.items() if re.fullmatch(of, name)] for label, of in SHOWN.items()}
+        shown = [f"{label} {numbers[0]:.3g}" for label, numbers in found.items() if numbers]
         if passed:
             shown.append(f"held-out pass@1 {sum(passed) / len(passed):.1%}")
         return f"step {int(match[1]):3d}   " + "   ".join(shown)

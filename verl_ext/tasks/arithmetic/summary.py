@@ -1,6 +1,6 @@
 """What an arithmetic run did, from its ``metrics.jsonl``: a short table on the terminal and plots beside the file.
 
-python -m verl_ext.tasks.arithmetic.summary outputs/arithmetic/disco,seed=1
+python -m verl_ext.tasks.arithmetic.summary outputs/arithmetic/grpo,seed=1
 """
 
 import argparse
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from verl_ext.recipes import metric_names
 from verl_ext.runs.folder import CONFIG_FILE, METRICS_FILE, read_metrics
 
 PLOTS = "plots.png"
@@ -25,9 +26,9 @@ def pass_at_1(row: dict) -> dict[int, float]:
 
 
 def overall(levels: dict[int, float], questions: int) -> tuple[float, float]:
-    """Mean over levels, and its standard error over ``questions`` in all, as if one response a question were drawn.
+    """Mean over levels, and its standard error over ``questions`` in all, as if one response per question were drawn.
 
-    An upper bound: several responses a question make it smaller.
+    An upper bound: several responses per question make it smaller.
     """
     mean = statistics.fmean(levels.values())
     variance = statistics.fmean(p * (1 - p) for p in levels.values())
@@ -53,8 +54,8 @@ def describe(run: Path) -> str:
     (p, p_error), (q, q_error) = overall(before, questions), overall(after, questions)
     lines += [f"  all        {p:6.1%} -> {q:6.1%}    (standard error below {max(p_error, q_error):.1%})", ""]
 
-    def span(label: str, name: str, form: str = ".3f") -> None:
-        values = [r[name] for r in steps if r.get(name) is not None]
+    def span(label: str, *names: str, form: str = ".3f") -> None:
+        values = [r[name] for r in steps for name in names if r.get(name) is not None]
         if values:
             head, tail = statistics.fmean(values[:5]), statistics.fmean(values[-5:])
             lines.append(f"  {label:28} {head:{form}} -> {tail:{form}}")
@@ -62,10 +63,10 @@ def describe(run: Path) -> str:
     lines.append("means of the first and of the last 5 steps:")
     lines.append("")
     span("reward in training", "critic/score/mean")
-    span("KL(old || new), nats per token", "disco/kl", ".2e")
+    span("KL(old || new), nats per token", *metric_names("kl", "actor/ppo_kl"), form=".2e")
     span("entropy, nats per token", "actor/entropy")
-    span("response length, tokens", "response_length/mean", ".1f")
-    span("share of mixed groups", "disco/groups_mixed")
+    span("response length, tokens", "response_length/mean", form=".1f")
+    span("share of mixed groups", "training/mixed_questions")
     seconds = statistics.median(r["timing_s/step"] for r in steps)
     lines += ["", f"{len(steps)} steps, median {seconds:.2f} s each"]
     checkpoints = sorted(run.glob("global_step_*"), key=lambda f: int(f.name.rsplit("_", 1)[1]))
@@ -93,11 +94,11 @@ def plot(run: Path) -> Path:
     axes[0, 0].set(title="pass@1 on held-out questions", ylim=(0, 1))
     axes[0, 0].legend(fontsize=7)
     panels = {
-        (0, 1): ("reward in training", ["critic/score/mean", "disco/groups_mixed"]),
+        (0, 1): ("reward in training", ["critic/score/mean", "training/mixed_questions"]),
         (0, 2): ("entropy (nats per token)", ["actor/entropy"]),
-        (1, 0): ("KL(old || new) (nats per token)", ["disco/kl"]),
-        (1, 1): ("coefficient of the KL", ["disco/coefficient"]),
-        (1, 2): ("response length (tokens)", ["disco/length_positive", "disco/length_negative"]),
+        (1, 0): ("KL(old || new) (nats per token)", metric_names("kl", "actor/ppo_kl")),
+        (1, 1): ("coefficient of the KL", metric_names("coefficient")),
+        (1, 2): ("response length (tokens)", metric_names("lengths") or ["response_length/mean"]),
     }
     for position, (title, names) in panels.items():
         axis = axes[position]

@@ -40,7 +40,7 @@ from verl_ext.tasks.math.layouts import QUESTION, Unusable, answers_of, columns_
 from verl_ext.tasks.math.reward import compute_score
 
 SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
-"""The published one (DisCO, arXiv 2505.12366)."""
+"""The published one (arXiv 2505.12366)."""
 
 ENDINGS = ".parquet, .jsonl or .json (also .gz of them)"
 ENDING = re.compile(r"(?<=[^/\\])\.(parquet|jsonl|json)(\.gz)?$", re.IGNORECASE)

@@ -6,7 +6,7 @@ For verl's custom reward function::
     reward.custom_reward_function.name=compute_score
     +reward.custom_reward_function.reward_kwargs.require_think=false
 
-Source of the rule: DisCO (arXiv 2505.12366), whose reward looks for a boxed answer after ``</think>``.
+Source of the rule: arXiv 2505.12366, whose reward looks for a boxed answer after ``</think>``.
 """
 
 import json

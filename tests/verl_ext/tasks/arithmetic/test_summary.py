@@ -64,13 +64,17 @@ def test_no_run_ends_with_a_message(tmp_path, monkeypatch):
         summary.main()
 
 
-def test_progress_shows_a_step_in_one_line():
+@pytest.mark.parametrize("kl", ["disco/kl", "actor/ppo_kl"])
+def test_progress_shows_a_step_in_one_line(kl):
     line = (
-        "(TaskRunnerV1 pid=1) step:7 - critic/score/mean:0.25 - disco/kl:1.5e-03 - actor/entropy:0.4"
+        "(TaskRunnerV1 pid=1) step:7 - critic/score/mean:0.25 - actor/kl_loss:9 - training/mixed_questions:0.5"
+        f" - {kl}:1.5e-03 - actor/entropy:0.4"
         " - timing_s/step:2.1 - val-core/level_1/acc/mean@1:np.float64(0.5) - val-core/level_2/acc/mean@1:0.25"
     )
     shown = progress.summarise(line)
-    assert shown.split() == ("step 7 reward 0.25 KL 0.0015 entropy 0.4 seconds 2.1 held-out pass@1 37.5%".split())
+    assert shown.split() == (
+        "step 7 reward 0.25 mixed 0.5 KL 0.0015 entropy 0.4 seconds 2.1 held-out pass@1 37.5%".split()
+    )
 
 
 @pytest.mark.parametrize("line", ["", "(WorkerDict pid=2) FutureWarning: step by step", "ray init kwargs: {}"])
