@@ -11,26 +11,34 @@ An objective sees one question that has right and wrong responses, and returns J
 Write plain differentiable torch: the weights dJ/ds are taken by autograd on the scores, over the whole mini-batch.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from recipe.disco.objectives import Group, Sides, register_objective
+from recipe.disco import Group, Objective, Sides, register_objective
 
 
 @register_objective("margin_by_length")
-def margin_by_length(group: Group, *, margin: float, surrogate_scale: float = 10.0) -> Sides:
+@dataclass(frozen=True)
+class MarginByLength(Objective):
     """Right responses should lead wrong ones, the short ones by more.
 
         J_q = mean over pairs (i right, j wrong) of log sigmoid( scale (s_i - s_j - m_i) )
         m_i = margin * (shortest right length) / |o_i|
 
     Args:
-        group: scores (P,), (N,) in nats a token, and lengths in tokens, of one question's right and wrong responses.
         margin: lead of the shortest right response, in units of the score; `+disco.options.margin=...`.
         surrogate_scale: steepness, 1 / units of the score; `+disco.options.surrogate_scale=...`.
     """
-    length = group.positive_length.to(group.positive)
-    lead = margin * length.min() / length
-    difference = group.positive[:, None] - group.negative[None, :] - lead[:, None]
-    gain = torch.nn.functional.logsigmoid(surrogate_scale * difference).mean()
-    # No natural second side: all of it is the first.
-    return Sides(gain, torch.zeros_like(gain))
+
+    margin: float
+    surrogate_scale: float = 10.0
+
+    def __call__(self, group: Group) -> Sides:
+        """Compute J_q from scores (P,), (N,) in nats per token and lengths in tokens."""
+        length = group.positive_length.to(group.positive)
+        lead = self.margin * length.min() / length
+        difference = group.positive[:, None] - group.negative[None, :] - lead[:, None]
+        gain = torch.nn.functional.logsigmoid(self.surrogate_scale * difference).mean()
+        # No natural second side: all of it is the first.
+        return Sides(gain, torch.zeros_like(gain))

@@ -1,21 +1,22 @@
 """The trust region KL(pi_old || pi_theta) <= delta: estimators of the KL, and controllers that turn it into a penalty.
 
-A controller maps the KL measured over a whole mini-batch to the penalty's value and to its derivative, the
-coefficient of grad KL in the training step. The paper's is :class:`SquaredHinge`. Evaluating it on the whole mini-batch
+A controller is a penalty, a function of the KL measured over a whole mini-batch; the penalty's derivative, taken by
+autograd, is the coefficient of grad KL in the training step. The paper's is :class:`SquaredHinge`. The whole mini-batch
 matters: the mean of squared hinges over micro-batches is not the squared hinge of the mean.
 
-Register another with :func:`register_controller`; its constructor's parameters are fields of ``DiscoConfig`` or among
-its ``options``.
+Register another with :func:`register_controller`; its fields are settings: fields of ``DiscoConfig`` or ``options``.
 """
 
-import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recipe.disco.registry import Registry, require_finite
+from recipe.disco.registry import Component, Registry, number, require_finite
 from recipe.disco.scores import masked
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -60,63 +61,47 @@ def kl_standard_error(kl_sum: Tensor, length: Tensor) -> float | None:
     return float((units / (units - 1) * residual.double().square().sum()).sqrt() / tokens)
 
 
-def relu(x):
-    """max(x, 0) for floats and, with a gradient, for tensors."""
-    return torch.clamp(x, min=0) if isinstance(x, Tensor) else max(x, 0.0)
+@dataclass
+class Controller(Component):
+    """Base class of controllers: a dataclass whose fields are its settings, and perhaps a state."""
 
-
-class Controller:
-    """Turns the measured KL into a penalty. Subclasses say how; one without state need not say more.
-
-    ``penalty`` takes a float or a 0-dim tensor (then with a gradient), ``coefficient`` is its derivative.
-    """
-
-    def penalty(self, kl):
-        """Value of the penalty added to -J."""
-        raise NotImplementedError
-
-    def coefficient(self, kl: float) -> float:
-        """d penalty / d KL."""
+    def penalty(self, kl: Tensor) -> Tensor:
+        """What is added to -J: a differentiable function of the KL, a 0-dim tensor."""
         raise NotImplementedError
 
     def end_step(self, kl: float) -> None:
         """Learn from ``kl``, the last KL measured in a training step (all updates on one rollout)."""
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """State that a checkpoint must hold, JSON-serialisable; empty for a controller without state."""
         return {}
 
-    def load_state_dict(self, state: Mapping) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
 
 
-CONTROLLERS: Registry[type[Controller]] = Registry("constraint")
-
-
-def register_controller(name: str) -> Callable[[type[Controller]], type[Controller]]:
-    """Class decorator: register a controller under the name that ``disco.constraint`` takes."""
-    return CONTROLLERS.register(name)
+CONTROLLERS: Registry[Controller] = Registry("constraint")
+register_controller = CONTROLLERS.register
+"""Class decorator: register a controller under the name that ``disco.constraint`` takes."""
 
 
 @register_controller("squared_hinge")
+@dataclass
 class SquaredHinge(Controller):
     """The paper's: (beta/2) max(KL - delta, 0)^2, with coefficient beta max(KL - delta, 0).
 
     The published scripts' beta = 1e3 is in this convention; the paper writes beta [.]^2 without the half.
     """
 
-    def __init__(self, delta: float, beta: float):
-        self.delta = require_finite("delta", delta, minimum=0)
-        self.beta = require_finite("beta", beta, minimum=0)
+    delta: float = number(minimum=0)
+    beta: float = number(minimum=0)
 
     def penalty(self, kl):
-        return self.beta / 2 * relu(kl - self.delta) ** 2
-
-    def coefficient(self, kl: float) -> float:
-        return self.beta * relu(kl - self.delta)
+        return self.beta / 2 * torch.relu(kl - self.delta) ** 2
 
 
 @register_controller("augmented_lagrangian")
+@dataclass
 class AugmentedLagrangian(Controller):
     """Augmented Lagrangian of an inequality: (max(0, lambda + rho (KL - delta))^2 - lambda^2) / (2 rho).
 
@@ -124,82 +109,88 @@ class AugmentedLagrangian(Controller):
     lambda <- max(0, lambda + rho (KL - delta)), so it settles where the constraint holds without a large rho.
     """
 
-    def __init__(self, delta: float, rho: float):
-        self.delta = require_finite("delta", delta, minimum=0)
-        self.rho = require_finite("rho", rho, above=0)
-        self.multiplier = 0.0
+    delta: float = number(minimum=0)
+    rho: float = number(above=0)
+    multiplier: float = field(default=0.0, init=False)
 
     def penalty(self, kl):
-        return (relu(self.multiplier + self.rho * (kl - self.delta)) ** 2 - self.multiplier**2) / (2 * self.rho)
+        return (torch.relu(self.multiplier + self.rho * (kl - self.delta)) ** 2 - self.multiplier**2) / (2 * self.rho)
 
-    def coefficient(self, kl: float) -> float:
-        return relu(self.multiplier + self.rho * (kl - self.delta))
+    def end_step(self, kl):
+        self.multiplier = max(0.0, self.multiplier + self.rho * (kl - self.delta))
 
-    def end_step(self, kl: float) -> None:
-        self.multiplier = relu(self.multiplier + self.rho * (kl - self.delta))
-
-    def state_dict(self) -> dict:
+    def state_dict(self):
         return {"multiplier": self.multiplier}
 
-    def load_state_dict(self, state: Mapping) -> None:
+    def load_state_dict(self, state):
         self.multiplier = require_finite("multiplier", state["multiplier"], minimum=0)
 
 
 @register_controller("fixed")
+@dataclass
 class Fixed(Controller):
     """coefficient * KL: plain KL regularisation towards pi_old, no trust region."""
 
-    def __init__(self, coefficient: float):
-        self._coefficient = require_finite("coefficient", coefficient, minimum=0)
+    coefficient: float = number(minimum=0)
 
     def penalty(self, kl):
-        return self._coefficient * kl
-
-    def coefficient(self, kl: float) -> float:
-        return self._coefficient
+        return self.coefficient * kl
 
 
 @register_controller("none")
+@dataclass
 class Unconstrained(Controller):
     """No penalty; the KL is still measured and logged."""
 
     def penalty(self, kl):
         return 0.0 * kl
 
-    def coefficient(self, kl: float) -> float:
-        return 0.0
+
+class Price(NamedTuple):
+    """A controller's penalty at a KL, and its derivative there, the coefficient of grad KL."""
+
+    penalty: float
+    coefficient: float
 
 
-def price(controller: Controller, kl: float) -> tuple[float, float]:
-    """The penalty at ``kl`` and its derivative, the coefficient.
+def price(controller: Controller, kl: float) -> Price:
+    """The penalty at ``kl`` and d penalty / d KL.
 
     Raises:
         ValueError: one of them is no finite number; names the controller and the KL.
     """
-    found = []
-    for part in ("penalty", "coefficient"):
-        value = getattr(controller, part)(kl)
-        if isinstance(value, Tensor):
-            value = value.item() if value.numel() == 1 else value.tolist()
-        found.append(require_finite(f"disco.constraint ({type(controller).__name__}): {part}({kl:g})", value))
-    return tuple(found)
+
+    def refuse(found: object) -> None:
+        raise ValueError(
+            f"disco.constraint={controller.name}: {found} at a KL of {kl:g}; penalty(kl) must be a finite number, "
+            "computed from kl by torch"
+        )
+
+    with torch.enable_grad():
+        leaf = torch.tensor(kl, dtype=torch.float64, requires_grad=True)
+        penalty = controller.penalty(leaf)
+        if not isinstance(penalty, Tensor) or penalty.shape != () or not penalty.requires_grad:
+            refuse(f"its penalty is {penalty}")
+        (coefficient,) = torch.autograd.grad(penalty, leaf)
+    found = Price(penalty.item(), coefficient.item())
+    for name, value in found._asdict().items():
+        if not math.isfinite(value):
+            refuse(f"its {name} is {value}")
+    return found
 
 
-def build_controller(kind: str, settings: Mapping) -> Controller:
-    """The controller registered as ``kind``, with those of ``settings`` that its constructor names.
+def build_controller(kind: str, settings: Mapping[str, Any]) -> Controller:
+    """A fresh controller of the kind registered as ``kind``, with those of ``settings`` that it owns.
 
     Raises:
         ValueError: for an unknown kind, a setting that is missing or out of range, or a state that no checkpoint can
             hold, naming it.
     """
-    cls = CONTROLLERS[kind]
-    wanted = inspect.signature(cls).parameters
-    for name, parameter in wanted.items():
-        if name not in settings and parameter.default is parameter.empty:
-            raise ValueError(f"constraint={kind} needs the setting {name!r}; give it as +disco.options.{name}=VALUE")
-    controller = cls(**{n: settings[n] for n in wanted if n in settings})
+    controller = CONTROLLERS.build(kind, settings)
     try:
         json.dumps(controller.state_dict(), allow_nan=False)
     except (TypeError, ValueError) as e:
-        raise ValueError(f"constraint={kind} has a state that JSON cannot hold ({e}): {controller.state_dict()}") from e
+        raise ValueError(
+            f"disco.constraint={kind} has a state that JSON cannot hold ({e}): {controller.state_dict()}"
+        ) from e
     return controller

@@ -11,42 +11,16 @@ so micro-batches may hold any rows, in any order, on any rank. :func:`micro_batc
 """
 
 from collections.abc import Hashable, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recipe.disco.constraint import CONTROLLERS, build_controller, kl_estimate, kl_standard_error, price
-from recipe.disco.metrics import group_metrics
-from recipe.disco.objectives import OBJECTIVES, evaluate, weigh
-from recipe.disco.registry import require_finite
-from recipe.disco.scores import at_least_float32, compute_score
-
-
-def question_ids(uid: Sequence[Hashable] | Tensor) -> list[int]:
-    """Number the questions 0, 1, ... in order of first appearance."""
-    uid = uid.tolist() if hasattr(uid, "tolist") else list(uid)
-    number: dict[Hashable, int] = {}
-    return [number.setdefault(u, len(number)) for u in uid]
-
-
-def require_numbers(name: str, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> None:
-    """Stop on NaN or infinity (at response tokens, if ``mask`` is given).
-
-    Args:
-        index: (B,) the samples' numbers in the batch, where ``x`` holds them in another order.
-
-    Raises:
-        ValueError: names the tensor and the first sample's index.
-    """
-    bad = ~torch.isfinite(x)
-    if mask is not None:
-        bad = (bad & mask).any(-1)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        sample = row if index is None else int(index[row])
-        raise ValueError(f"{name} of sample {sample} is NaN or infinite ({int(bad.sum())} of {len(bad)} samples are)")
+from recipe.disco.constraint import CONTROLLERS, build_controller, kl_estimate
+from recipe.disco.objectives import OBJECTIVES
+from recipe.disco.registry import require_finite, settings_of
+from recipe.disco.scores import SCORES, Score, at_least_float32, compute_score
+from recipe.disco.update import ScoreTable, plan_update, require_numbers
 
 
 def disco_loss(
@@ -86,14 +60,14 @@ def disco_loss(
         objective, score, kl_estimator: names; see :mod:`~recipe.disco.objectives`, :mod:`~recipe.disco.scores`,
             :mod:`~recipe.disco.constraint`.
         tau: temperature of the negatives' softmax, in units of the score; > 0. Published: 10 (log-L), 1 (L-ratio).
-        delta: radius of the trust region, in nats a token; >= 0. Published: 1e-4.
+        delta: radius of the trust region, in nats per token; >= 0. Published: 1e-4.
         beta: weight of the squared hinge; >= 0. Published: 1e3.
         ref_log_prob: (B, T) log-probabilities under the frozen reference, for scores that compare with it.
         rollout_is_weights: (B, T) importance weights of the tokens in the scores' gradient (a rollout correction); the
             KL, which is about the tokens that are trained on, has none.
         constraint: a controller without state, whose settings are among those above and ``settings``.
-        settings: of the objective and the constraint, by name: ``surrogate``, ``negatives``, ``top_share``, ``scale``,
-            ``length_temperature``, ``max_length``, ``coefficient``, ...
+        settings: of the objective, the score and the constraint, by name: ``surrogate``, ``negatives``, ``top_share``,
+            ``scale``, ``length_temperature``, ``max_length``, ``coefficient``, ...
 
     Returns:
         The true value of L, a 0-dim tensor of at least float32, and the metrics that ``README.md`` lists. A response
@@ -105,64 +79,74 @@ def disco_loss(
 
     Source: arXiv 2505.12366, Section 4 (DRO form and squared hinge penalty).
     """
-    require_finite("tau", tau, above=0)
-    require_finite("positive_threshold", positive_threshold)
-    used = {*signature(OBJECTIVES[objective]).parameters, *signature(CONTROLLERS[constraint]).parameters}
-    if unused := sorted(set(settings) - used):
-        raise ValueError(f"{unused[0]} is no setting of objective={objective!r} or constraint={constraint!r}")
+    owners = OBJECTIVES[objective], SCORES[score], CONTROLLERS[constraint]
+    if unused := sorted(set(settings).difference(*map(settings_of, owners))):
+        raise ValueError(f"{unused[0]} is no setting of {objective=}, {score=} or {constraint=}")
     settings |= {"tau": tau, "delta": delta, "beta": beta}
-    controller = build_controller(constraint, settings)
-    batch = len(log_prob)
-    for name, x, shape in (
-        ("old_log_prob", old_log_prob, log_prob.shape),
-        ("ref_log_prob", log_prob if ref_log_prob is None else ref_log_prob, log_prob.shape),
-        ("rollout_is_weights", log_prob if rollout_is_weights is None else rollout_is_weights, log_prob.shape),
-        ("response_mask", response_mask, log_prob.shape),
-        ("reward", reward, (batch,)),
-    ):
-        if tuple(x.shape) != tuple(shape) or log_prob.dim() != 2:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, log_prob {tuple(log_prob.shape)}; log_prob, old_log_prob and "
-                f"response_mask are (responses, tokens), reward is (responses,)"
-            )
-    if len(uid) != batch or getattr(uid, "ndim", 1) != 1:
-        raise ValueError(f"uid has shape {tuple(getattr(uid, 'shape', (len(uid),)))} for {batch} responses")
-    question = torch.tensor(question_ids(uid), dtype=torch.long, device=log_prob.device)
+    require_finite("positive_threshold", positive_threshold)
+    j, s, penalty = (
+        OBJECTIVES.build(objective, settings),
+        SCORES.build(score, settings),
+        build_controller(constraint, settings),
+    )
+
     mask = response_mask.bool()
+    check_inputs(log_prob, old_log_prob, mask, reward, uid, ref_log_prob, rollout_is_weights)
     log_prob, old_log_prob = at_least_float32(log_prob), at_least_float32(old_log_prob).detach()
-    require_numbers("reward", reward)
-    require_numbers("log_prob", log_prob, mask)
-    require_numbers("old_log_prob", old_log_prob, mask)
     if ref_log_prob is not None:
         ref_log_prob = at_least_float32(ref_log_prob).detach()
-        require_numbers("ref_log_prob", ref_log_prob, mask)
-    if rollout_is_weights is not None:
-        require_numbers("rollout_is_weights", rollout_is_weights, mask)
+    question = torch.tensor(question_ids(uid), dtype=torch.long, device=log_prob.device)
+    table = ScoreTable(
+        question=question,
+        size=question.bincount()[question],
+        index=torch.arange(len(log_prob)),
+        reward=reward,
+        length=mask.sum(-1),
+        score=compute_score(s, log_prob, old_log_prob, mask, ref_log_prob, rollout_is_weights),
+        kl=kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum(-1),
+        entropy=torch.full_like(reward, torch.nan, dtype=torch.float64),
+    )
+    plan = plan_update(table, j, penalty, positive_threshold=positive_threshold)
+    return plan.loss, plan.metrics
 
-    length, positive = mask.sum(-1), reward >= positive_threshold
-    s = compute_score(score, log_prob, old_log_prob, mask, ref_log_prob, rollout_is_weights)
-    kl_sum = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum(-1)
-    require_numbers(f"score={score}", s)
-    require_numbers("KL", kl_sum)
-    kl = kl_sum.sum() / length.sum().clamp(min=1)
-    j = evaluate(objective, s, positive, question, length, settings)
-    loss = -j.value + controller.penalty(kl)
 
-    _, weight = weigh(objective, s, positive, question, length, settings)
-    penalty, coefficient = price(controller, kl.item())
-    standard_error = kl_standard_error(kl_sum.detach(), length)
-    metrics = {
-        "loss": loss.item(),
-        "objective": j.value.item(),
-        "objective_positive": j.positive.item(),
-        "objective_negative": j.negative.item(),
-        "kl": kl.item(),
-        **({} if standard_error is None else {"kl_standard_error": standard_error}),
-        "coefficient": coefficient,
-        "penalty": penalty,
-        **group_metrics(s.detach(), positive, question, length, weight),
-    }
-    return loss, metrics
+def question_ids(uid: Sequence[Hashable] | Tensor) -> list[int]:
+    """Number the questions 0, 1, ... in order of first appearance."""
+    uid = uid.tolist() if hasattr(uid, "tolist") else list(uid)
+    number: dict[Hashable, int] = {}
+    return [number.setdefault(u, len(number)) for u in uid]
+
+
+def check_inputs(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    mask: Tensor,
+    reward: Tensor,
+    uid: Sequence[Hashable] | Tensor,
+    ref_log_prob: Tensor | None,
+    rollout_is_weights: Tensor | None,
+) -> None:
+    """Refuse inputs of :func:`disco_loss` whose shapes do not fit, or that are no numbers at response tokens.
+
+    Raises:
+        ValueError: names the tensor, and the shapes or the first response.
+    """
+    tokens = {"log_prob": log_prob, "old_log_prob": old_log_prob, "ref_log_prob": ref_log_prob}
+    tokens |= {"rollout_is_weights": rollout_is_weights}
+    shapes = {name: (x, log_prob.shape) for name, x in tokens.items() if x is not None}
+    shapes |= {"response_mask": (mask, log_prob.shape), "reward": (reward, log_prob.shape[:1])}
+    for name, (x, shape) in shapes.items():
+        if x.shape != shape or log_prob.dim() != 2:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, log_prob {tuple(log_prob.shape)}; log_prob, old_log_prob and "
+                "response_mask are (responses, tokens), reward is (responses,)"
+            )
+    if len(uid) != len(log_prob) or getattr(uid, "ndim", 1) != 1:
+        raise ValueError(f"uid has shape {tuple(getattr(uid, 'shape', (len(uid),)))} for {len(log_prob)} responses")
+    require_numbers("reward", reward)
+    for name, x in tokens.items():
+        if x is not None:
+            require_numbers(name, x.detach(), mask)
 
 
 def micro_batch_loss(
@@ -173,7 +157,7 @@ def micro_batch_loss(
     coefficient: float,
     num_tokens: int,
     *,
-    score: str = "log_l",
+    score: Score,
     kl_estimator: str = "k1",
     ref_log_prob: Tensor | None = None,
     rollout_is_weights: Tensor | None = None,
@@ -187,10 +171,10 @@ def micro_batch_loss(
     Args:
         log_prob, old_log_prob, response_mask, ref_log_prob, rollout_is_weights: (b, T), the micro-batch's rows, as in
             :func:`disco_loss`.
-        weight: (b,) w_i = dJ/ds_i from :func:`recipe.disco.objectives.weigh` on the whole mini-batch.
-        coefficient: c, the controller's, from the KL of the whole mini-batch.
-        num_tokens: N, response tokens of the whole mini-batch, over all ranks.
-        score, kl_estimator: names.
+        weight, coefficient, num_tokens: w_i (b,), c and N of the :class:`~recipe.disco.update.UpdatePlan` of the whole
+            mini-batch.
+        score: as the plan's table was measured by.
+        kl_estimator: its name.
     """
     mask, log_prob = response_mask.bool(), at_least_float32(log_prob)
     s = compute_score(score, log_prob, old_log_prob, mask, ref_log_prob, rollout_is_weights)

@@ -1,16 +1,15 @@
 """Typed settings of the method: the node ``disco``."""
 
 import functools
-from dataclasses import asdict, dataclass, field, fields
-from inspect import signature
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.disco.constraint import CONTROLLERS, KL_ESTIMATORS, Controller, build_controller
-from recipe.disco.objectives import NEGATIVES, OBJECTIVES, SURROGATES, select
-from recipe.disco.registry import require_finite
-from recipe.disco.scores import SCORES
+from recipe.disco.objectives import NEGATIVES, OBJECTIVES, SURROGATES, Objective
+from recipe.disco.registry import check, require_finite, settings_of
+from recipe.disco.scores import SCORES, Score
 
 MEASURES = {
     "exact": "scores and KL of the whole mini-batch are measured before each update; the gradient of L is exact",
@@ -20,7 +19,7 @@ MEASURES = {
 
 @dataclass
 class DiscoConfig:
-    """The ``disco`` node: the user's knobs. ``verl_ext/config/algorithm/disco.yaml`` gives values and sources.
+    """The ``disco`` node: the user's knobs. ``config/algorithm/disco.yaml`` gives values and sources.
 
     Args:
         objective: registered objective: disco (the discriminative family), disco_b, drpo, real.
@@ -34,7 +33,7 @@ class DiscoConfig:
         max_length: L of DRPO's length weights, tokens, > 0.
         kl_estimator: k1 or k3.
         constraint: registered controller: squared_hinge, augmented_lagrangian, fixed, none.
-        delta: radius of the trust region, nats a token, >= 0.
+        delta: radius of the trust region, nats per token, >= 0.
         kl_floor: KL at the same weights, as a run logged it (``disco/kl_floor``), >= 0; null: assumed by precision.
         beta: weight of the squared hinge, >= 0.
         rho: step of the augmented Lagrangian, > 0.
@@ -82,20 +81,16 @@ class DiscoConfig:
         ):
             if getattr(self, name) not in list(choices):
                 raise ValueError(f"disco.{name}={getattr(self, name)!r} is unknown; choose from {sorted(choices)}")
-        for name in ("tau", "scale", "length_temperature", "max_length", "top_share"):
-            require_finite(f"disco.{name}", getattr(self, name), above=0)
-        if self.top_share > 1:
-            raise ValueError(f"disco.top_share={self.top_share} is not a share; use a number in (0, 1]")
+        for setting, f in shipped_settings().items():
+            if setting in self.__dataclass_fields__:
+                check(f, getattr(self, setting))
         self._refuse_unused()
-        select(OBJECTIVES[self.objective], self.settings())
         require_finite("disco.positive_threshold", self.positive_threshold)
-        require_finite("disco.delta", self.delta, minimum=0)
         if self.kl_floor is not None:
             require_finite("disco.kl_floor", self.kl_floor, minimum=0)
-        require_finite("disco.beta", self.beta, minimum=0)
-        require_finite("disco.rho", self.rho, above=0)
-        require_finite("disco.coefficient", self.coefficient, minimum=0)
-        self.controller()
+        self.build_objective()
+        self.build_score()
+        self.build_controller()
         fixed_weights = self.surrogate == "identity" and (
             self.objective == "disco_b" or (self.objective, self.negatives) == ("disco", "mean")
         )
@@ -107,40 +102,56 @@ class DiscoConfig:
             )
 
     def _refuse_unused(self) -> None:
-        used = signature(OBJECTIVES[self.objective]).parameters
+        objective, used = settings_of(OBJECTIVES[self.objective]), self.used()
         for name in ("surrogate", "negatives", "top_share", "scale", "length_temperature", "max_length"):
             default, value = self.__dataclass_fields__[name].default, getattr(self, name)
             if name == "negatives" and self.objective == "disco_b" and value == "mean":
                 continue
-            if value != default and name not in used:
+            if value != default and name not in objective:
                 raise ValueError(
                     f"disco.{name}={value} has no effect with disco.objective={self.objective}; leave it at {default}, "
                     "or choose another objective (disco reads surrogate, negatives, top_share and scale)"
                 )
-        used = {*used, *signature(CONTROLLERS[self.constraint]).parameters}
         for name in self.options:
             if name in self.__dataclass_fields__:
                 raise ValueError(f"disco.options.{name} would hide disco.{name}; set disco.{name}")
             if name not in used:
                 raise ValueError(
-                    f"disco.options.{name} is no setting of disco.objective={self.objective} or "
-                    f"disco.constraint={self.constraint}; they read {sorted(used - {'group'})}"
+                    f"disco.options.{name} is no setting of disco.objective={self.objective}, disco.score={self.score} "
+                    f"or disco.constraint={self.constraint}; they read {sorted(used)}"
                 )
+
+    def used(self) -> set[str]:
+        """Names of the settings that the objective, the score and the controller own."""
+        owners = OBJECTIVES[self.objective], SCORES[self.score], CONTROLLERS[self.constraint]
+        return set().union(*map(settings_of, owners))
 
     def settings(self) -> dict[str, Any]:
         """All settings by name, those of ``options`` among them."""
         return asdict(self) | dict(self.options)
 
     def chosen(self) -> dict[str, Any]:
-        """The arguments of :func:`recipe.disco.disco_loss` that this objective and constraint use."""
-        settings = self.settings()
-        names = [*signature(OBJECTIVES[self.objective]).parameters, *signature(CONTROLLERS[self.constraint]).parameters]
-        common = ("objective", "score", "kl_estimator", "constraint", "positive_threshold")
-        return {n: settings[n] for n in (*common, *names) if n in settings}
+        """The arguments of :func:`recipe.disco.disco_loss` that make it this method."""
+        names = {"objective", "score", "kl_estimator", "constraint", "positive_threshold"} | self.used()
+        return {name: value for name, value in self.settings().items() if name in names}
 
-    def controller(self) -> Controller:
+    def build_objective(self) -> Objective:
+        """The objective with its settings."""
+        return OBJECTIVES.build(self.objective, self.settings())
+
+    def build_score(self) -> Score:
+        """The score with its settings."""
+        return SCORES.build(self.score, self.settings())
+
+    def build_controller(self) -> Controller:
         """A fresh controller for the constraint."""
         return build_controller(self.constraint, self.settings())
+
+
+def shipped_settings() -> dict[str, Field]:
+    """Settings of all that ships, by name, with their bounds: a wrong one is refused though it is not used."""
+    shipped = [r[name] for r in (OBJECTIVES, SCORES, CONTROLLERS) for name in r]
+    return {n: f for cls in shipped if cls.__module__.startswith("recipe.disco.") for n, f in settings_of(cls).items()}
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +19,27 @@ import ray
 import torch
 import verl  # noqa: F401  (first, whole: its plugins register this module's trainers while parts of it are imported)
 from omegaconf import DictConfig, OmegaConf
-from tensordict import TensorDict
 from verl.trainer.ppo.padding_utils import SYNTHETIC_PADDING_SEQ_LEN, upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, trainer_base
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
 
+from verl_ext.recipes import installed
 from verl_ext.runs.files import write_whole
 from verl_ext.runs.folder import METRICS_FILE
+from verl_ext.training.advantages import estimating
 from verl_ext.training.detached import DetachedWorker
 from verl_ext.training.grouping import deal
 from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_row
 from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
 from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function
+from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows
 from verl_ext.training.transfer import Batch, RowKey, parse_key, read, write
 from verl_ext.training.watch import Watch
 
-GROUP_FIELDS = (
-    *("group_id", "group_size", "sample_index", "sequence_reward", "fresh_old_log_probs", "mini_batch_id"),
-    *("entropy_logged", "local_step", "local_steps"),
-)
-"""Written by :class:`ExtendedTrainer` for workers that train on whole questions."""
-
-TOTALS = ("training/failed_questions", "training/padding_rows", "disco/measure_seconds")
+TOTALS = ("training/failed_questions", "training/padding_rows")
 """Metrics of which a step logs the sum, not the mean, over its local updates."""
 
 MOST_FAILED_REWARDS = 0.1
@@ -79,7 +76,7 @@ def tensors_alone(method: Callable, without: Iterable[str] = ()) -> Callable:
     return step
 
 
-for_forward_passes = functools.partial(tensors_alone, without=(*GROUP_FIELDS, "rollout_log_probs"))
+for_forward_passes = functools.partial(tensors_alone, without=(*ROW_FIELDS, "rollout_log_probs"))
 """For steps that evaluate a model on the responses and train nothing."""
 
 
@@ -96,6 +93,7 @@ class ExtendedTrainer:
     def __init__(self, config):
         if validator := OmegaConf.select(config, "verl_ext.validator"):
             load_class_from_fqn(validator, "validator")(config)
+        self._recipes_totals = [name for recipe in installed() for name in recipe.totals]
         self._whole_groups = bool(OmegaConf.select(config, "verl_ext.whole_groups", default=False))
         self._most_failed_rewards = most_failed_rewards(config)
         self._rewards, self._watch = Tally(), Watch(config)
@@ -318,22 +316,18 @@ class ExtendedTrainer:
         names = {name: i for i, name in enumerate(dict.fromkeys(group))}
         size = Counter(group)
         padding = plan.num_padding
-        fields = {
-            "group_id": [names[g] for g in group] + [-1] * padding,
-            "group_size": [size[g] for g in group] + [0] * padding,
-            "sample_index": list(range(len(group) + padding)),
-            "sequence_reward": reward + [0.0] * padding,
-            "fresh_old_log_probs": [self._old_log_probs_are_fresh()] * (len(group) + padding),
-            "entropy_logged": [not self._bypass_mode()] * (len(group) + padding),
-            "local_step": [self.local_trigger_step] * (len(group) + padding),
-            "local_steps": [self.parameter_sync_step] * (len(group) + padding),
-        }
+        order = torch.tensor(plan.order)
+        carried = Rows(
+            group_id=torch.tensor([names[g] for g in group] + [-1] * padding)[order],
+            group_size=torch.tensor([size[g] for g in group] + [0] * padding)[order],
+            sample_index=order,
+            sequence_reward=torch.tensor(reward + [0.0] * padding)[order],
+            mini_batch_id=torch.tensor(plan.mini_batch),
+        )
         # To a multiple of the size wanted: adds exactly what is missing.
         batch = upsample_batch_to_divisible_size(batch, len(group) + padding, self.tokenizer.eos_token_id)
         batch.reorder(plan.order)
-        fields = {k: torch.tensor([v[i] for i in plan.order]) for k, v in fields.items()}
-        fields["mini_batch_id"] = torch.tensor(plan.mini_batch)
-        write(batch, TensorDict(fields, batch_size=len(batch)))
+        write(batch, carried.columns())
 
         tokens = [*lengths, *[SYNTHETIC_PADDING_SEQ_LEN] * padding]
         by_rank = [[row for part in parts for row in part] for parts in zip(*plan.partitions, strict=True)]
@@ -366,7 +360,7 @@ class ExtendedTrainer:
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> Batch:
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
-        self._totals.update({name: metrics[name] for name in TOTALS if name in metrics})
+        self._totals.update({name: metrics[name] for name in (*TOTALS, *self._recipes_totals) if name in metrics})
         return batch
 
     def _fixed_micro_batches(self) -> list[int]:
@@ -388,9 +382,17 @@ class ExtendedTrainer:
             )
         return reward
 
-    def _old_log_probs_are_fresh(self) -> bool:
-        """Whether old_log_probs are those of the policy that is about to be updated."""
-        return not self._bypass_mode() and self.local_trigger_step == 0
+    def _facts(self) -> BatchFacts:
+        return BatchFacts(
+            old_log_probs_fresh=not self._bypass_mode() and self.local_trigger_step == 0,
+            entropy_logged=not self._bypass_mode(),
+            local_step=self.local_trigger_step,
+            local_steps=self.parameter_sync_step,
+        )
+
+    def _compute_advantage(self, batch: Batch, metrics: dict) -> Batch:
+        with estimating(self.config, lambda name: read(batch, [name]).to_padded_tensor()[name]):
+            return super()._compute_advantage(batch, metrics)
 
     def _bypass_mode(self) -> bool:
         """Whether old_log_probs are the rollout's, so that verl makes no pass for them and logs no entropy."""
@@ -420,6 +422,8 @@ class ExtendedTrainer:
 
     @tensors_alone
     def _update_actor(self, batch: Batch, metrics: dict) -> Batch:
+        if self._whole_groups:
+            batch.extra_info.update(asdict(self._facts()))
         batch = super()._update_actor(batch, metrics)
         if group := OmegaConf.select(self.config, "verl_ext.metrics"):
             for name in [k for k in metrics if k.startswith(f"actor/{group}/")]:

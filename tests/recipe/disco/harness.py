@@ -179,8 +179,12 @@ class Reference:
 
 def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
     """This rank's rows as verl's V1 trainer hands them to a worker: jagged tensors, padding rows of its making."""
+    from dataclasses import asdict
+
     from tensordict import TensorDict
     from verl.utils import tensordict_utils as tu
+
+    from verl_ext.training.rows import BatchFacts
 
     padding = dict(uid="pad", prompt=torch.ones(7, dtype=torch.long), response=torch.ones(1, dtype=torch.long))
     padding |= dict(mask=torch.zeros(1, dtype=torch.long), old=torch.zeros(1), ref=torch.zeros(1), reward=0.0)
@@ -211,10 +215,6 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
             sequence_reward=torch.tensor([r["reward"] for r in selected]),
             sample_index=torch.tensor(mine),
             mini_batch_id=torch.tensor([plan.mini_batch[rank * share + i] for i in range(share)]),
-            fresh_old_log_probs=torch.full((share,), case["fresh"]),
-            entropy_logged=torch.full((share,), True),
-            local_step=torch.zeros(share, dtype=torch.long),
-            local_steps=torch.ones(share, dtype=torch.long),
             **({"rollout_is_weights": jagged([r["rho"].float() for r in selected])} if case["correction"] else {}),
         ),
         batch_size=[share],
@@ -228,6 +228,7 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
         epochs=case["epochs"],
         seed=3,
         dataloader_kwargs={"shuffle": case["shuffle_mini_batches"]},
+        **asdict(BatchFacts(old_log_probs_fresh=case["fresh"], entropy_logged=True)),
     )
     return data
 

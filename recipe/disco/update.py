@@ -1,0 +1,186 @@
+"""What one update is: a row per response of the mini-batch -> a weight per response and one coefficient.
+
+    L = -J + penalty(KL),      dL/dlogp(i,t) = -w_i ds_i/dlogp(i,t) + c dKL/dlogp(i,t)
+
+:func:`plan_update` gives L, the weights w_i = dJ/ds_i and the coefficient c = d penalty / d KL. The executable
+definition (``loss.py``) and the training worker (``worker.py``) both call it, so they cannot drift apart.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from recipe.disco.constraint import Controller, kl_standard_error, price
+from recipe.disco.metrics import group_metrics
+from recipe.disco.objectives import Objective, evaluate, weigh
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """A mini-batch, one row per response, columns of shape (B,).
+
+    Attributes:
+        question: which question a response answers, any integers; < 0 for a padding row.
+        size: how many responses its question has in the whole batch.
+        index: the response's number in the batch, for messages.
+        reward: the summed reward, before any KL term.
+        length: response tokens.
+        score: s_i.
+        kl: the KL's estimate, summed over the response's tokens, in nats.
+        entropy: of the policy, summed over the response's tokens, in nats; NaN where it was not measured.
+    """
+
+    question: Tensor
+    size: Tensor
+    index: Tensor
+    reward: Tensor
+    length: Tensor
+    score: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+    def gathered(self, gather: Callable[[Tensor], Tensor]) -> "ScoreTable":
+        """The same table with the rows of all ranks.
+
+        Args:
+            gather: (B, columns) of this rank, float64 -> (all ranks' B, columns), the same on every rank.
+        """
+        device = self.score.device
+        columns = [getattr(self, f.name).to(device, torch.float64) for f in fields(self)]
+        question, size, index, reward, length, *rest = gather(torch.stack(columns, -1)).unbind(-1)
+        return ScoreTable(question.long(), size.long(), index.long(), reward, length.long(), *rest)
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """How a mini-batch is trained on.
+
+    Attributes:
+        loss: L, 0-dim; with a graph if the table's scores and KL have one.
+        weight: (B,) w_i = dJ/ds_i, float64, no graph.
+        coefficient: c = d penalty / d KL.
+        tokens: N, response tokens of the mini-batch; KL = (1/N) sum_i kl_i.
+        kl: the KL that the penalty was taken at, nats per token.
+        needs_gradient: (B,) bool: responses whose gradient is not 0, since w_i is not, or c is not.
+        metrics: as ``README.md`` lists them.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    coefficient: float
+    tokens: int
+    kl: float
+    needs_gradient: Tensor
+    metrics: dict[str, float]
+
+
+def plan_update(
+    table: ScoreTable,
+    objective: Objective,
+    controller: Controller,
+    *,
+    positive_threshold: float,
+    kl: float | None = None,
+) -> UpdatePlan:
+    """Weigh all responses of a mini-batch and price its KL.
+
+    Args:
+        table: the whole mini-batch, of all ranks.
+        positive_threshold: a response is positive when its reward is >= this, compared in float32.
+        kl: what the penalty is taken at where the table's KL was not measured; by default the table's.
+
+    Raises:
+        ValueError: NaN or infinity in the table, with the response's index; a question of which a part is missing; what
+            an objective or a controller gives and cannot be used.
+    """
+    check_table(table)
+    # In the rewards' own precision: a reward of 0.7 reaches a threshold of 0.7.
+    positive = table.reward.float() >= positive_threshold
+    rows = (table.score, positive, table.question, table.length)
+    tokens = int(table.length.sum())
+    measured = table.kl.sum() / max(tokens, 1)
+    in_force = measured if kl is None else torch.full_like(measured, kl)
+
+    j = evaluate(objective, *rows)
+    loss = -j.value + controller.penalty(in_force)
+    _, weight = weigh(objective, *rows)
+    penalty, coefficient = price(controller, in_force.item())
+
+    metrics = {
+        "loss": loss.item(),
+        "objective": j.value.item(),
+        "objective_positive": j.positive.item(),
+        "objective_negative": j.negative.item(),
+        **kl_metrics(controller, in_force.item()),
+        "coefficient": coefficient,
+        "penalty": penalty,
+        **{f"constraint_{k}": v for k, v in controller.state_dict().items() if isinstance(v, int | float)},
+        **group_metrics(table.score.detach(), *rows[1:], weight),
+        "questions": float(len(table.question[table.question >= 0].unique())),
+        "padding_rows": float((table.question < 0).double().mean()),
+        "no_mixed_group": float(not bool(weight.any())),
+    }
+    if kl is None:
+        metrics |= standard_error(table.kl.detach(), table.length)
+    if not table.entropy.isnan().any():
+        metrics["entropy"] = float(table.entropy.sum()) / max(tokens, 1)
+    needs_gradient = (table.length > 0) & ((weight != 0) | (coefficient != 0))
+    return UpdatePlan(loss, weight, coefficient, tokens, in_force.item(), needs_gradient, metrics)
+
+
+def kl_metrics(controller: Controller, kl: float) -> dict[str, float]:
+    """The KL, and whether it is over the controller's bound, if that has one."""
+    delta = getattr(controller, "delta", None)
+    return {"kl": kl} | ({} if delta is None else {"over_delta": float(kl > delta)})
+
+
+def standard_error(kl: Tensor, length: Tensor) -> dict[str, float]:
+    """The standard error of the mini-batch's KL, if there is one."""
+    error = kl_standard_error(kl, length)
+    return {} if error is None else {"kl_standard_error": error}
+
+
+def check_table(table: ScoreTable) -> None:
+    """Refuse what no update can be made of.
+
+    Raises:
+        ValueError: names the column and the first response's index, or the torn question.
+    """
+    real = table.question >= 0
+    for name, x in (
+        ("sequence_reward", torch.where(real, table.reward, 0.0)),
+        ("the score", torch.where(real & (table.length > 0), table.score.detach(), 0.0)),
+        ("KL", torch.where(real, table.kl.detach(), 0.0)),
+        # Without a token the weight is 0, but 0 times NaN is NaN.
+        ("the score (0, say, for a response without a token)", table.score.detach()),
+    ):
+        require_numbers(name, x, index=table.index)
+    ids, inverse, counts = table.question.unique(return_inverse=True, return_counts=True)
+    torn = real & (counts[inverse] != table.size)
+    if torn.any():
+        row = int(torn.nonzero()[0])
+        raise ValueError(
+            f"question {int(table.question[row])} has {int(counts[inverse][row])} of its {int(table.size[row])} "
+            "responses in this mini-batch: DisCO needs all of them there; train with verl_ext's trainer and do not "
+            "reorder its batches"
+        )
+
+
+def require_numbers(name: str, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> None:
+    """Stop on NaN or infinity (at response tokens, if ``mask`` is given).
+
+    Args:
+        index: (B,) the responses' numbers in the batch, where ``x`` holds them in another order.
+
+    Raises:
+        ValueError: names the tensor and the first response's index.
+    """
+    bad = ~torch.isfinite(x)
+    if mask is not None:
+        bad = (bad & mask).any(-1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        sample = row if index is None else int(index[row])
+        raise ValueError(f"{name} of sample {sample} is NaN or infinite ({int(bad.sum())} of {len(bad)} samples are)")

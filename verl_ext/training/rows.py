@@ -1,0 +1,70 @@
+"""What a batch carries for workers that train on whole questions: made by the trainer, read by the worker."""
+
+from dataclasses import asdict, dataclass, fields
+
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Facts about each row, columns of shape (B,).
+
+    Attributes:
+        group_id: int, number of the question that the row answers; -1 for a padding row.
+        group_size: int, rows of that question in the whole batch; 0 for a padding row.
+        sample_index: int, number of the row in the batch before it was dealt.
+        sequence_reward: float, the summed reward, before any KL term.
+        mini_batch_id: int, the mini-batch that the row was dealt to.
+    """
+
+    group_id: Tensor
+    group_size: Tensor
+    sample_index: Tensor
+    sequence_reward: Tensor
+    mini_batch_id: Tensor
+
+    @classmethod
+    def of(cls, data: TensorDict) -> "Rows":
+        """Read the columns of a batch on a worker."""
+        return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+    def columns(self) -> TensorDict:
+        """The columns as they are stored."""
+        return TensorDict(asdict(self), batch_size=len(self.group_id))
+
+
+ROW_FIELDS = tuple(f.name for f in fields(Rows))
+
+
+@dataclass(frozen=True)
+class BatchFacts:
+    """Facts about a batch as a whole, which travel beside the rows (``KVBatchMeta.extra_info``).
+
+    Attributes:
+        old_log_probs_fresh: old_log_probs are those of the policy that is about to be updated.
+        entropy_logged: verl's pass for old_log_probs has logged the policy's entropy.
+        local_step: which update between two weight synchronisations this is, from 0.
+        local_steps: how many there are.
+    """
+
+    old_log_probs_fresh: bool
+    entropy_logged: bool
+    local_step: int = 0
+    local_steps: int = 1
+
+    @classmethod
+    def of(cls, data: TensorDict) -> "BatchFacts":
+        """Read the facts of a batch on a worker."""
+        return cls(**{f.name: tu.get(data, f.name) for f in fields(cls)})
+
+    @property
+    def at_rollout_weights(self) -> bool:
+        """Whether the policy is the one that generated the responses, but for the updates made on this batch."""
+        return self.local_step == 0
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether no further update comes before the next weight synchronisation."""
+        return self.local_step == self.local_steps - 1
