@@ -40,7 +40,7 @@ own places, and on a cluster the number of GPUs follows from the allocation."""
 
 
 def job_name(job: DictConfig, overrides: Sequence[str], swept: Collection[str] = ()) -> str:
-    """``grpo,grpo.kl_coef=0,seed=2``: algorithm, the overrides that change results, seed; cut, with a hash, at 120 bytes.
+    """``grpo,data.seed=3,seed=2``: algorithm, the overrides that change results, seed; cut, with a hash, at 120 bytes.
 
     Args:
         job: the job's settings.
