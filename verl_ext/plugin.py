@@ -98,7 +98,7 @@ def _register_recipes(_module) -> None:
 
     for recipe in installed():
         for name in recipe.registering:
-            getattr(import_whole(name), "register", lambda: None)()
+            import_whole(name).register()
 
 
 try:

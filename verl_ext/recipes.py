@@ -23,6 +23,9 @@ GROUP = "verl_ext.recipes"
 CONFIG = "verl_ext.config"
 """Package of our own config groups, one directory each."""
 
+DEFAULT_ALGORITHM = "ppo"
+"""The option of ``algorithm`` that leaves verl's own settings as they are."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -100,6 +103,11 @@ def options(group: str) -> dict[str, Path]:
     # Of two of a name, Hydra takes the first.
     found = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
     return dict(sorted(found.items()))
+
+
+def describe_algorithms() -> dict[str, str]:
+    """Options of ``algorithm=NAME`` -> the comment in the second line of its YAML file (the first is the package)."""
+    return {name: file.read_text().splitlines()[1].lstrip("# ") for name, file in options("algorithm").items()}
 
 
 def groups() -> set[str]:

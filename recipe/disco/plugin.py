@@ -29,7 +29,11 @@ def batch_loss(
 
 def kl_bound(settings: Mapping[str, Any]) -> float | None:
     """``disco.delta``, where the constraint knows one."""
-    bounded = settings.get("disco.constraint") in ("squared_hinge", "augmented_lagrangian")
+    from recipe.disco.constraint import CONTROLLERS
+    from recipe.disco.registry import settings_of
+
+    name = settings.get("disco.constraint")
+    bounded = name in list(CONTROLLERS) and "delta" in settings_of(CONTROLLERS[name])
     return settings.get("disco.delta") if bounded else None
 
 

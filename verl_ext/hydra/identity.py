@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_ext.hydra.config_source import DEFAULT_ALGORITHM
+from verl_ext.recipes import DEFAULT_ALGORITHM
 from verl_ext.runs.folder import (
     CHECKPOINT_FILE,
     CONFIG_FILE,

@@ -25,9 +25,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from verl_ext.hydra.config_source import DEFAULT_ALGORITHM
 from verl_ext.hydra.identity import changes_results
 from verl_ext.hydra.paths import as_override, settled
+from verl_ext.recipes import DEFAULT_ALGORITHM
 from verl_ext.runs.folder import FINISHED_FILE, LOG_FILE, is_finished, without_hydra
 
 LONGEST_NAME = 120

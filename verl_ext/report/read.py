@@ -13,7 +13,6 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from verl_ext import recipes
-from verl_ext.hydra.config_source import DEFAULT_ALGORITHM
 from verl_ext.runs.folder import (
     CONFIG_FILE,
     FINISHED_FILE,
@@ -68,7 +67,7 @@ class Run:
 
     @property
     def algorithm(self) -> str:
-        return one_line(self.settings.get("verl_ext.algorithm", DEFAULT_ALGORITHM))
+        return one_line(self.settings.get("verl_ext.algorithm", recipes.DEFAULT_ALGORITHM))
 
     @property
     def seed(self) -> str:
