@@ -7,7 +7,6 @@ from verl.utils.torch_dtypes import PrecisionType
 
 from recipe.disco.scores import SCORES
 from recipe.disco.settings import DiscoConfig, parse
-from verl_ext.preflight.lost_updates import refuse_adapters_left_behind
 
 ENGINES = ("fsdp", "fsdp2", "megatron")
 """verl's training engines that the exact update is made for."""
@@ -65,7 +64,6 @@ def validate(config: DictConfig) -> None:
         refuse("actor_rollout_ref.actor.use_prefix_grouper", True, "it is not supported; use false")
     _refuse_corrections_without_effect(disco, get, refuse)
     _refuse_delta_below_the_floor(disco, get, refuse)
-    refuse_adapters_left_behind(config)
     if actor.strategy not in ENGINES:
         refuse("actor_rollout_ref.actor.strategy", actor.strategy, f"it is not tested; use one of {', '.join(ENGINES)}")
     virtual = get("actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size")

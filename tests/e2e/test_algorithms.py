@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from verl_ext.hydra.config_source import describe_algorithms
+from verl_ext.recipes import describe_algorithms
 
 FEW = ("ppo", "dapo")
 """A critic, and dynamic sampling. The other code paths are in test_disco (measured mini-batches) and test_two_nodes (a

@@ -27,14 +27,10 @@ from verl_ext.hydra.identity import take_folder
 from verl_ext.hydra.lock import hold
 from verl_ext.hydra.paths import settle, unsettled
 from verl_ext.preflight import composition
-from verl_ext.preflight.findings import run_checks
-from verl_ext.preflight.lost_updates import check_lost_updates, refuse_adapters_left_behind
-from verl_ext.preflight.nodes import check_nodes
-from verl_ext.preflight.references import refuse_missing_reward
-from verl_ext.preflight.unread import check_unread
-from verl_ext.preflight.values import check_values
+from verl_ext.preflight.checks import Needs, refuse
+from verl_ext.preflight.composition import Run
 from verl_ext.runs.files import write_whole
-from verl_ext.runs.folder import CONFIG_FILE, FINISHED_FILE, what_is_left, without_hydra
+from verl_ext.runs.folder import CONFIG_FILE, FINISHED_FILE, what_is_left
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
@@ -88,9 +84,8 @@ class JobCallback(Callback):
                 warning and goes on, so nothing less would stop the run.
         """
         with _refusals():
-            refuse_wrong_overrides(config)
             given = {sweep.name_of(o) for o in OmegaConf.to_container(config.hydra.overrides.task)}
-            self._lock = before_job(without_hydra(config), given)
+            self._lock = before_job(composition.of_job(config), given)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Mark a run that is finished. Shut Ray down: verl starts it once a process, which may run several jobs."""
@@ -130,31 +125,11 @@ def mark_finished(config: DictConfig, folder: Path) -> None:
         (folder / FINISHED_FILE).touch()
 
 
-def refuse_wrong_overrides(config: DictConfig) -> None:
-    """Refuse what the doctor finds in the settings alone: names that nothing reads, values that cannot be right.
-
-    A run of stock verl, without the node ``verl_ext``, is told and goes on.
-
-    Raises:
-        ValueError: names each setting, what was found and what would be right.
-    """
-    composed = composition.of_job(config)
-    settings, wrong = composition.names(composed.config), []
-    for finding in run_checks([check_unread, check_values, check_lost_updates], composed):
-        # A check that fails itself bears its own name, and says nothing about the settings.
-        if finding.name in settings and not finding.warning and "verl_ext" in composed.config:
-            wrong.append(f"{finding.problem}; {finding.fix}")
-        else:
-            print(f"verl-disco: warning: {finding.problem}; {finding.fix}", flush=True)
-    if wrong:
-        raise ValueError("; ".join(wrong))
-
-
-def before_job(config: DictConfig, given: Collection[str] = ()) -> BaseFileLock | None:
+def before_job(run: Run, given: Collection[str] = ()) -> BaseFileLock | None:
     """All that happens between the composed settings and verl's ``main``.
 
     Args:
-        config: the settings.
+        run: the run; its folder is set.
         given: full names of what the command line sets.
 
     Returns:
@@ -163,97 +138,33 @@ def before_job(config: DictConfig, given: Collection[str] = ()) -> BaseFileLock 
     Raises:
         ValueError: the settings are refused, or the folder is.
     """
+    config = run.composed
     if OmegaConf.select(config, "trainer.device") == "cpu":
         cpu.request()
-        cpu.check(config)
-    settings = config.get("verl_ext")
+    refuse(run, Needs.OVERRIDES)
     for name, value in unsettled(config).items():
         raise ValueError(f"{name}={value} is known to Hydra's own process only; give its value")
-    if settings:
-        refuse_unsupported_trainer(config)
-        refuse_wrong_asynchrony(config)
-        refuse_missing_reward(config)
-        if name := settings.get("validator"):
-            get_method(name)(config)
+    refuse(run, Needs.CODE, Needs.SETTINGS)
+    prepare = OmegaConf.select(config, "verl_ext.prepare")
+    if not prepare:
+        refuse(run, Needs.FILES)
     with ExitStack() as undo:
-        lock = folder = None
+        lock = None
         if place := OmegaConf.select(config, "trainer.default_local_dir"):
-            folder = Path(place)
+            run.folder = Path(place)
             try:
-                lock = hold(folder)
+                lock = hold(run.folder)
             except OSError as e:
-                raise ValueError(f"trainer.default_local_dir={folder} cannot be used: {e.strerror}") from e
+                raise ValueError(f"trainer.default_local_dir={place} cannot be used: {e.strerror}") from e
             if lock is not None:
                 undo.callback(lock.release)
-        if settings:
-            check_nodes(config, folder)
-        if folder is not None:
-            take_folder(config, folder, given)
-            (folder / FINISHED_FILE).unlink(missing_ok=True)
-            write_whole(folder / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True).encode())
-        if settings and (name := settings.get("prepare")):
-            get_method(name)(config)
+        refuse(run, Needs.CLUSTER)
+        if run.folder is not None:
+            take_folder(config, run.folder, given)
+            (run.folder / FINISHED_FILE).unlink(missing_ok=True)
+            write_whole(run.folder / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True).encode())
+        if prepare:
+            get_method(prepare)(config)
+            refuse(run, Needs.FILES)
         undo.pop_all()
     return lock
-
-
-def refuse_wrong_asynchrony(config: DictConfig) -> None:
-    """Refuse what verl's asynchronous trainers would refuse only after Ray has started, or train to no effect.
-
-    Raises:
-        ValueError: names the setting, what was found and what would be right.
-    """
-    refuse_adapters_left_behind(config)
-    mode = OmegaConf.select(config, "trainer.v1.trainer_mode")
-    if mode not in ("colocate_async", "separate_async"):
-        return
-    where = f"trainer.v1.trainer_mode={mode}"
-    rollout = config.actor_rollout_ref.rollout
-    manager = str(rollout.agent.get("agent_loop_manager_class"))
-    if manager.endswith("BatchAgentLoopManager"):
-        raise ValueError(
-            f"actor_rollout_ref.rollout.agent.agent_loop_manager_class={manager} waits until a whole batch is "
-            f"generated, and {where} trains meanwhile; set it to null"
-        )
-    if mode != "separate_async":
-        return
-    batch, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
-    steps = config.trainer.v1.separate_async.parameter_sync_step
-    if batch != steps * mini:
-        raise ValueError(
-            f"data.train_batch_size={batch} does not work with {where}: it must be "
-            f"trainer.v1.separate_async.parameter_sync_step={steps} x "
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} = {steps * mini}"
-        )
-    for name in ("nnodes", "n_gpus_per_node"):
-        if rollout[name] <= 0:
-            raise ValueError(
-                f"actor_rollout_ref.rollout.{name}={rollout[name]} leaves no devices for the rollouts of {where}; use "
-                "at least 1"
-            )
-    if rollout.checkpoint_engine.backend == "naive":
-        raise ValueError(
-            f"actor_rollout_ref.rollout.checkpoint_engine.backend=naive does not reach the rollouts of {where}; use "
-            "nccl, or on a CPU ray with custom_backend_module=verl_ext.cpu.checkpoint_engine"
-        )
-
-
-def refuse_unsupported_trainer(config: DictConfig) -> None:
-    """Refuse verl's trainers that would ignore the extensions which the node ``verl_ext`` asks for.
-
-    Raises:
-        ValueError: names the setting, what was found and what would be right.
-    """
-    wanted = [key for key in ("actor_worker_class", "whole_groups") if config.verl_ext.get(key)]
-    if not wanted:
-        return
-    if not config.trainer.use_v1:
-        raise ValueError(
-            f"trainer.use_v1=False is verl's legacy trainer, which knows nothing of verl_ext.{wanted[0]}; "
-            "set trainer.use_v1=True"
-        )
-    # The node that tells the configs of verl.experimental's trainers from those of main_ppo.
-    if "rollout" in config:
-        raise ValueError(
-            f"verl.experimental's trainers know nothing of verl_ext.{wanted[0]}; run python -m verl.trainer.main_ppo"
-        )

@@ -1,60 +1,89 @@
 """A run's settings as ``verl.trainer.main_ppo`` composes them, and what they would be without the user's values."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_ext.preflight.findings import Finding, by_nearness, first_lines, nearest
+from verl_ext.preflight.data import Data
+from verl_ext.preflight.nodes import cluster_address
 from verl_ext.runs.folder import full_names, without_hydra
 
 PRIMARY = "ppo_trainer"
 
 
-@dataclass(frozen=True)
-class Composition:
-    """``config`` as composed, interpolations and all; ``plain``: the same groups (algorithm, experiment ...) alone."""
+@dataclass
+class Run:
+    """What every check is given.
 
-    config: DictConfig
+    Args:
+        composed: the settings as composed, interpolations and all.
+        plain: the same groups (algorithm, experiment ...) alone.
+        folder: the run's, once a start has it.
+    """
+
+    composed: DictConfig
     plain: DictConfig
+    folder: Path | None = None
+
+    @cached_property
+    def config(self) -> DictConfig:
+        """The settings as verl's trainer sees them: interpolations resolved, old names of the reward's settings moved.
+
+        Raises:
+            omegaconf.errors.OmegaConfBaseException: an interpolation does not resolve.
+        """
+        from verl.experimental.reward_loop import migrate_legacy_reward_impl
+
+        config = self.composed.copy()
+        OmegaConf.resolve(config)
+        return migrate_legacy_reward_impl(config)
+
+    @cached_property
+    def data(self) -> Data:
+        return Data(self.config)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the run asks for none of our extensions."""
+        return "verl_ext" not in self.composed and OmegaConf.select(self.composed, "trainer.device") != "cpu"
+
+    def is_elsewhere(self, path: str) -> bool:
+        """Whether a path is the cluster's: behind Ray's client, or in the folder that Ray unpacks on each node."""
+        ray = OmegaConf.to_container(OmegaConf.select(self.config, "ray_kwargs.ray_init") or OmegaConf.create())
+        packed = bool((ray.get("runtime_env") or {}).get("working_dir"))
+        return str(cluster_address(ray)).startswith("ray://") or (
+            packed and not os.path.isabs(os.path.expanduser(path))
+        )
 
 
-def compose(overrides: Sequence[str]) -> Composition:
+def compose(overrides: Sequence[str]) -> Run:
     """Compose what ``main_ppo`` would get.
 
     Raises:
-        Exception: of Hydra's; :func:`explain` says what it means.
+        Exception: of Hydra's; :func:`verl_ext.preflight.errors.explain` says what it means.
     """
-    with _verl_configs():
+    with verl_configs():
         import hydra
 
-        return Composition(hydra.compose(PRIMARY, overrides=list(overrides)), _plain(PRIMARY, overrides))
+        return Run(hydra.compose(PRIMARY, overrides=list(overrides)), groups_alone(PRIMARY, overrides))
 
 
-def of_job(config: DictConfig) -> Composition:
+def of_job(config: DictConfig) -> Run:
     """The same for the job that Hydra is about to start."""
-    plain = _plain(config.hydra.job.config_name, config.hydra.overrides.task)
-    return Composition(without_hydra(config), plain)
+    return Run(without_hydra(config), groups_alone(config.hydra.job.config_name, config.hydra.overrides.task))
 
 
-def resolved(composition: Composition) -> DictConfig:
-    """The settings as verl's trainer sees them: all interpolations resolved, old names of the reward's settings moved.
-
-    Raises:
-        ValueError: a setting that the run needs has no value.
-        omegaconf.errors.OmegaConfBaseException: an interpolation does not resolve.
-    """
-    from verl.experimental.reward_loop import migrate_legacy_reward_impl
-
-    for setting in walk(OmegaConf.to_container(composition.config, resolve=False)):
-        # A rollout engine of a reward model that is not used, and the like, may be missing.
-        if setting.value == "???" and not setting.name.startswith(("reward", "distillation.", "critic.model")):
-            raise ValueError(f"{setting.name} is not set; give {setting.name}=...")
-    config = composition.config.copy()
-    OmegaConf.resolve(config)
-    return migrate_legacy_reward_impl(config)
+def unset(config: DictConfig) -> list[str]:
+    """Names of the settings that a run needs and that have no value."""
+    # A rollout engine of a reward model that is not used, and the like, may be missing.
+    unused = ("reward", "distillation.", "critic.model")
+    settings = walk(OmegaConf.to_container(config, resolve=False))
+    return [s.name for s in settings if s.value == "???" and not s.name.startswith(unused)]
 
 
 def names(config: DictConfig) -> set[str]:
@@ -64,14 +93,16 @@ def names(config: DictConfig) -> set[str]:
     return {".".join(p[:i]) for p in parts for i in range(1, len(p) + 1)} - {""}
 
 
-def _verl_configs():
+def verl_configs():
+    """A context in which Hydra composes verl's configs."""
     import hydra
     import verl  # noqa: F401  (loads the plugin, which makes the config groups)
 
     return hydra.initialize_config_module("verl.trainer.config", version_base=None)
 
 
-def _plain(primary: str, overrides: Sequence[str]) -> DictConfig:
+def groups_alone(primary: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose the groups among these overrides, without the values; Hydra must be initialised."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -136,63 +167,3 @@ def _dataclass_named(target: str | None) -> type | None:
         # A wrong _target_ is named where the dataclass is made.
         return None
     return found if is_dataclass(found) else None
-
-
-# Hydra's errors -------------------------------------------------------------------------------------------------------
-
-
-def explain(e: Exception, overrides: Sequence[str]) -> Finding:
-    """What keeps the overrides from composing, in one sentence, with the nearest that would."""
-    from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
-
-    text, fix = first_lines(e).split(" See https://hydra.cc")[0], "fix the override that it names"
-    if isinstance(e, MissingConfigException) and e.options:
-        group, _, name = (e.missing_cfg_file or "").rpartition("/")
-        text = f"there is no {group}={name}"
-        fix = f"use one of {', '.join(by_nearness(name, e.options))}"
-    elif isinstance(e, OverrideParseException):
-        text = f"the override {e.override!r} cannot be read: {text}"
-        fix = "write name=value; quote a value with commas, brackets, spaces or signs: \"name='value'\""
-    elif isinstance(e, ConfigCompositionException):
-        override = next((o for o in overrides if f"'{_name(o)}'" in text), "")
-        if "No match in the defaults list" in text:
-            text, fix = f"the group {_name(override)} has no option yet", f"write +{override}"
-        elif "Could not override" in text and override:
-            text, fix = _unknown(override, overrides)
-        elif "Could not append" in text:
-            fix = f"drop the +, or write ++{override.lstrip('+')}"
-        elif "Could not delete" in text:
-            near = nearest(_name(override), names(_plain_of(overrides)))
-            fix = f"nearest: ~{', ~'.join(near)}" if near else fix
-        elif "Multiple values for" in text:
-            group = text.split("Multiple values for ")[1].split(".")[0]
-            text, fix = f"{group} has a value already, so + does not fit it", f"write {group}=NAME, without the +"
-        elif "Ambiguous value" in text:
-            fix = "write a list as name=[a,b]; sweeps are for python -m verl.trainer.main_ppo -m"
-    return Finding("settings", "", f"the settings do not compose: {text}", fix)
-
-
-def _name(override: str) -> str:
-    return override.split("=")[0].lstrip("+~")
-
-
-def _plain_of(overrides: Sequence[str]) -> DictConfig:
-    with _verl_configs():
-        return _plain(PRIMARY, overrides)
-
-
-def _unknown(override: str, overrides: Sequence[str]) -> tuple[str, str]:
-    """Problem and fix of an override, without a plus, of what the configuration has not."""
-    from verl_ext.preflight.unread import is_read, names_of_groups, suggestions
-
-    name = _name(override)
-    plain = _plain_of(overrides)
-    if OmegaConf.select(plain, name, throw_on_missing=False) is not None:
-        return f"{override} adds keys to {name}", f"write ++{override}"
-    if is_read(name, plain):
-        return f"{name} is not in the configuration, though verl reads it", f"write +{override}"
-    if name in names_of_groups():
-        fix = "leave it out, or choose what has it; in a sweep over both, write ++"
-        return f"{name} is not in this run, but in another algorithm or experiment", fix
-    near = suggestions(name, plain)
-    return f"there is no setting {name}", f"nearest: {', '.join(near)}" if near else "leave it out"

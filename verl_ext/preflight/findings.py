@@ -14,7 +14,7 @@ from typing import Any
 class Finding:
     """One line of the report; wrong if it has a ``problem``, and then ``fix`` says what to do.
 
-    A ``warning`` is a problem that need not be one.
+    A ``warning`` is a problem that need not be one; an ``error`` is what kept a check from finding anything.
     """
 
     name: str
@@ -22,6 +22,10 @@ class Finding:
     problem: str = ""
     fix: str = ""
     warning: bool = False
+    error: Exception | None = None
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.fix}" if self.fix else self.problem
 
 
 def run_checks(
@@ -38,7 +42,7 @@ def run_checks(
         except Exception as e:
             name = check.__name__.removeprefix("check_")
             problem = f"checking {name} failed: {type(e).__name__}: {first_lines(e)}"
-            found.append(Finding(name, "", problem, f"fix the error above{hint}"))
+            found.append(Finding(name, "", problem, f"fix the error above{hint}", error=e))
         yield from found
 
 

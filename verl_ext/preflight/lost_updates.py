@@ -2,40 +2,39 @@
 
 from collections.abc import Iterator
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from verl.utils.torch_dtypes import PrecisionType
 
-from verl_ext.preflight.composition import Composition
+from verl_ext.preflight.composition import Run
 from verl_ext.preflight.findings import Finding
 
 
-def refuse_adapters_left_behind(config: DictConfig) -> None:
-    """Refuse LoRA where verl 0.9.1 sends its rollouts the frozen base weights alone.
-
-    Raises:
-        ValueError: names the setting, what was found and what would be right.
-    """
-    if OmegaConf.select(config, "trainer.v1.trainer_mode") != "separate_async":
+def check_adapters(run: Run) -> Iterator[Finding]:
+    """Name LoRA settings with which verl 0.9.1 sends its rollouts the frozen base weights alone."""
+    if OmegaConf.select(run.config, "trainer.v1.trainer_mode") != "separate_async":
         return
     model = "actor_rollout_ref.model"
     for name in ("lora_rank", "lora.rank", "lora_adapter_path", "lora.adapter_path"):
-        found = OmegaConf.select(config, f"{model}.{name}")
-        if found and not OmegaConf.select(config, f"{model}.lora.merge"):
-            raise ValueError(
+        found = OmegaConf.select(run.config, f"{model}.{name}")
+        if found and not OmegaConf.select(run.config, f"{model}.lora.merge"):
+            yield Finding(
+                f"{model}.{name}",
+                "",
                 f"{model}.{name}={found} does not work with trainer.v1.trainer_mode=separate_async: verl sends the "
-                "frozen base weights without the adapters, so rollouts would stay at the initial model; set "
-                f"{model}.lora.merge=True, or use trainer.v1.trainer_mode=sync or colocate_async"
+                "frozen base weights without the adapters, so rollouts would stay at the initial model",
+                f"set {model}.lora.merge=True, or use trainer.v1.trainer_mode=sync or colocate_async",
             )
+            return
 
 
-def check_lost_updates(composition: Composition) -> Iterator[Finding]:
+def check_lost_updates(run: Run) -> Iterator[Finding]:
     """Name weights that FSDP trains in half precision, where most of Adam's steps round to nothing.
 
     verl gives new adapters the dtype of the frozen weights. Megatron keeps float32 copies of what it trains.
     """
     from verl.trainer.ppo.utils import need_critic
 
-    config = composition.config
+    config = run.composed
     for role, engine in (("actor_rollout_ref.actor", "fsdp_config"), ("critic", "fsdp")):
         if role == "critic" and not need_critic(config):
             continue

@@ -160,7 +160,7 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
         shape: of the model.
         gpu: bytes of one GPU.
     """
-    from verl.trainer.main_ppo import need_critic
+    from verl.trainer.ppo.utils import need_critic
 
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     world = config.trainer.n_gpus_per_node * config.trainer.nnodes

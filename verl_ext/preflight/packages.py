@@ -3,10 +3,10 @@
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_ext.preflight.composition import Run
 from verl_ext.preflight.findings import Finding, version_of
 
 WHEELHOUSE = "https://verl-project.github.io/verl-wheelhouse/simple/"
@@ -42,7 +42,7 @@ class Need:
 
 def needs(config: DictConfig) -> Iterator[Need]:
     """What this run imports besides what verl requires of every installation."""
-    from verl.trainer.main_ppo import need_critic, need_reference_policy
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
 
     loggers = config.trainer.logger or []
     for logger in [loggers] if isinstance(loggers, str) else loggers:
@@ -129,10 +129,11 @@ def is_installed(need: Need) -> bool:
         return False
 
 
-def check_packages(config: DictConfig, data: Any) -> Iterator[Finding]:
+def check_packages(run: Run) -> Iterator[Finding]:
     """Name each package that this run's settings need and this machine lacks, once."""
     import torch
 
+    config = run.config
     seen = set()
     # The nodes that train may have what is missing here.
     elsewhere = config.trainer.device != "cpu" and not torch.cuda.is_available()

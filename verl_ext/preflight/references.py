@@ -4,13 +4,14 @@ import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_ext.preflight.composition import Setting
+from verl_ext.preflight.composition import Run, Setting
 from verl_ext.preflight.findings import Finding, first_lines, nearest
 from verl_ext.preflight.values import wrong_type
 
@@ -57,11 +58,71 @@ MODELS = {
 """Settings with a folder or a name on the hub -> files of which such a folder holds one."""
 
 
-def check_references(config: DictConfig) -> Iterator[Finding]:
-    """Name each setting that refers to what is not there or does not fit."""
-    from verl.trainer.main_ppo import need_critic
+@dataclass(frozen=True)
+class Object:
+    """A function or class that settings name.
 
-    models = dict(MODELS)
+    Args:
+        where: the setting of its module, with the value.
+        what: the setting of its name.
+        path: of the module, as verl takes it.
+        name: of it, in the module.
+    """
+
+    where: str
+    what: str
+    path: str
+    name: str | None
+
+
+def objects(config: DictConfig) -> Iterator[Object]:
+    """All that these settings name."""
+    for setting in CLASSES:
+        if full_name := OmegaConf.select(config, setting):
+            module, _, name = str(full_name).rpartition(".")
+            yield Object(f"{setting}={full_name}", setting, f"pkg://{module}", name)
+    for node in OBJECTS:
+        found = OmegaConf.select(config, node) or {}
+        if path := found.get("path"):
+            yield Object(f"{node}.path={path}", f"{node}.name", path, found.get("name"))
+    manager = config.reward.reward_manager
+    if manager.source == "importlib" and (path := manager.module.path):
+        where = f"reward.reward_manager.module.path={path}"
+        yield Object(where, "reward.reward_manager.name", path, manager.name)
+
+
+def check_code(run: Run) -> Iterator[Finding]:
+    """Name each module, function and class that is not there, without importing it."""
+    for wanted in objects(run.config):
+        if not run.is_elsewhere(wanted.path):
+            yield from _missing(wanted)
+    for name in MODULES:
+        value = OmegaConf.select(run.config, name)
+        for module in [value] if isinstance(value, str) else value or []:
+            if _find_spec(module) is None and not run.is_elsewhere(module):
+                yield Finding("modules", "", f"{name}={module}: there is no such module", "install it, or fix the name")
+
+
+def check_imports(run: Run) -> Iterator[Finding]:
+    """Import what settings name, as verl will, and see whether it can be called."""
+    for wanted in objects(run.config):
+        if any(_missing(wanted)):
+            continue
+        found, problems = _wrong_object(wanted)
+        yield from problems
+        if (
+            found is not None
+            and wanted.what.startswith(REWARD)
+            and run.config.reward.reward_manager.source == "register"
+        ):
+            yield from _wrong_call(found, run.config.reward.custom_reward_function.get("reward_kwargs") or {})
+
+
+def check_paths(run: Run) -> Iterator[Finding]:
+    """Name each file and model that is not there."""
+    from verl.trainer.ppo.utils import need_critic
+
+    config, models = run.config, dict(MODELS)
     if need_critic(config):
         models |= {"critic.model.path": ("config.json",), "critic.model.tokenizer_path": TOKENIZER}
     if config.reward.reward_model.enable:
@@ -69,61 +130,18 @@ def check_references(config: DictConfig) -> Iterator[Finding]:
     seen = set()
     for name, holds in models.items():
         value = OmegaConf.select(config, name)
-        if value not in seen:
+        if value not in seen and not run.is_elsewhere(str(value)):
             yield from _wrong_model(name, value, holds)
         seen.add(value)
     for name in FILES:
-        if (file := OmegaConf.select(config, name)) and not _exists(file):
+        if (file := OmegaConf.select(config, name)) and not _exists(file) and not run.is_elsewhere(file):
             yield Finding("files", "", f"{name}={file}: there is no such file", "give an existing file, or null")
-    yield from _wrong_resume(config)
+    if not run.is_elsewhere(str(config.trainer.resume_from_path)):
+        yield from _wrong_resume(config)
     template = config.actor_rollout_ref.model.get("custom_chat_template")
     if template and "{" not in template:
         problem = f"actor_rollout_ref.model.custom_chat_template={template} is no Jinja template"
         yield Finding("template", "", problem, "give the template's text itself, not a path")
-    for name in CLASSES:
-        if full_name := OmegaConf.select(config, name):
-            module, _, attribute = str(full_name).rpartition(".")
-            yield from _wrong_object(f"{name}={full_name}", name, f"pkg://{module}", attribute)[1]
-    for name in MODULES:
-        value = OmegaConf.select(config, name)
-        for module in [value] if isinstance(value, str) else value or []:
-            if _find_spec(module) is None:
-                yield Finding("modules", "", f"{name}={module}: there is no such module", "install it, or fix the name")
-    nodes = {name: OmegaConf.select(config, name) or {} for name in OBJECTS}
-    manager = config.reward.reward_manager
-    for name, node in nodes.items():
-        if path := node.get("path"):
-            found, problems = _wrong_object(f"{name}.path={path}", f"{name}.name", path, node.get("name"))
-            yield from problems
-            if found is not None and name == REWARD and manager.source == "register":
-                yield from _wrong_call(found, node.get("reward_kwargs") or {})
-    if manager.source == "importlib" and (path := manager.module.path):
-        where = f"reward.reward_manager.module.path={path}"
-        yield from _wrong_object(where, "reward.reward_manager.name", path, manager.name)[1]
-
-
-def refuse_missing_reward(config: DictConfig) -> None:
-    """Refuse a reward function that is not there, without importing it.
-
-    Raises:
-        ValueError: names the setting, what was found and what would be right.
-    """
-    # verl prefers its old name for the node, if anything is set there.
-    old = OmegaConf.select(config, "custom_reward_function") or {}
-    node = old if any(value is not None for value in old.values()) else OmegaConf.select(config, REWARD) or {}
-    path, name = node.get("path"), str(node.get("name"))
-    address = str(OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS", ""))
-    # Behind Ray's client, files are the cluster's.
-    if not path or address.startswith("ray://"):
-        return
-    file = _module_file(path)
-    if file is None:
-        raise ValueError(f"{REWARD}.path={path}: there is no such module; give a Python file, or pkg://MODULE")
-    text = file.read_text(errors="replace") if file.suffix == ".py" else "import *"
-    if "import *" not in text and "__getattr__" not in text and not re.search(rf"\b{re.escape(name)}\b", text):
-        defined = nearest(name, re.findall(r"^(?:async )?def (\w+)", text, re.MULTILINE))
-        hint = f"; nearest: {', '.join(defined)}" if defined else "; give the name of a function in it"
-        raise ValueError(f"{REWARD}.name={name} is not in {path}{hint}")
 
 
 def _module_file(path: str) -> Path | None:
@@ -189,36 +207,43 @@ def _wrong_resume(config: DictConfig) -> Iterator[Finding]:
         yield Finding("resume", "", f"{name}: there is no such folder", "give an existing .../global_step_N")
 
 
-def _wrong_object(where: str, what: str, path: str, attribute: str | None) -> tuple[Any, list[Finding]]:
-    """What the settings name, imported as verl imports it, or what is wrong with them.
+def _missing(wanted: Object) -> Iterator[Finding]:
+    """What shows without importing the module."""
+    file = _module_file(wanted.path)
+    if file is None:
+        problem = f"{wanted.where}: there is no such {'module' if wanted.path.startswith('pkg://') else 'file'}"
+        yield Finding("modules", "", problem, "give an existing one: a Python file, or pkg://MODULE")
+        return
+    text = file.read_text(errors="replace") if file.suffix == ".py" else "import *"
+    if not re.search(rf"import \*|\b__getattr__\b|\b{re.escape(str(wanted.name))}\b", text):
+        yield _not_in(wanted, re.findall(r"^(?:async )?(?:def|class) (\w+)", text, re.MULTILINE))
 
-    Args:
-        where: the setting of the module, with its value.
-        what: the setting of the object in it.
-        path: of the module, as verl takes it.
-        attribute: the object's name.
-    """
+
+def _not_in(wanted: Object, defined: Iterable[str]) -> Finding:
+    near = nearest(str(wanted.name), defined)
+    fix = f"nearest: {', '.join(near)}" if near else "give the name of a function or class in it"
+    return Finding("modules", "", f"{wanted.what}={wanted.name or 'null'} is not in {wanted.path}", fix)
+
+
+def _wrong_object(wanted: Object) -> tuple[Any, list[Finding]]:
+    """The function or class, imported as verl imports it, or what is wrong with it."""
     from verl.utils.import_utils import load_module
 
-    if _module_file(path) is None:
-        problem = f"{where}: there is no such {'module' if path.startswith('pkg://') else 'file'}"
-        return None, [Finding("modules", "", problem, "give an existing one: a Python file, or pkg://MODULE")]
     try:
-        module = load_module(path)
+        module = load_module(wanted.path)
     except (Exception, SystemExit) as e:
         cause = e.__cause__ or e
         # Its own part of the way is there; what it imports may be on the nodes that train.
         elsewhere = isinstance(cause, ModuleNotFoundError)
-        problem = f"{where} cannot be imported: {type(cause).__name__}: {first_lines(cause)}"
+        problem = f"{wanted.where} cannot be imported: {type(cause).__name__}: {first_lines(cause)}"
         return None, [Finding("modules", "", problem, "install what it needs, or fix it", warning=elsewhere)]
-    found = getattr(module, str(attribute), None)
+    found = getattr(module, str(wanted.name), None)
     if callable(found):
         return found, []
-    near = nearest(str(attribute), (n for n, x in vars(module).items() if callable(x)))
-    fix = f"nearest: {', '.join(near)}" if near else "give the name of a function or class in it"
-    if found is not None:
-        return None, [Finding("modules", "", f"{what}={attribute} of {path} cannot be called", fix)]
-    return None, [Finding("modules", "", f"{what}={attribute or 'null'} is not in {path}", fix)]
+    if found is None:
+        return None, [_not_in(wanted, (n for n, x in vars(module).items() if callable(x)))]
+    problem = f"{wanted.what}={wanted.name} of {wanted.path} cannot be called"
+    return None, [Finding("modules", "", problem, "give the name of a function or class in it")]
 
 
 def _wrong_call(function: Any, kwargs: DictConfig | dict) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_ext import recipes
-from verl_ext.preflight.composition import Composition, hints, names, walk
+from verl_ext.preflight.composition import Run, hints, names, walk
 from verl_ext.preflight.findings import Finding, nearest
 
 HANDED_ON = {
@@ -75,11 +75,11 @@ IGNORED: dict[str, str] = {
 RAY_INIT = "ray_kwargs.ray_init"
 
 
-def check_unread(composition: Composition) -> Iterator[Finding]:
+def check_unread(run: Run) -> Iterator[Finding]:
     """Name each override that nothing reads, and the nearest setting that something does."""
-    yield from check_ignored(composition)
-    plain, known = composition.plain, names(composition.plain)
-    raw = OmegaConf.to_container(composition.config, resolve=False)
+    yield from check_ignored(run)
+    plain, known = run.plain, names(run.plain)
+    raw = OmegaConf.to_container(run.composed, resolve=False)
     interpolated = "\n".join(re.findall(r"\$\{[^}]*\}", str(raw)))
     users = text_of_users(raw)
     closed: tuple[str, ...] = ()
@@ -103,12 +103,12 @@ def check_unread(composition: Composition) -> Iterator[Finding]:
             yield Finding(name, "", f"{name} is read by nothing", fix)
 
 
-def check_ignored(composition: Composition) -> Iterator[Finding]:
+def check_ignored(run: Run) -> Iterator[Finding]:
     """Warn of each value of the user's that verl takes and its V1 trainers do not read."""
-    if OmegaConf.select(composition.config, "trainer.use_v1") is not True:
+    if OmegaConf.select(run.composed, "trainer.use_v1") is not True:
         return
-    plain = {s.name: s.value for s in walk(OmegaConf.to_container(composition.plain, resolve=False))}
-    for setting in walk(OmegaConf.to_container(composition.config, resolve=False)):
+    plain = {s.name: s.value for s in walk(OmegaConf.to_container(run.plain, resolve=False))}
+    for setting in walk(OmegaConf.to_container(run.composed, resolve=False)):
         name, value = setting.name, setting.value
         # The critic's micro-batches are cut by tokens, whatever asks for it.
         if isinstance(value, dict) or value == plain.get(name) or (name, value) == ("critic.use_dynamic_bsz", True):

@@ -15,15 +15,15 @@ from typing import Any, Union, get_args, get_origin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_ext.preflight.composition import Composition, Setting, walk
+from verl_ext.preflight.composition import Run, Setting, walk
 from verl_ext.preflight.findings import Finding, by_nearness, first_lines, nearest
 from verl_ext.preflight.unread import text_of_users
 
 
-def check_values(composition: Composition) -> Iterator[Finding]:
+def check_values(run: Run) -> Iterator[Finding]:
     """Name each setting whose value has the wrong type, is out of range, or is none of a closed list."""
-    config = composition.config
-    plain = {s.name: s.value for s in walk(OmegaConf.to_container(composition.plain, resolve=False))}
+    config = run.composed
+    plain = {s.name: s.value for s in walk(OmegaConf.to_container(run.plain, resolve=False))}
     raw = OmegaConf.to_container(config, resolve=False)
     # The user's code may register choices of its own.
     users, external = text_of_users(raw), OmegaConf.select(config, "actor_rollout_ref.model.external_lib")
@@ -41,7 +41,7 @@ def check_values(composition: Composition) -> Iterator[Finding]:
             continue
         if isinstance(before, str) and "${" in before:
             try:
-                before = OmegaConf.select(composition.plain, setting.name)
+                before = OmegaConf.select(run.plain, setting.name)
             except (OmegaConfBaseException, TypeError, ValueError):
                 # It needs what only the user's values give.
                 before = None

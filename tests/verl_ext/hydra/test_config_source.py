@@ -243,7 +243,7 @@ def test_one_seed_seeds_everything(compose):
 
 
 def test_descriptions_are_the_second_line_of_each_file():
-    descriptions = hydra_config.describe_algorithms()
+    descriptions = recipes.describe_algorithms()
     assert sorted(descriptions) == ALGORITHMS
     assert all(len(text) > 20 for text in descriptions.values())
 

