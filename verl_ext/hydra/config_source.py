@@ -2,9 +2,9 @@
 
 Two Hydra plugins, registered when Hydra is first imported, act only if the application's main config directory lies
 inside the installed verl package. Then verl's directory is served together with our config groups and the recipes'
-(:mod:`verl_ext.recipes`), and to a primary config the default ``algorithm: ppo`` is appended, which sets nothing, and
-the Hydra callback of :mod:`verl_ext.hydra.callbacks`. So stock commands compose as before, and nothing of verl is
-copied.
+(:mod:`verl_ext.recipes`), and to a primary config the defaults ``setting: null`` and ``algorithm: ppo`` are appended,
+which set nothing, and the Hydra callback of :mod:`verl_ext.hydra.callbacks`. So stock commands compose as before, and
+nothing of verl is copied.
 
 A primary config of your own, outside verl, that inherits from verl's asks for all of it by its search path::
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 from verl_ext import recipes
-
-DEFAULT_ALGORITHM = "ppo"
-"""The option that leaves verl's own settings as they are."""
 
 
 def register() -> None:
@@ -55,11 +52,6 @@ def run_name(*, _root_: "DictConfig") -> str:
 def share(fraction: float, total: int) -> int:
     """``${verl_ext.share:0.2,${data.max_response_length}}``: that part of ``total``, at least 1."""
     return max(1, int(fraction * total))
-
-
-def describe_algorithms() -> dict[str, str]:
-    """Options of ``algorithm=NAME`` -> the comment in the second line of its YAML file (the first is the package)."""
-    return {name: file.read_text().splitlines()[1].lstrip("# ") for name, file in recipes.options("algorithm").items()}
 
 
 def _verl_root() -> Path:
@@ -111,7 +103,9 @@ def _register_plugins(_hydra: Any) -> None:
             cfg = result.config
             # The configs that define the node `algorithm`; ppo_megatron_trainer and users' own inherit from these.
             if "/" not in config_path and isinstance(cfg, DictConfig) and {"defaults", "algorithm"} <= cfg.keys():
-                cfg.defaults.append({"algorithm": DEFAULT_ALGORITHM})
+                # A preset comes first: what a method, a task or an experiment sets besides wins.
+                cfg.defaults.append({"setting": None})
+                cfg.defaults.append({"algorithm": recipes.DEFAULT_ALGORITHM})
                 callback = {"_target_": "verl_ext.hydra.callbacks.JobCallback"}
                 OmegaConf.update(cfg, "hydra.callbacks.verl_ext", callback, force_add=True)
             return result

@@ -2,7 +2,7 @@
 
     python -m verl_ext.tasks.arithmetic.assets [--folder DIR] [--iterations N] [--seed N] ...
 
-``+experiment=arithmetic_cpu`` calls :func:`ensure_assets` before Ray starts. Its YAML file has the defaults.
+``+task=arithmetic`` calls :func:`ensure_assets` before Ray starts. Its YAML file has the defaults.
 """
 
 import argparse
@@ -143,15 +143,15 @@ def set_aside(folder: Path) -> None:
 
 
 def ensure_assets(config: DictConfig) -> None:
-    """``verl_ext.prepare`` of the experiment: build what ``config.arithmetic`` describes."""
+    """``verl_ext.prepare`` of the task: build what ``config.arithmetic`` describes."""
     a = config.arithmetic
     build_assets(a.folder, iterations=a.iterations, train_size=a.train_size, test_size=a.test_size, seed=a.seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    experiment = files("verl_ext") / "config/experiment/arithmetic_cpu.yaml"
-    for name, value in OmegaConf.create(experiment.read_text()).arithmetic.items():
+    task = files("verl_ext") / "config/task/arithmetic.yaml"
+    for name, value in OmegaConf.create(task.read_text()).arithmetic.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     try:
         build_assets(**vars(parser.parse_args()))
