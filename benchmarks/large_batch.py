@@ -12,8 +12,10 @@ from collections.abc import Callable
 import torch
 
 from recipe.disco.metrics import group_metrics
-from recipe.disco.objectives import weigh
+from recipe.disco.objectives import Disco, weigh
 from verl_ext.training.grouping import deal
+
+DISCO = Disco(tau=10.0)
 
 
 def fastest(call: Callable[[], object], repeats: int = 5) -> float:
@@ -39,8 +41,8 @@ def main() -> None:
         question = (torch.arange(rows) // args.responses)[torch.randperm(rows, generator=g)]
         positive, score = torch.rand(rows, generator=g) < 0.4, torch.randn(rows, generator=g, dtype=torch.float64)
         table = (score, positive, question, torch.ones(rows, dtype=torch.long))
-        _, weight = weigh("disco", *table, {"tau": 10.0})
-        print(f"{rows:6} rows: weigh {fastest(lambda t=table: weigh('disco', *t, {'tau': 10.0})):.1f}", end=", ")
+        _, weight = weigh(DISCO, *table)
+        print(f"{rows:6} rows: weigh {fastest(lambda t=table: weigh(DISCO, *t)):.1f}", end=", ")
         print(f"group_metrics {fastest(lambda t=table, w=weight: group_metrics(*t, w)):.1f}")
         groups = question.tolist()
         lengths = [min(8192, int(rng.lognormvariate(7, 0.8)) + 1) for _ in groups]

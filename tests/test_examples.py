@@ -118,7 +118,7 @@ def test_the_custom_objective_is_registered_and_checked():
     config = DiscoConfig(objective="margin_by_length", module=module, options={"margin": 0.2})
     score = torch.tensor([-0.5, -0.5, -0.4], dtype=torch.float64)
     positive, length = torch.tensor([True, True, False]), torch.tensor([5, 20, 9])
-    _, weight = weigh("margin_by_length", score, positive, torch.zeros(3, dtype=torch.long), length, config.settings())
+    _, weight = weigh(config.build_objective(), score, positive, torch.zeros(3, dtype=torch.long), length)
     # d/ds of log sigmoid(10 (s_i - s_j - m_i)) is 10 sigmoid(-10 (...)), over two pairs.
     pull = [5 / (1 + math.exp(10 * (-0.1 - 0.2 * 5 / n))) for n in (5, 20)]
     assert weight.tolist() == pytest.approx([*pull, -sum(pull)])

@@ -104,9 +104,9 @@ def plan_update(
     in_force = measured if kl is None else torch.full_like(measured, kl)
 
     j = evaluate(objective, *rows)
-    loss = -j.value + controller.penalty(in_force)
     _, weight = weigh(objective, *rows)
     penalty, coefficient = price(controller, in_force.item())
+    loss = -j.value + controller.penalty(in_force)
 
     metrics = {
         "loss": loss.item(),

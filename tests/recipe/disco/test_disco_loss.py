@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from named import compute_score, weigh
 from oracle import oracle_gradient
 
 from recipe.disco import disco_loss
 from recipe.disco.loss import micro_batch_loss
-from recipe.disco.objectives import weigh
-from recipe.disco.scores import compute_score
+from recipe.disco.scores import SCORES
 
 UIDS = [0, 1, 0, 1, 2, 0, 1, 2]
 SETTINGS = {
@@ -172,7 +172,9 @@ def test_bfloat16_is_accumulated_in_float32(score):
     assert scores.dtype == torch.float32
     _, weight = weigh("disco", scores, reward >= 1, torch.from_numpy(uid), kept.sum(1), settings)
     leaf = log_prob.clone().requires_grad_()
-    share = micro_batch_loss(leaf, old_log_prob, mask, weight, facts["coefficient"], mask.numel(), score=score)
+    share = micro_batch_loss(
+        leaf, old_log_prob, mask, weight, facts["coefficient"], mask.numel(), score=SCORES.build(score, {})
+    )
     share.backward()
     torch.testing.assert_close(leaf.grad.double(), exact, rtol=1.01 * 2**-8, atol=1e-10)
 

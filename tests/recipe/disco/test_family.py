@@ -1,12 +1,14 @@
 """Surrogates, aggregates over negatives and the relatives of DisCO: value and weights, each written out again."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
+from named import coefficient, weigh
 
-from recipe.disco import disco_loss
-from recipe.disco.objectives import NEGATIVES, SURROGATES, weigh
+from recipe.disco import Controller, disco_loss, register_controller
+from recipe.disco.objectives import NEGATIVES, SURROGATES
 from recipe.disco.settings import DiscoConfig, load_once
 
 SURROGATE = {
@@ -65,7 +67,7 @@ def test_value_and_weights_have_the_closed_form(surrogate, negatives, right, wro
 
 def test_surrogates_do_not_decrease():
     d = torch.linspace(-5, 5, 101, dtype=torch.float64)
-    for fn in SURROGATES._items.values():
+    for fn in SURROGATES.values():
         assert (fn(d).diff() >= 0).all()
 
 
@@ -114,7 +116,7 @@ def batch(seed: int = 0) -> dict:
 
 
 def test_a_score_against_a_reference_needs_one():
-    with pytest.raises(ValueError, match="'log_ratio_ref' compares with a reference .*, but there is no ref_log_prob"):
+    with pytest.raises(ValueError, match="log_ratio_ref compares with a reference .*, but there is no ref_log_prob"):
         disco_loss(**batch(), score="log_ratio_ref")
 
 
@@ -146,10 +148,14 @@ def test_a_missing_setting_is_named():
 def test_a_users_module_registers_an_objective_with_settings_of_its_own(tmp_path):
     module = tmp_path / "mine.py"
     module.write_text(
-        "from recipe.disco.objectives import Sides, register_objective\n"
+        "from dataclasses import dataclass\n"
+        "from recipe.disco import Objective, Sides, register_objective\n"
         "@register_objective('only_positives')\n"
-        "def only_positives(group, *, factor):\n"
-        "    return Sides(factor * group.positive.mean(), 0 * group.negative.mean())\n"
+        "@dataclass(frozen=True)\n"
+        "class OnlyPositives(Objective):\n"
+        "    factor: float\n"
+        "    def __call__(self, group):\n"
+        "        return Sides(self.factor * group.positive.mean(), 0 * group.negative.mean())\n"
     )
     with pytest.raises(ValueError, match=r"needs the setting 'factor'; give it as \+disco.options.factor=VALUE"):
         DiscoConfig(objective="only_positives", module=str(module))
@@ -179,17 +185,21 @@ def test_settings_without_an_effect_are_refused(settings, message):
 
 
 def test_a_registered_controller_may_have_settings_of_its_own():
-    from recipe.disco.constraint import CONTROLLERS, Fixed
+    from recipe.disco.constraint import CONTROLLERS
 
-    class Mine(Fixed):
-        def __init__(self, gain: float, power: float = 2.0):
-            super().__init__(gain**power)
+    @register_controller("mine")
+    @dataclass
+    class Mine(Controller):
+        gain: float
+        power: float = 2.0
 
-    CONTROLLERS.register("mine")(Mine)
+        def penalty(self, kl):
+            return self.gain**self.power * kl
+
     try:
         with pytest.raises(ValueError, match=r"constraint=mine needs the setting 'gain'; .*\+disco.options.gain=VALUE"):
             DiscoConfig(constraint="mine")
-        assert DiscoConfig(constraint="mine", options={"gain": 3.0}).controller().coefficient(0.0) == 9.0
+        assert coefficient(DiscoConfig(constraint="mine", options={"gain": 3.0}).build_controller(), 0.0) == 9.0
     finally:
         del CONTROLLERS._items["mine"]
 

@@ -2,16 +2,18 @@
 
 import math
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from named import evaluate, objective_of, weigh
 
 from recipe.disco import disco_loss
 from recipe.disco.metrics import group_metrics
-from recipe.disco.objectives import Sides, evaluate, register_objective, weigh
+from recipe.disco.objectives import Objective, Sides, register_objective
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 OBJECTIVES = ["disco", "disco_b"]
@@ -200,10 +202,14 @@ def test_a_registered_objective_is_complete():
     """
 
     @register_objective("test_logistic")
-    def logistic(group, *, scale):
-        difference = (group.positive[:, None] - group.negative[None, :]) / scale
-        assert group.positive_length.tolist() == [3] and group.negative_length.tolist() == [5]
-        return Sides(-torch.nn.functional.softplus(-difference).mean(), torch.zeros_like(group.negative.sum()))
+    @dataclass(frozen=True)
+    class Logistic(Objective):
+        scale: float
+
+        def __call__(self, group):
+            difference = (group.positive[:, None] - group.negative[None, :]) / self.scale
+            assert group.positive_length.tolist() == [3] and group.negative_length.tolist() == [5]
+            return Sides(-torch.nn.functional.softplus(-difference).mean(), torch.zeros_like(group.negative.sum()))
 
     table = (
         torch.tensor([-1.0, -1.0, -4.0], dtype=torch.float64),
@@ -216,7 +222,9 @@ def test_a_registered_objective_is_complete():
     assert weight.tolist() == pytest.approx([-0.5, 0.5, 0])
 
     with pytest.raises(ValueError, match="test_logistic"):  # a second one under a name is not an overwrite
-        register_objective("test_logistic")(lambda group: Sides(group.positive.mean(), group.negative.mean()))
+        register_objective("test_logistic")(objective_of(lambda g: Sides(g.positive.mean(), g.negative.mean())))
+    with pytest.raises(TypeError, match="is no dataclass that inherits from the base class"):
+        register_objective("test_function")(lambda group: Sides(group.positive.mean(), group.negative.mean()))
     with pytest.raises(ValueError, match=r"(?s)wrong.*test_logistic"):
         disco_loss(-torch.ones(1, 1), -torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), [0], objective="wrong")
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from named import coefficient, compute_score, weigh
 from oracle import oracle_gradient
 
 from recipe.disco import disco_loss
 from recipe.disco.constraint import build_controller, kl_estimate
 from recipe.disco.loss import micro_batch_loss
-from recipe.disco.objectives import weigh
-from recipe.disco.scores import compute_score
+from recipe.disco.scores import SCORES
 
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 PRECISE = settings(max_examples=80, deadline=None, derandomize=True)
@@ -236,7 +236,7 @@ def test_micro_batches_add_up_to_the_gradient(batch, size, random):
         kl = kl_estimate(log_prob, old_log_prob, mask.bool(), s["kl_estimator"]).sum().item() / max(num_tokens, 1)
     question = torch.tensor([int(u.split()[1]) for u in uid])
     _, weight = weigh(s["objective"], score, reward >= 1, question, mask.bool().sum(1), s)
-    coefficient = build_controller("squared_hinge", s).coefficient(kl)
+    c = coefficient(build_controller("squared_hinge", s), kl)
 
     order = list(range(len(uid)))
     random.shuffle(order)
@@ -250,9 +250,9 @@ def test_micro_batches_add_up_to_the_gradient(batch, size, random):
             old_log_prob[rows, :width],
             mask[rows, :width],
             weight[rows],
-            coefficient,
+            c,
             max(num_tokens, 1),
-            score=s["score"],
+            score=SCORES.build(s["score"], {}),
             kl_estimator=s["kl_estimator"],
         ).backward()
     expected = exact(batch)[1]

@@ -6,11 +6,12 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from named import score_of
 from omegaconf import OmegaConf
 
 import verl_ext.plugin  # noqa: F401  (registers the config group)
 from recipe.disco.estimator import DiscoPolicyLossConfig
-from recipe.disco.scores import SCORES, Score, masked
+from recipe.disco.scores import SCORES, masked, register_score
 from recipe.disco.settings import DiscoConfig, parse
 from recipe.disco.validate import validate
 
@@ -140,8 +141,8 @@ def test_a_rollout_correction_without_effect_is_refused():
 
 
 def test_a_score_without_weights_refuses_a_rollout_correction(monkeypatch):
-    plain = Score(lambda log_prob, base, mask: masked(log_prob, mask).sum(-1))
-    monkeypatch.setitem(SCORES._items, "plain", plain)
+    monkeypatch.setattr(SCORES, "_items", dict(SCORES._items))
+    register_score("plain")(score_of(lambda log_prob, base, mask: masked(log_prob, mask).sum(-1)))
     validate(composed("disco.score=plain", "disco.tau=1"))
     message = refusal("disco.score=plain", "disco.tau=1", "algorithm.rollout_correction.rollout_is=token")
     assert "disco.score=plain takes no weights" in message
@@ -234,8 +235,3 @@ def test_a_delta_that_can_work_is_not_refused(overrides):
 def test_a_floor_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match=r"disco.kl_floor=-1.* is not a finite number >= 0"):
         validate(composed("disco.kl_floor=-1"))
-
-
-def test_validate_refuses_adapters_that_never_reach_the_rollouts():
-    message = refusal("trainer.v1.trainer_mode=separate_async", "actor_rollout_ref.model.lora_rank=8")
-    assert "lora_rank=8 does not work with trainer.v1.trainer_mode=separate_async" in message

@@ -1,0 +1,129 @@
+"""The plan of an update: what is refused, what needs a gradient, and that rows may come in any order from any rank."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from recipe.disco.constraint import build_controller
+from recipe.disco.objectives import OBJECTIVES
+from recipe.disco.update import ScoreTable, plan_update
+
+HINGE = {"delta": 0.01, "beta": 100.0}
+
+
+def table(**columns) -> ScoreTable:
+    """Question 0 is mixed, 1 all right, 2 all wrong; a response without a token, and a padding row."""
+    found = dict(
+        question=torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, -1]),
+        size=torch.tensor([3, 3, 3, 2, 2, 3, 3, 3, 0]),
+        index=torch.tensor([8, 7, 6, 5, 4, 3, 2, 1, 0]),
+        reward=torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 0, 0]),
+        length=torch.tensor([3, 2, 4, 5, 1, 2, 2, 0, 0]),
+        score=torch.tensor([-0.5, -0.25, -1.0, -0.3, -0.1, -2.0, -1.5, 0, 0], dtype=torch.float64),
+        kl=torch.tensor([0.01, 0.02, -0.03, 0.05, 0, 0.1, 0, 0, 0], dtype=torch.float64),
+        entropy=torch.full((9,), torch.nan),
+    )
+    return ScoreTable(**found | columns)
+
+
+def plan(rows=None, constraint="squared_hinge", settings=HINGE, objective="disco", threshold=1.0, **options):
+    return plan_update(
+        rows or table(),
+        OBJECTIVES.build(objective, {"tau": 0.5, **settings}),
+        build_controller(constraint, settings),
+        positive_threshold=threshold,
+        **options,
+    )
+
+
+def test_a_plan_in_numbers():
+    """Tokens 19, KL .15/19 = 7.9e-3 <= delta; weights of question 0 over three questions: 1/3, and -softmax(s/.5)/3."""
+    found = plan()
+    share = torch.softmax(torch.tensor([-0.25, -1.0], dtype=torch.float64) / 0.5, 0)
+    assert found.weight.tolist() == pytest.approx([1 / 3, *(-share / 3).tolist(), 0, 0, 0, 0, 0, 0])
+    assert (found.tokens, found.kl, found.coefficient) == (19, pytest.approx(0.15 / 19), 0.0)
+    assert found.loss.item() == pytest.approx(-found.metrics["objective"])
+    over = plan(settings={"delta": 1e-3, "beta": 100.0})
+    assert over.coefficient == pytest.approx(100 * (0.15 / 19 - 1e-3))
+    assert over.loss.item() == pytest.approx(-found.metrics["objective"] + 50 * (0.15 / 19 - 1e-3) ** 2)
+    assert (found.metrics["over_delta"], over.metrics["over_delta"]) == (0.0, 1.0)
+
+
+def test_what_needs_a_gradient():
+    """Responses with a weight; all with a token where the coefficient is not 0; never one without a token."""
+    mixed = [True] * 3 + [False] * 6
+    assert plan().needs_gradient.tolist() == mixed
+    everything = plan(settings={"delta": 1e-3, "beta": 100.0})
+    assert everything.needs_gradient.tolist() == [True] * 7 + [False] * 2
+    assert plan(constraint="none").needs_gradient.tolist() == mixed
+    # Of two negatives the hardest alone.
+    hardest = plan(settings=HINGE | {"negatives": "topk", "top_share": 0.5})
+    assert hardest.needs_gradient.tolist() == [True, True, False] + [False] * 6
+
+
+def test_the_kl_in_force_may_be_another_ones():
+    found = plan(kl=0.03)
+    assert (found.kl, found.coefficient) == (pytest.approx(0.03), pytest.approx(100 * 0.02))
+    assert found.metrics["kl"] == pytest.approx(0.03) and "kl_standard_error" not in found.metrics
+    assert "kl_standard_error" in plan().metrics
+
+
+def test_the_entropy_is_logged_where_it_was_measured():
+    assert "entropy" not in plan().metrics
+    assert plan(table(entropy=torch.arange(9.0))).metrics["entropy"] == pytest.approx(36 / 19)
+
+
+def test_rows_come_in_any_order_and_from_any_rank():
+    whole, order = table(), torch.tensor([8, 3, 0, 7, 5, 1, 2, 6, 4])
+    shuffled = ScoreTable(**{f.name: getattr(whole, f.name)[order] for f in fields(ScoreTable)})
+    first, second = (
+        ScoreTable(**{f.name: getattr(shuffled, f.name)[rows] for f in fields(ScoreTable)})
+        for rows in (slice(0, 4), slice(4, 9))
+    )
+    # As an all-gather does: every rank sees its own rows and the others' as they were sent.
+    sent = []
+    second.gathered(lambda x: sent.append(x) or x)
+    gathered = first.gathered(lambda x: torch.cat([x, *sent]))
+    assert gathered.question.dtype == gathered.length.dtype == torch.int64
+    one, other = plan(whole), plan(gathered)
+    torch.testing.assert_close(other.weight, one.weight[order], rtol=1e-14, atol=0)
+    assert other.metrics == pytest.approx(one.metrics, rel=1e-12)
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.9, 1.0])
+def test_a_reward_at_the_threshold_is_positive(threshold):
+    # 0.7 is not a float32: compared in another precision, the reward would be below its own threshold.
+    rows = table(reward=torch.tensor([threshold] + [0.0] * 8).double())
+    assert plan(rows, threshold=threshold).weight[0] > 0
+
+
+@pytest.mark.parametrize(
+    "column, row, message",
+    [
+        ("score", 1, "the score of sample 7 is NaN or infinite (1 of 9"),
+        ("kl", 4, "KL of sample 4 is NaN or infinite"),
+        ("reward", 2, "sequence_reward of sample 6 is NaN or infinite"),
+        ("score", 7, "the score (0, say, for a response without a token) of sample 1 is NaN"),
+    ],
+)
+def test_what_is_no_number_stops_the_run_with_the_samples_index(column, row, message):
+    rows = table()
+    values = getattr(rows, column).clone()
+    values[row] = torch.nan
+    with pytest.raises(ValueError) as error:
+        plan(replace(rows, **{column: values}))
+    assert message in str(error.value)
+
+
+def test_padding_rows_may_hold_anything():
+    rows = table()
+    columns = {name: getattr(rows, name).clone() for name in ("reward", "kl")}
+    for x in columns.values():
+        x[8] = 0.0 if x is columns["kl"] else torch.nan
+    torch.testing.assert_close(plan(replace(rows, **columns)).weight, plan().weight)
+
+
+def test_a_torn_question_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="question 1 has 2 of its 4 responses in this mini-batch"):
+        plan(table(size=torch.tensor([3, 3, 3, 4, 4, 3, 3, 3, 0])))
