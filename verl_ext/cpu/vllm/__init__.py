@@ -97,6 +97,10 @@ class _VllmCpuAsVllm(metadata.DistributionFinder):
         return None  # finds distributions, no modules
 
     @classmethod
+    def invalidate_caches(cls) -> None:
+        """There are none. The inherited method is an instance's, and importlib calls it on what is in sys.meta_path."""
+
+    @classmethod
     def find_distributions(cls, context: Any = None) -> list[metadata.Distribution]:
         if context is None or context.name != "vllm":
             return []
