@@ -15,6 +15,7 @@ from verl_ext.preflight.errors import explain
 from verl_ext.preflight.findings import Finding, first_lines, run_checks
 from verl_ext.preflight.lost_updates import check_adapters, check_lost_updates
 from verl_ext.preflight.model import check_model
+from verl_ext.preflight.next_verl import check_next_verl
 from verl_ext.preflight.nodes import ask_cluster
 from verl_ext.preflight.packages import check_packages
 from verl_ext.preflight.references import check_code, check_imports, check_paths
@@ -56,7 +57,7 @@ CHECKS: dict[Needs, list[Callable[[Run], Iterator[Finding]]]] = {
     Needs.CODE: [check_code],
     Needs.FILES: [check_paths, check_data_files],
     Needs.CONTENTS: [check_imports, check_rows],
-    Needs.SETTINGS: [check_trainer, check_asynchrony, check_adapters, check_cpu, check_validator],
+    Needs.SETTINGS: [check_trainer, check_asynchrony, check_next_verl, check_adapters, check_cpu, check_validator],
     Needs.CLUSTER: [check_nodes],
     Needs.PLAN: [
         check_dataclasses,

@@ -105,7 +105,7 @@ def check_unread(run: Run) -> Iterator[Finding]:
 
 def check_ignored(run: Run) -> Iterator[Finding]:
     """Warn of each value of the user's that verl takes and its V1 trainers do not read."""
-    if OmegaConf.select(run.composed, "trainer.use_v1") is not True:
+    if OmegaConf.select(run.composed, "trainer.use_v1") is False:
         return
     plain = {s.name: s.value for s in walk(OmegaConf.to_container(run.plain, resolve=False))}
     for setting in walk(OmegaConf.to_container(run.composed, resolve=False)):
