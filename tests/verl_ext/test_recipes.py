@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from verl_ext import recipes
 from verl_ext.preflight import unread
+from verl_ext.preflight.machine import check_recipes
 from verl_ext.report import plots, read, tables
 
 
@@ -77,6 +78,8 @@ def test_a_broken_one_is_reported(announce, value, fault):
 
 def test_without_any_there_are_verls_methods(announce):
     announce()
+    (finding,) = check_recipes()
+    assert finding.warning and finding.fix == "install the project again: pip install -e ."
     assert recipes.installed() == () and "disco" not in recipes.options("algorithm")
     assert "grpo" in recipes.options("algorithm") and recipes.metric_names("kl", "actor/ppo_kl") == ("actor/ppo_kl",)
 
@@ -124,6 +127,7 @@ def test_discos_bound_of_the_kl_is_delta_where_its_constraint_has_one(settings, 
 
 def test_what_disco_says_is_there():
     (disco,) = recipes.installed()
+    assert [f.value for f in check_recipes()] == [disco.package]
     assert set(disco.compared) <= set(recipes.options("algorithm"))
     settings = OmegaConf.load(recipes.options("algorithm")["disco"])
     assert all(OmegaConf.select(settings, name.rstrip(".")) is not None for name in (*disco.copies, *disco.optional))

@@ -91,6 +91,14 @@ def check_plugin() -> Iterator[Finding]:
         yield Finding("plugin", "active")
 
 
+def check_recipes() -> Iterator[Finding]:
+    if found := recipes.installed():
+        yield Finding("recipes", ", ".join(recipe.package for recipe in found))
+    else:
+        problem = f"no package announces a recipe (entry points {recipes.GROUP}), so only verl's own methods are there"
+        yield Finding("recipes", "none", problem, "install the project again: pip install -e .", warning=True)
+
+
 def check_algorithms() -> Iterator[Finding]:
     """List the options of ``algorithm=NAME``, each composed as ``verl.trainer.main_ppo`` would."""
     import hydra
@@ -146,6 +154,7 @@ def check_rollout_engines() -> Iterator[Finding]:
 CHECKS: list[Callable[[], Iterator[Finding]]] = [
     check_versions,
     check_plugin,
+    check_recipes,
     check_algorithms,
     check_devices,
     check_rollout_engines,
