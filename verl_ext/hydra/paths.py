@@ -23,7 +23,7 @@ OF_HYDRA = re.compile(r"\$\{(hydra[.:]|now:|python_version:|verl_ext\.run_name:)
 PLACES = re.compile(r"(.*[._])?(dir|folder|save_path|resume_from_path|timeline_json_file)|data\.(train|val)_files")
 """Full names of settings with local paths, there or yet to be made."""
 
-REFERENCES = re.compile(r"(.*[._])?(path|paths|file|tokenizer)|.*\.module")
+REFERENCES = re.compile(r"(.*[._])?(path|paths|file|tokenizer)|.*\.module|model")
 """Settings with a path or with the name of a model: a path if something is there."""
 
 NOT_OURS = re.compile(r".*\.env_vars\..*|.*_target_")

@@ -82,8 +82,10 @@ def unset(config: DictConfig) -> list[str]:
     """Names of the settings that a run needs and that have no value."""
     # A rollout engine of a reward model that is not used, and the like, may be missing.
     unused = ("reward", "distillation.", "critic.model")
-    settings = walk(OmegaConf.to_container(config, resolve=False))
-    return [s.name for s in settings if s.value == "???" and not s.name.startswith(unused)]
+    raw = OmegaConf.to_container(config, resolve=False)
+    missing = [s.name for s in walk(raw) if s.value == "???" and not s.name.startswith(unused)]
+    # ``model`` is for others to follow, and they may be set themselves.
+    return [name for name in missing if "." in name or f"${{{name}}}" in str(raw)]
 
 
 def names(config: DictConfig) -> set[str]:
