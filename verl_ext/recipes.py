@@ -33,7 +33,7 @@ class Recipe:
 
     Args:
         package: its Python package.
-        config: package of its Hydra config groups, one directory each.
+        config: package (with an ``__init__.py``) of its Hydra config groups, one directory each.
         registering: modules whose ``register()`` is called once verl has its registries of advantages and losses.
         losses: ``actor.policy_loss.loss_mode`` -> the loss of a whole mini-batch, for methods that verl's ``ppo_loss``
             does not compute; called as :func:`verl_ext.report.weights.batch_loss`.
