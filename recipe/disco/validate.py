@@ -57,7 +57,7 @@ def validate(config: DictConfig) -> None:
     if get("critic.enable"):
         refuse("critic.enable", True, "there are no values to learn; use null")
     if get("critic.enable") is None and config.algorithm.adv_estimator == "gae":
-        refuse("algorithm.adv_estimator", "gae", "it starts a critic, and DisCO reads no advantages; leave it at grpo")
+        refuse("algorithm.adv_estimator", "gae", "it starts a critic, and DisCO has no values; leave it at disco")
     if get("distillation.enabled", False):
         refuse("distillation.enabled", True, "its loss would be ignored; use false")
     if get("actor_rollout_ref.actor.use_prefix_grouper", False):
@@ -71,7 +71,8 @@ def validate(config: DictConfig) -> None:
         refuse(
             "actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size",
             virtual,
-            "it needs a multiple of its pipeline's micro-batches, and groups of any size do not make one; "
+            "interleaved pipelining needs a micro-batch count divisible by the pipeline size, which groups of varying "
+            "size cannot guarantee; "
             "set actor_rollout_ref.actor.use_dynamic_bsz=True",
         )
     if get("actor_rollout_ref.actor.megatron.dynamic_context_parallel", False):

@@ -46,6 +46,8 @@ def test_a_resumed_run_continues_as_an_uninterrupted_one(main_ppo, tmp_path):
     expected, found = whole.metrics(), rest.metrics()
     assert [s["step"] for s in found] == [s["step"] for s in expected] == [1, 2, 3, 4]
     assert expected[2]["disco/constraint_multiplier"] > 0
+    # The method's weights: 1/n+ of a positive at most, and no negative beyond all of its question's.
+    assert all(-1 <= s["critic/advantages/min"] < 0 < s["critic/advantages/max"] <= 1 for s in expected)
     # But for what comes after the checkpoint, the row that it held is whole; the evaluation has been made up for.
     missing = expected[1].keys() - found[1].keys()
     assert missing <= {f"timing_s/{name}" for name in ("save_checkpoint", "update_weights", "testing")}

@@ -1,10 +1,15 @@
 """What a batch carries for workers that train on whole questions: made by the trainer, read by the worker."""
 
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
+
+from verl_ext.training.grouping import Deal
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,24 @@ class Rows:
     sample_index: Tensor
     sequence_reward: Tensor
     mini_batch_id: Tensor
+
+    @classmethod
+    def dealt(cls, group: Sequence[Hashable], reward: Sequence[float], plan: Deal) -> "Rows":
+        """Make the rows of a batch in the order in which they were dealt, padding rows among them.
+
+        Args:
+            group: the question of each row, in the batch's order.
+            reward: the summed reward of each row.
+        """
+        number = {name: i for i, name in enumerate(dict.fromkeys(group))}
+        size, padding, order = Counter(group), plan.num_padding, torch.tensor(plan.order)
+        return cls(
+            group_id=torch.tensor([number[g] for g in group] + [-1] * padding)[order],
+            group_size=torch.tensor([size[g] for g in group] + [0] * padding)[order],
+            sample_index=order,
+            sequence_reward=torch.tensor([*reward, *[0.0] * padding])[order],
+            mini_batch_id=torch.tensor(plan.mini_batch),
+        )
 
     @classmethod
     def of(cls, data: TensorDict) -> "Rows":
@@ -58,6 +81,15 @@ class BatchFacts:
     def of(cls, data: TensorDict) -> "BatchFacts":
         """Read the facts of a batch on a worker."""
         return cls(**{f.name: tu.get(data, f.name) for f in fields(cls)})
+
+    @classmethod
+    def before(cls, local_step: int, local_steps: int, bypass_mode: bool) -> "BatchFacts":
+        """What holds before an update.
+
+        Args:
+            bypass_mode: old_log_probs are the rollout's, so that verl makes no pass for them and logs no entropy.
+        """
+        return cls(not bypass_mode and local_step == 0, not bypass_mode, local_step, local_steps)
 
     @property
     def at_rollout_weights(self) -> bool:

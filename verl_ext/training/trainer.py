@@ -8,7 +8,7 @@ import copy
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ import ray
 import torch
 import verl  # noqa: F401  (first, whole: its plugins register this module's trainers while parts of it are imported)
 from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
 from verl.trainer.ppo.padding_utils import SYNTHETIC_PADDING_SEQ_LEN, upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, trainer_base
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
@@ -41,6 +42,13 @@ from verl_ext.training.watch import Watch
 
 TOTALS = ("training/failed_questions", "training/padding_rows")
 """Metrics of which a step logs the sum, not the mean, over its local updates."""
+
+
+@functools.cache
+def totals() -> tuple[str, ...]:
+    """The metrics of which a step logs the sum, those of recipes among them."""
+    return (*TOTALS, *(name for recipe in installed() for name in recipe.totals))
+
 
 MOST_FAILED_REWARDS = 0.1
 """Share of a step's rewards that may fail, unless ``verl_ext.max_failed_rewards`` says another."""
@@ -65,15 +73,19 @@ def tensors_alone(method: Callable, without: Iterable[str] = ()) -> Callable:
     def step(self, batch: Batch, metrics: dict) -> Batch:
         if "verl_ext" not in self.config or self.processor is not None:
             return method(self, batch, metrics)
-        row = read(batch, rows=slice(1))
         before = batch.fields
-        batch.fields = [name for name, x in row.items() if isinstance(x, torch.Tensor) and name not in unread]
+        batch.fields = tensor_names(read(batch, rows=slice(1)), unread)
         try:
             return method(self, batch, metrics)
         finally:
             batch.fields = before
 
     return step
+
+
+def tensor_names(row: TensorDict, without: Collection[str]) -> list[str]:
+    """Names of the tensors of a row, but for those ``without``."""
+    return [name for name, x in row.items() if isinstance(x, torch.Tensor) and name not in without]
 
 
 for_forward_passes = functools.partial(tensors_alone, without=(*ROW_FIELDS, "rollout_log_probs"))
@@ -93,7 +105,6 @@ class ExtendedTrainer:
     def __init__(self, config):
         if validator := OmegaConf.select(config, "verl_ext.validator"):
             load_class_from_fqn(validator, "validator")(config)
-        self._recipes_totals = [name for recipe in installed() for name in recipe.totals]
         self._whole_groups = bool(OmegaConf.select(config, "verl_ext.whole_groups", default=False))
         self._most_failed_rewards = most_failed_rewards(config)
         self._rewards, self._watch = Tally(), Watch(config)
@@ -296,7 +307,8 @@ class ExtendedTrainer:
             return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
         rows = [parse_key(key) for key in batch.keys]
         group = [row.uid for row in rows]
-        reward = self._sequence_rewards(batch)
+        where = f"{reward_function(self.config)}, step {self.global_steps}"
+        reward = sequence_rewards(read(batch, ["rm_scores"])["rm_scores"], batch.keys, where)
         metrics["training/mixed_questions"], metrics["training/right_questions"] = shares(group, reward)
         if not self._whole_groups:
             return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
@@ -313,28 +325,17 @@ class ExtendedTrainer:
             shuffle_seed=actor.data_loader_seed + self.global_steps if actor.shuffle else None,
         )
         self._mini_batches += (max(plan.mini_batch) + 1) * actor.ppo_epochs
-        names = {name: i for i, name in enumerate(dict.fromkeys(group))}
-        size = Counter(group)
         padding = plan.num_padding
-        order = torch.tensor(plan.order)
-        carried = Rows(
-            group_id=torch.tensor([names[g] for g in group] + [-1] * padding)[order],
-            group_size=torch.tensor([size[g] for g in group] + [0] * padding)[order],
-            sample_index=order,
-            sequence_reward=torch.tensor(reward + [0.0] * padding)[order],
-            mini_batch_id=torch.tensor(plan.mini_batch),
-        )
         # To a multiple of the size wanted: adds exactly what is missing.
         batch = upsample_batch_to_divisible_size(batch, len(group) + padding, self.tokenizer.eos_token_id)
         batch.reorder(plan.order)
-        write(batch, carried.columns())
+        write(batch, Rows.dealt(group, reward, plan).columns())
 
         tokens = [*lengths, *[SYNTHETIC_PADDING_SEQ_LEN] * padding]
         by_rank = [[row for part in parts for row in part] for parts in zip(*plan.partitions, strict=True)]
         metrics.update(log_seqlen_unbalance(seqlen_list=tokens, partitions=by_rank, prefix=logging_prefix))
-        metrics["training/failed_questions"] = self.config.data.train_batch_size // self.parameter_sync_step - len(
-            names
-        )
+        asked = self.config.data.train_batch_size // self.parameter_sync_step
+        metrics["training/failed_questions"] = asked - len(set(group))
         metrics["training/padding_rows"] = padding
         return batch
 
@@ -360,7 +361,7 @@ class ExtendedTrainer:
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> Batch:
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
-        self._totals.update({name: metrics[name] for name in (*TOTALS, *self._recipes_totals) if name in metrics})
+        self._totals.update({name: metrics[name] for name in totals() if name in metrics})
         return batch
 
     def _fixed_micro_batches(self) -> list[int]:
@@ -369,26 +370,6 @@ class ExtendedTrainer:
         if actor.use_dynamic_bsz:
             return []
         return [actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu]
-
-    def _sequence_rewards(self, batch: Batch) -> list[float]:
-        """Each row's summed reward, before any KL term; NaN stops the run."""
-        reward = [float(row.sum()) for row in read(batch, ["rm_scores"])["rm_scores"].unbind()]
-        bad = [i for i, r in enumerate(reward) if not np.isfinite(r)]
-        if bad:
-            raise ValueError(
-                f"{reward_function(self.config)}: the reward of sample {batch.keys[bad[0]]} (row {bad[0]}) is "
-                f"{reward[bad[0]]}; {len(bad)} of {len(reward)} samples of step {self.global_steps} have no finite "
-                "reward"
-            )
-        return reward
-
-    def _facts(self) -> BatchFacts:
-        return BatchFacts(
-            old_log_probs_fresh=not self._bypass_mode() and self.local_trigger_step == 0,
-            entropy_logged=not self._bypass_mode(),
-            local_step=self.local_trigger_step,
-            local_steps=self.parameter_sync_step,
-        )
 
     def _compute_advantage(self, batch: Batch, metrics: dict) -> Batch:
         with estimating(self.config, lambda name: read(batch, [name]).to_padded_tensor()[name]):
@@ -423,7 +404,8 @@ class ExtendedTrainer:
     @tensors_alone
     def _update_actor(self, batch: Batch, metrics: dict) -> Batch:
         if self._whole_groups:
-            batch.extra_info.update(asdict(self._facts()))
+            facts = BatchFacts.before(self.local_trigger_step, self.parameter_sync_step, self._bypass_mode())
+            batch.extra_info.update(asdict(facts))
         batch = super()._update_actor(batch, metrics)
         if group := OmegaConf.select(self.config, "verl_ext.metrics"):
             for name in [k for k in metrics if k.startswith(f"actor/{group}/")]:
@@ -441,6 +423,27 @@ def most_failed_rewards(config: DictConfig) -> float:
     if type(most) not in (int, float) or not 0 <= most <= 1:
         raise ValueError(f"verl_ext.max_failed_rewards={most} must be a number from 0 (none may fail) to 1")
     return most
+
+
+def sequence_rewards(scores: torch.Tensor, keys: Sequence[str], where: str) -> list[float]:
+    """Sum each row's rewards, before any KL term.
+
+    Args:
+        scores: jagged, a row per response.
+        keys: verl's names of the rows.
+        where: the reward function and the step, for the message.
+
+    Raises:
+        ValueError: a sum is NaN or infinite; names the row.
+    """
+    reward = [float(row.sum()) for row in scores.unbind()]
+    bad = [i for i, r in enumerate(reward) if not np.isfinite(r)]
+    if bad:
+        raise ValueError(
+            f"{where}: the reward of sample {keys[bad[0]]} (row {bad[0]}) is {reward[bad[0]]}; {len(bad)} of "
+            f"{len(reward)} samples have no finite reward"
+        )
+    return reward
 
 
 def shares(group: list[str], reward: list[float]) -> tuple[float, float]:

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transfer_queue
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
@@ -15,6 +14,7 @@ from verl_ext.training import trainer
 from verl_ext.training.metrics_log import as_line
 from verl_ext.training.reward_loop import CountingRewardManager, Tally
 from verl_ext.training.trainer import ExtendedTrainerSync
+from verl_ext.training.transfer import parse_key
 from verl_ext.training.watch import Watch
 
 
@@ -38,97 +38,16 @@ def test_verls_trainers_build_the_reward_workers_that_count(monkeypatch):
         trainer.register()
 
 
-class Batch(SimpleNamespace):
-    """As much of a KVBatchMeta as is asked for."""
-
-    def __len__(self):
-        return len(self.keys)
-
-    def reorder(self, order):
-        self.keys, self.tags = [self.keys[i] for i in order], [self.tags[i] for i in order]
-
-
-def balanced(monkeypatch, keys, lengths, ranks=2, questions=2):
-    """The batch after ``_balance_batch``, the columns written for it, and the metrics; rewards are 0, 1, 2 ..."""
-    written = {}
-
-    def put(keys, fields, partition_id):
-        written.update({name: column.tolist() for name, column in fields.items()}, keys=list(keys))
-        return SimpleNamespace(keys=keys)
-
-    def pad(batch, size, eos):
-        missing = size - len(batch)
-        batch.keys += [f"pad{i}_0_0" for i in range(missing)]
-        batch.tags += [{"seq_len": 129, "is_padding": True}] * missing
-        return batch
-
-    monkeypatch.setattr(transfer_queue, "kv_batch_put", put)
-    monkeypatch.setattr(trainer, "upsample_batch_to_divisible_size", pad)
-    actor = dict(ppo_mini_batch_size=questions, use_dynamic_bsz=True, shuffle=False, data_loader_seed=1, ppo_epochs=1)
-    rollout = {"agent": {"default_agent_loop": "my_agent"}}
-    this = SimpleNamespace(
-        _whole_groups=True,
-        config=OmegaConf.create(
-            {"actor_rollout_ref": {"actor": actor, "rollout": rollout}, "data": {"train_batch_size": 8}, "verl_ext": {}}
-        ),
-        _sequence_rewards=lambda batch: [float(i) for i in range(len(batch))],
-        _old_log_probs_are_fresh=lambda: True,
-        _bypass_mode=lambda: False,
-        _actor_data_parallel_size=lambda: ranks,
-        _fixed_micro_batches=lambda: [],
-        tokenizer=SimpleNamespace(eos_token_id=0),
-        global_steps=1,
-        local_trigger_step=1,
-        parameter_sync_step=2,
-        _mini_batches=0,
-    )
-    batch = Batch(keys=list(keys), tags=[{"seq_len": n} for n in lengths], partition_id="train")
-    metrics = {}
-    return ExtendedTrainerSync._balance_batch(this, batch, metrics), written, metrics
-
-
 @pytest.mark.parametrize(
     "keys",
     [["a_0_0", "a_0_1"], ["a-b_0_0", "c_0_0", "a-b_1_0", "c_1_0", "c_1_2"], ["a_0_3", "b_0_0", "a_0_0"]],
 )
-def test_several_trajectories_in_a_session_are_refused(monkeypatch, keys):
+def test_several_trajectories_in_a_session_are_refused(keys):
     message = (
         r"2 trajectories for one session \((a_0|c_1)\).* actor_rollout_ref.rollout.agent.default_agent_loop=my_agent"
     )
     with pytest.raises(ValueError, match=message):
-        balanced(monkeypatch, keys, [10] * len(keys))
-
-
-def test_a_key_of_unknown_shape_is_refused_not_taken_for_a_group(monkeypatch):
-    with pytest.raises(ValueError, match=r"the key 'a_sess1_0' of a batch is not of the shape"):
-        balanced(monkeypatch, ["a_0_0", "a_sess1_0"], [10, 10])
-
-
-def test_whole_questions_with_failures_are_dealt(monkeypatch):
-    # verl's keys are uid_session_trajectory. Question "a-b" has three responses, the fourth question failed.
-    keys = ["a-b_0_0", "c_0_0", "a-b_10_0", "d_0_0", "c_1_0", "a-b_1_0", "d_1_0"]
-    batch, written, metrics = balanced(monkeypatch, keys, [10, 20, 30, 40, 50, 60, 70])
-    assert written["keys"] == batch.keys
-    rows = {key: {name: written[name][i] for name in written} for i, key in enumerate(batch.keys)}
-    question = {key: key.rsplit("_", 2)[0] for key in keys}
-    for key in keys:
-        row = rows[key]
-        assert row["group_size"] == sum(q == question[key] for q in question.values())
-        assert row["sequence_reward"] == row["sample_index"] == keys.index(key)
-        same = {rows[k]["mini_batch_id"] for k in keys if question[k] == question[key]}
-        assert same == {row["mini_batch_id"]}
-        assert {k for k in keys if rows[k]["group_id"] == row["group_id"]} == {
-            k for k in keys if question[k] == question[key]
-        }
-    assert all((row["local_step"], row["local_steps"], row["entropy_logged"]) == (1, 2, True) for row in rows.values())
-    # Two mini-batches on two ranks, rank after rank, each with the same number of rows.
-    assert written["mini_batch_id"] == sorted(written["mini_batch_id"][: len(batch) // 2]) * 2
-    padding = [row for key, row in rows.items() if key.startswith("pad")]
-    assert len(padding) == metrics["training/padding_rows"] == len(batch) - len(keys)
-    assert all((row["group_id"], row["group_size"]) == (-1, 0) for row in padding)
-    assert metrics["training/failed_questions"] == 1
-    # Rewards are 0, 1, 2 ..., all different; all three questions that are left have several responses.
-    assert metrics["training/mixed_questions"] == 1
+        trainer.refuse_several_trajectories([parse_key(key) for key in keys], "my_agent")
 
 
 def test_the_shares_of_mixed_questions_and_of_right_ones():
@@ -137,50 +56,22 @@ def test_the_shares_of_mixed_questions_and_of_right_ones():
     assert trainer.shares([], []) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    "decorator, processor, extension, seen",
-    [
-        (trainer.tensors_alone, None, {"verl_ext": {}}, ["group_id", "ids"]),
-        (trainer.for_forward_passes, None, {"verl_ext": {}}, ["ids"]),
-        (trainer.tensors_alone, 1, {"verl_ext": {}}, None),
-        (trainer.tensors_alone, None, {}, None),
-    ],
-)
-def test_workers_fetch_the_tensors_they_read_unless_there_are_images(
-    monkeypatch, decorator, processor, extension, seen
-):
+def test_workers_fetch_the_tensors_that_they_read():
     names = ("group_id", "ids", "rm_scores", "entropy")
     row = tu.get_tensordict({name: torch.zeros(1, 3) for name in names} | {"uid": ["a"]})
-    monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **kwargs: row)
-    batch = Batch(keys=["a_0_0", "b_0_0"], partition_id="train", fields=None)
-    during = []
-    this = SimpleNamespace(config=OmegaConf.create(extension), processor=processor)
-    decorator(lambda self, batch, metrics: during.append(batch.fields and sorted(batch.fields)))(this, batch, {})
-    assert during == [seen] and batch.fields is None
+    assert sorted(trainer.tensor_names(row, trainer.UNREAD)) == ["group_id", "ids"]
 
 
-@pytest.mark.parametrize("bypass, trigger, fresh", [(False, 0, True), (True, 0, False), (False, 1, False)])
-def test_old_log_probs_are_fresh_unless_they_are_the_rollouts_or_an_update_came_between(bypass, trigger, fresh):
-    config = OmegaConf.create({"algorithm": {"rollout_correction": {"bypass_mode": bypass}}})
-    # Without what a trainer's constructor starts.
-    this = ExtendedTrainerSync.__new__(ExtendedTrainerSync)
-    this.config, this.local_trigger_step = config, trigger
-    assert ExtendedTrainerSync._old_log_probs_are_fresh(this) is fresh
+def test_a_reward_that_is_no_number_stops_the_run_naming_the_sample():
+    def jagged(*rows):
+        return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
 
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_reward_that_is_no_number_stops_the_run_naming_the_sample(monkeypatch, bad):
-    scores = [torch.tensor([0.0, 1.0]), torch.tensor([0.0, bad]), torch.tensor([1.0])]
-    data = {"rm_scores": torch.nested.as_nested_tensor(scores, layout=torch.jagged)}
-    monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **kwargs: data)
-    batch = SimpleNamespace(keys=["u_0_0", "u_1_0", "v_0_0"], partition_id="train")
-    this = SimpleNamespace(global_steps=7, config=settings())
-    message = r"custom_reward_function=r.py:score: the reward of sample u_1_0 \(row 1\) is (nan|inf); 1 of 3 .* step 7"
-    with pytest.raises(ValueError, match=message):
-        ExtendedTrainerSync._sequence_rewards(this, batch)
-    scores[1] = torch.tensor([0.5, 0.25])
-    data["rm_scores"] = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
-    assert ExtendedTrainerSync._sequence_rewards(this, batch) == [1.0, 0.75, 1.0]
+    keys = ["u_0_0", "u_1_0", "v_0_0"]
+    for bad in ("nan", "inf"):
+        message = rf"r.py:score, step 7: the reward of sample u_1_0 \(row 1\) is {bad}; 1 of 3 samples"
+        with pytest.raises(ValueError, match=message):
+            trainer.sequence_rewards(jagged([0.0, 1.0], [0.0, float(bad)], [1.0]), keys, "r.py:score, step 7")
+    assert trainer.sequence_rewards(jagged([0.0, 1.0], [0.5, 0.25], [1.0]), keys, "") == [1.0, 0.75, 1.0]
 
 
 def settings(**trainer):
