@@ -2,11 +2,17 @@
 
 import importlib.metadata as metadata
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from recipe.disco import DiscoConfig, disco_loss
+from recipe.disco.constraint import CONTROLLERS
+from recipe.disco.objectives import OBJECTIVES
+from recipe.disco.scores import SCORES
 from verl_ext import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,10 +64,67 @@ def test_a_deviation_is_seen():
     assert sum(len(_deviations(config.read_text())) for config in METHODS.values()) > 20
 
 
-def test_the_citation_is_of_this_version_and_of_the_paper():
+def test_citation_and_changelog_are_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
-    assert citation["version"] == metadata.version("verl-disco")
+    latest = re.search(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M).group(1)
+    assert citation["version"] == latest == metadata.version("verl-disco")
     (paper,) = citation["references"]
     assert [a["family-names"] for a in paper["authors"]] == ["Li", "Lin", "Galanti", "Tu", "Yang"]
     assert paper["url"].endswith("2505.12366")
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch) -> Path:
+    """The files that CONTRIBUTING.md shows, in the working folder; what they register is forgotten afterwards."""
+    for name, text in re.findall(r"^`([\w/]+\.\w+)`:\n\n```\w+\n(.*?)^```", CONTRIBUTING, re.M | re.S):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for registry in (OBJECTIVES, SCORES, CONTROLLERS):
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
+    return tmp_path
+
+
+def test_the_examples_of_contributing_do_what_they_say(files):
+    config = DiscoConfig(
+        objective="median",
+        score="log_l_power",
+        constraint="linear_hinge",
+        delta=0.05,
+        module=str(files / "mine.py"),
+        options={"power": 0.5, "slope": 2.0},
+    )
+    # sqrt(2) times the mean: -1 and -2 of two positives, -3 of a negative; torch's median of two is the lower.
+    log_prob = torch.tensor([[-1.0, -1], [-2, -2], [-3, -3]], dtype=torch.float64, requires_grad=True)
+    reward, mask = torch.tensor([1.0, 1, 0]), torch.ones(3, 2)
+    loss, metrics = disco_loss(log_prob, log_prob.detach() + 0.1, mask, reward, "qqq", **config.chosen())
+    loss.backward()
+    root = 2**0.5
+    assert loss.item() == pytest.approx(-root + 2 * 0.05)
+    assert metrics["coefficient"] == pytest.approx(2)
+    by_kl = -2 / 6
+    expected = [[by_kl] * 2, [by_kl - root / 2] * 2, [by_kl + root / 2] * 2]
+    torch.testing.assert_close(log_prob.grad, torch.tensor(expected, dtype=torch.float64))
+    reward: dict = {}
+    exec((files / "reward.py").read_text(), reward)
+    assert [reward["compute_score"]("words", text, "olleh") for text in ("... olleh", "hello")] == [1.0, 0.0]
+
+
+def test_the_commands_of_contributing_compose(files, compose):
+    commands = re.findall(r"^    python -m verl.trainer.main_ppo ((?:.*\\\n)*.*)", CONTRIBUTING, re.M)
+    configs = [compose(*shlex.split(command.replace("\\\n", " "))) for command in commands]
+    assert [c.disco.objective for c in configs] == ["median", "disco"]
+    assert configs[0].disco.options == {"slope": 0.1}
+    assert configs[1].data.max_response_length == 64 and configs[1].reward.custom_reward_function.path == "reward.py"
+    variant = compose("algorithm=disco_hard", "hydra.searchpath=[file://config]")
+    assert (variant.disco.negatives, variant.disco.tau, variant.verl_ext.algorithm) == ("topk", 10, "disco_hard")
+
+
+def test_what_contributing_names_is_there():
+    names = set(re.findall(r"\b((?:tests|recipe|verl_ext|benchmarks|docs|examples)/[\w/.]*\w/?)", CONTRIBUTING))
+    assert len(names) > 15
+    assert not [name for name in names if "NAME" not in name and not (ROOT / name).exists()]
