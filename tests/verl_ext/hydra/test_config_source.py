@@ -24,6 +24,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl_ext import recipes
 from verl_ext.hydra import callbacks as hydra_callbacks
 from verl_ext.hydra import config_source as hydra_config
+from verl_ext.preflight import checks
 from verl_ext.runs import folder as runs
 
 VERL = Path(verl.__file__).parent
@@ -259,6 +260,8 @@ def jobs(monkeypatch, tmp_path):
         logging = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
         places = [f"hydra.run.dir={tmp_path}/hydra", f"hydra.sweep.dir={tmp_path}/sweep"]
         monkeypatch.setattr(sys, "argv", ["main_ppo", *arguments, *logging, *places])
+        # No model and no data are there.
+        monkeypatch.setitem(checks.CHECKS, checks.Needs.FILES, [])
         monkeypatch.setattr(main_ppo, "validate_config", lambda **kwargs: None)
         monkeypatch.setattr(main_ppo, "run_ppo", lambda config, **kwargs: (got.append(config), train(config, **kwargs)))
         main_ppo.main()

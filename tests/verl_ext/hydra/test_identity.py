@@ -16,6 +16,8 @@ from verl_ext.hydra import identity
 from verl_ext.hydra.callbacks import before_job
 from verl_ext.hydra.identity import changes_results, differences, take_folder
 from verl_ext.hydra.lock import hold
+from verl_ext.preflight import checks
+from verl_ext.preflight.composition import Run
 from verl_ext.runs import folder as runs
 
 EVALUATION = "val-core/level_1/acc/mean@1"
@@ -105,6 +107,8 @@ def start(composed, tmp_path, monkeypatch, capsys):
     """``start("seed=2", ...)``: what a job does before verl's main, in ``tmp_path/run``; what it said."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    # Model and data are not there.
+    monkeypatch.setitem(checks.CHECKS, checks.Needs.FILES, [])
 
     def run(*overrides: str) -> str:
         config = copy.deepcopy(composed)
@@ -114,7 +118,7 @@ def start(composed, tmp_path, monkeypatch, capsys):
         )
         for name, value in given.items():
             OmegaConf.update(config, name, yaml.safe_load(value), force_add=True)
-        before_job(config, given).release()
+        before_job(Run(config, config), given).release()
         return capsys.readouterr().out
 
     return run

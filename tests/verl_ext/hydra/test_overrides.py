@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from verl_ext import recipes
 from verl_ext.hydra import config_source as hydra_config
 from verl_ext.preflight import composition
-from verl_ext.preflight.composition import Composition
+from verl_ext.preflight.composition import Run
 from verl_ext.preflight.unread import HANDED_ON, IGNORED, RAY_NAMES, as_attributes, check_unread, reads, sources
 from verl_ext.preflight.values import MODES, check_values
 
@@ -21,7 +21,7 @@ ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, Composition]:
+def runs() -> dict[str, Run]:
     """Compositions without values of the user's."""
     return {
         "disco": composition.compose(["algorithm=disco", "+experiment=deepseek_qwen_1_5b"]),
@@ -30,19 +30,19 @@ def runs() -> dict[str, Composition]:
     }
 
 
-def edited(run: Composition, *overrides: str) -> Composition:
+def edited(run: Run, *overrides: str) -> Run:
     """The same run with overrides that may add."""
-    config = run.config.copy()
+    config = run.composed.copy()
     OmegaConf.set_struct(config, False)
     config.merge_with(OmegaConf.from_dotlist(list(overrides)))
-    return Composition(config, run.plain)
+    return Run(config, run.plain)
 
 
-def unread(run: Composition, *overrides: str) -> list:
+def unread(run: Run, *overrides: str) -> list:
     return list(check_unread(edited(run, *overrides)))
 
 
-def wrong(run: Composition, *overrides: str) -> list:
+def wrong(run: Run, *overrides: str) -> list:
     return list(check_values(edited(run, *overrides)))
 
 
@@ -165,7 +165,7 @@ def test_no_setting_of_our_configuration_and_pages_is_a_wrong_one(runs):
         names = composition.names(OmegaConf.load(file)) - {"defaults"}
         leaves = sorted(n for n in names if not any(o.startswith(f"{n}.") for o in names) and "hydra" not in n)
         run = runs["megatron" if "megatron" in file.name else "disco"]
-        missing = [n for n in leaves if OmegaConf.select(run.config, n) is None and "_target_" not in n]
+        missing = [n for n in leaves if OmegaConf.select(run.composed, n) is None and "_target_" not in n]
         assert [f.problem for f in unread(run, *(f"{n}=1" for n in missing)) if not f.warning] == [], file
     pages = [
         ROOT / "README.md",
@@ -247,7 +247,7 @@ def unread_leaves(nodes: list[dict], only: set[str], training: list[str]) -> set
 @pytest.fixture(scope="module")
 def stock() -> list[dict]:
     """verl's own configurations."""
-    runs = [composition.compose([f"model_engine={engine}"]).config for engine in ("dp", "megatron")]
+    runs = [composition.compose([f"model_engine={engine}"]).composed for engine in ("dp", "megatron")]
     return [OmegaConf.to_container(run, resolve=False) for run in runs]
 
 
@@ -421,7 +421,7 @@ def test_a_reference_to_nothing_is_named(runs):
     assert finding.problem.startswith("trainer.nnodes=${foo.bar} does not resolve: Interpolation key 'foo.bar'")
 
 
-@pytest.mark.parametrize("algorithm", hydra_config.describe_algorithms())
+@pytest.mark.parametrize("algorithm", recipes.describe_algorithms())
 def test_every_algorithm_has_right_values_that_something_reads(algorithm):
     # One engine for every other algorithm: verl's settings differ by engine, ours by algorithm.
     experiment = ("deepseek_qwen_1_5b_lora", "qwen3_30b_a3b_megatron")[len(algorithm) % 2]

@@ -4,12 +4,15 @@ import hydra
 import pytest
 import verl  # noqa: F401  (loads the plugin)
 
-from verl_ext.hydra.callbacks import JobCallback, refuse_wrong_overrides
+from verl_ext.hydra.callbacks import JobCallback
+from verl_ext.preflight import composition
+from verl_ext.preflight.checks import Needs, refuse
 
 
 def start(*overrides: str) -> None:
     with hydra.initialize_config_module("verl.trainer.config", version_base=None):
-        refuse_wrong_overrides(hydra.compose("ppo_trainer", list(overrides), return_hydra_config=True))
+        config = hydra.compose("ppo_trainer", list(overrides), return_hydra_config=True)
+        refuse(composition.of_job(config), Needs.OVERRIDES)
 
 
 DISCO = ("algorithm=disco", "+experiment=arithmetic_cpu")

@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from verl_ext.preflight import data as rows
-from verl_ext.preflight.data import Data, check_data, is_empty, wrong_rows
+from verl_ext.preflight import data as reading
+from verl_ext.preflight.composition import Run
+from verl_ext.preflight.data import is_empty
+from verl_ext.preflight.rows import check_data_files, check_rows, wrong_rows
 from verl_ext.tasks.math.reward import ground_truths
 
 
@@ -88,16 +90,23 @@ def test_empty_is_what_holds_nothing(value, empty):
     assert is_empty(value) is empty
 
 
-def data(tmp_path, train, val, **reward) -> Data:
+def run(train, val) -> Run:
     config = {
         "data": {"train_files": train, "val_files": val, "prompt_key": "prompt", "custom_cls": {"path": None}},
         "reward": {"custom_reward_function": {"path": None}},
     }
-    return Data(OmegaConf.create(config))
+    found = Run(OmegaConf.create(config), OmegaConf.create())
+    # Resolved as it is.
+    found.config = found.composed
+    return found
 
 
-def problems(*arguments) -> list[str]:
-    return [f.problem for f in check_data(data(*arguments)) if f.problem and not f.warning]
+def findings(run: Run) -> list:
+    return [*check_data_files(run), *check_rows(run)]
+
+
+def problems(train, val) -> list[str]:
+    return [f.problem for f in findings(run(train, val)) if f.problem and not f.warning]
 
 
 def test_files_that_verl_cannot_read_are_named(tmp_path):
@@ -113,19 +122,19 @@ def test_files_that_verl_cannot_read_are_named(tmp_path):
         file = tmp_path / name
         if text is not None:
             file.write_text(text)
-        (found,) = problems(tmp_path, str(file), str(good))
+        (found,) = problems(str(file), str(good))
         assert found.startswith("data.train_files: ") and str(file) in found and problem in found
-        (found,) = problems(tmp_path, str(good), [str(good), str(file)])
+        (found,) = problems(str(good), [str(good), str(file)])
         assert found.startswith("data.val_files: ") and str(file) in found
-    assert problems(tmp_path, [], str(good)) == problems(tmp_path, None, str(good))
-    assert problems(tmp_path, None, str(good)) == ["data.train_files: no file is named"]
+    assert problems([], str(good)) == problems(None, str(good))
+    assert problems(None, str(good)) == ["data.train_files: no file is named"]
 
 
 def test_files_of_unlike_types_are_named(tmp_path):
     files = [str(tmp_path / name) for name in ("lists.parquet", "texts.parquet")]
     frame().to_parquet(files[0])
     frame().assign(reward_model=[{"style": "rule", "ground_truth": "1"}] * 4).to_parquet(files[1])
-    (found,) = problems(tmp_path, files, files[0])
+    (found,) = problems(files, files[0])
     assert found.startswith(f"data.train_files: {files[1]} and {files[0]} cannot be joined")
 
 
@@ -135,25 +144,28 @@ def test_json_is_read_as_verl_reads_it_and_nothing_stays(tmp_path, monkeypatch):
     lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
     lines.write_text("".join(json.dumps(r) + "\n" for r in records))
     array.write_text(json.dumps(records))
-    found = data(tmp_path, str(lines), str(array))
-    assert [f.problem for f in check_data(found) if f.problem] == []
-    assert (found.rows("train"), found.rows("val")) == (4, 4)
+    found = run(str(lines), str(array))
+    assert [f.problem for f in findings(found) if f.problem] == []
+    assert (found.data.count("train"), found.data.count("val")) == (4, 4)
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_file_is_read_once(tmp_path, monkeypatch):
     file = tmp_path / "rows.parquet"
     frame().to_parquet(file)
-    read, count = rows._read_parquet, []
-    monkeypatch.setattr(rows, "_read_parquet", lambda *a: count.append(a) or read(*a))
-    found = data(tmp_path, str(file), [str(file)])
-    list(check_data(found))
-    assert (found.rows("train"), found.rows("val"), len(found.prompts(3)), len(count)) == (4, 4, 3, 1)
+    read, count = reading._read_parquet, []
+    monkeypatch.setattr(reading, "_read_parquet", lambda *a: count.append(a) or read(*a))
+    found = run(str(file), [str(file)])
+    list(check_data_files(found))
+    assert not count, "a start looks, and reads nothing"
+    list(check_rows(found))
+    counts = found.data.count("train"), found.data.count("val"), len(found.data.prompts(3)), len(count)
+    assert counts == (4, 4, 3, 1)
 
 
 def test_many_rows_are_checked_quickly(tmp_path):
     file = tmp_path / "rows.parquet"
     pd.concat([frame()] * 10_000).to_parquet(file)
     begin = time.process_time()
-    assert problems(tmp_path, str(file), str(file)) == []
+    assert problems(str(file), str(file)) == []
     assert time.process_time() - begin < 10

@@ -7,7 +7,8 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from verl_ext.preflight.lost_updates import check_lost_updates, refuse_adapters_left_behind
+from verl_ext.preflight.composition import Run
+from verl_ext.preflight.lost_updates import check_adapters, check_lost_updates
 
 ASYNC = "trainer.v1.trainer_mode=separate_async"
 MODEL = "actor_rollout_ref.model"
@@ -23,23 +24,27 @@ def changed(config, *overrides):
     return config
 
 
+def left_behind(config):
+    return list(check_adapters(SimpleNamespace(config=config)))
+
+
 @pytest.mark.parametrize("algorithm", ["disco", "grpo"])
 def test_adapters_with_separate_async_are_refused_unless_merged(compose, algorithm):
     run = compose(f"algorithm={algorithm}")
     for adapters in ("lora_rank=8", "lora.rank=8", "lora_adapter_path=some/adapter", "lora.adapter_path=some/adapter"):
         adapted = changed(run, f"{MODEL}.{adapters}")
-        with pytest.raises(ValueError) as e:
-            refuse_adapters_left_behind(changed(adapted, ASYNC))
+        (finding,) = left_behind(changed(adapted, ASYNC))
         for part in (adapters, ASYNC, "rollouts would stay at the initial model", f"{MODEL}.lora.merge=True"):
-            assert part in str(e.value), str(e.value)
-        refuse_adapters_left_behind(changed(adapted, ASYNC, f"{MODEL}.lora.merge=true"))
+            assert part in str(finding)
+        assert not finding.warning
+        assert not left_behind(changed(adapted, ASYNC, f"{MODEL}.lora.merge=true"))
         for mode in ("sync", "colocate_async"):
-            refuse_adapters_left_behind(changed(adapted, f"trainer.v1.trainer_mode={mode}"))
-    refuse_adapters_left_behind(changed(run, ASYNC))
+            assert not left_behind(changed(adapted, f"trainer.v1.trainer_mode={mode}"))
+    assert not left_behind(changed(run, ASYNC))
 
 
 def findings(config):
-    return list(check_lost_updates(SimpleNamespace(config=config)))
+    return list(check_lost_updates(Run(config, config)))
 
 
 @pytest.mark.parametrize(

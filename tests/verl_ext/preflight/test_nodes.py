@@ -30,13 +30,7 @@ def test_what_is_installed_here_is_found():
     assert found["verl"] and found["verl-disco"].startswith("0.1.0 (") and "python" in found["python"]
 
 
-@pytest.fixture
-def no_cluster(tmp_path, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-
-
-def test_the_cluster_is_the_one_that_ray_takes(tmp_path, monkeypatch, no_cluster):
+def test_the_cluster_is_the_one_that_ray_takes(tmp_path, monkeypatch):
     assert nodes.cluster_address({}) is nodes.cluster_address({"address": None}) is None
     assert nodes.cluster_address({"address": "local"}) == "local"
     (tmp_path / "ray").mkdir()
@@ -47,16 +41,16 @@ def test_the_cluster_is_the_one_that_ray_takes(tmp_path, monkeypatch, no_cluster
     assert nodes.cluster_address({"address": "10.0.0.3:6379"}) == "10.0.0.3:6379"
 
 
-def test_without_a_cluster_nothing_is_asked(tmp_path, no_cluster):
+def test_without_a_cluster_nothing_is_asked():
     config = OmegaConf.create({"ray_kwargs": {"ray_init": {"address": None, "runtime_env": None}}})
-    nodes.check_nodes(config)
+    assert list(nodes.ask_cluster(config)) == []
     # One that is gone.
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     started = time.monotonic()
     config.ray_kwargs.ray_init.address = f"127.0.0.1:{port}"
-    nodes.check_nodes(config)
+    assert list(nodes.ask_cluster(config)) == []
     assert time.monotonic() - started < 60
 
 
@@ -86,7 +80,7 @@ def test_a_node_that_does_not_see_the_files_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://10.0.0.1:10001"])
-def test_what_a_cluster_does_not_share_is_said(tmp_path, monkeypatch, capsys, address):
+def test_what_a_cluster_does_not_share_is_said(tmp_path, monkeypatch, address):
     import ray
 
     for name in ("init", "shutdown"):
@@ -94,9 +88,12 @@ def test_what_a_cluster_does_not_share_is_said(tmp_path, monkeypatch, capsys, ad
     monkeypatch.setattr(nodes, "is_listening", lambda address: True)
     monkeypatch.setattr(nodes, "ask_nodes", lambda question: {"a": question()})
     monkeypatch.setattr(nodes, "what_is_not_seen", lambda config, folder: {"b": ["data.train_files"]})
-    nodes.check_nodes(OmegaConf.create({"ray_kwargs": {"ray_init": {"address": address}}}), tmp_path)
-    out = capsys.readouterr().out
+    config = OmegaConf.create(
+        {"ray_kwargs": {"ray_init": {"address": address}}, "trainer": {"default_local_dir": str(tmp_path)}}
+    )
+    found, told = nodes.ask_cluster(config, tmp_path)
+    assert found.value == f"1 at {address} have what this one has" and told.warning
     if address.startswith("ray://"):
-        assert f"trainer.default_local_dir={tmp_path} there, and whether its nodes share it, cannot be seen" in out
+        assert f"trainer.default_local_dir={tmp_path} there cannot be seen from here" in told.problem
     else:
-        assert "warning: node b does not see data.train_files of this one: what its processes write stays there" in out
+        assert told.problem.startswith("node b does not see data.train_files of this one: what its processes write")

@@ -1,9 +1,11 @@
 """What a run imports only after Ray has started is named beforehand, with where it comes from."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from verl_ext.preflight import dry_run, packages
+from verl_ext.preflight import composition, packages
 from verl_ext.preflight.packages import Need, check_packages, is_installed, needs
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -11,7 +13,7 @@ ON_CPU = ["trainer.device=cpu", f"{ROLLOUT}.name=hf"]
 
 
 def config_of(*overrides: str, algorithm: str = "disco", experiment: str = "deepseek_qwen_1_5b"):
-    return dry_run.compose([f"algorithm={algorithm}", f"+experiment={experiment}", *overrides])
+    return composition.compose([f"algorithm={algorithm}", f"+experiment={experiment}", *overrides]).config
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def missing(monkeypatch, config, gpu: bool = False) -> dict[str, tuple[str, bool
     """Package -> fix, and whether it is a warning, where nothing is installed."""
     monkeypatch.setattr(packages, "is_installed", lambda need: need.module == "torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    findings = [f for f in check_packages(config, None) if f.problem]
+    findings = [f for f in check_packages(SimpleNamespace(config=config)) if f.problem]
     assert all(f.problem.startswith(f"{f.name} is not installed here") for f in findings)
     return {f.name: (f.fix, f.warning) for f in findings}
 
@@ -91,7 +93,7 @@ def test_where_the_gpus_are_it_is_wrong(monkeypatch):
 def test_log_probabilities_without_flash_attention_are_slow(monkeypatch):
     monkeypatch.setattr(packages, "is_installed", lambda need: True)
     config = config_of("+actor_rollout_ref.model.override_config.attn_implementation=sdpa")
-    (finding,) = check_packages(config, None)
+    (finding,) = check_packages(SimpleNamespace(config=config))
     assert finding.warning and "row by row" in finding.problem
 
 

@@ -1,12 +1,16 @@
 """Files, models, modules and functions that settings name: what is not there or does not fit is found."""
 
+import re
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.preflight import composition
-from verl_ext.preflight.references import check_references, refuse_missing_reward
+from verl_ext.preflight.checks import Needs, refuse
+from verl_ext.preflight.composition import Run
+from verl_ext.preflight.references import check_code, check_imports, check_paths
+from verl_ext.preflight.rows import check_data_files
 
 REWARD = "reward.custom_reward_function"
 TAKES = "data_source, solution_str, ground_truth, extra_info=None"
@@ -14,8 +18,7 @@ TAKES = "data_source, solution_str, ground_truth, extra_info=None"
 
 @pytest.fixture(scope="module")
 def config() -> DictConfig:
-    composed = composition.compose(["algorithm=disco", "+experiment=deepseek_qwen_1_5b"])
-    return composition.resolved(composed)
+    return composition.compose(["algorithm=disco", "+experiment=deepseek_qwen_1_5b"]).config
 
 
 @pytest.fixture
@@ -40,11 +43,19 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def run_of(config: DictConfig) -> Run:
+    run = Run(config, config)
+    # Resolved already.
+    run.config = config
+    return run
+
+
 def findings(config: DictConfig, *overrides: str) -> list:
     edited = config.copy()
     OmegaConf.set_struct(edited, False)
     edited.merge_with(OmegaConf.from_dotlist(list(overrides)))
-    return list(check_references(edited))
+    run = run_of(edited)
+    return [*check_code(run), *check_paths(run), *check_imports(run)]
 
 
 @pytest.mark.parametrize(
@@ -82,8 +93,8 @@ def findings(config: DictConfig, *overrides: str) -> list:
         ([f"{REWARD}.path=/nope.py"], f"{REWARD}.path=/nope.py: there is no such file", "give an existing one"),
         ([f"{REWARD}.path=pkg://verl_ext.tasks.maths"], "tasks.maths: there is no such module", ""),
         ([f"{REWARD}.name=compute_scores"], f"{REWARD}.name=compute_scores is not in pkg", "nearest: compute_score"),
-        ([f"{REWARD}.path=broken.py"], "broken.py cannot be imported: SyntaxError", ""),
-        ([f"{REWARD}.path=exits.py"], "exits.py cannot be imported: SystemExit", ""),
+        ([f"{REWARD}.path=broken.py", f"{REWARD}.name=score"], "broken.py cannot be imported: SyntaxError", ""),
+        ([f"{REWARD}.path=exits.py", f"{REWARD}.name=exit"], "exits.py cannot be imported: SystemExit", ""),
         ([f"{REWARD}.path=number.py", f"{REWARD}.name=score"], "score of number.py cannot be called", ""),
         ([f"{REWARD}.path=needed.py", f"{REWARD}.name=score"], "missing a required argument: 'bonus'", ""),
         (
@@ -142,24 +153,43 @@ def test_what_a_reward_imports_may_be_on_the_nodes_that_train(config, folder):
 
 
 @pytest.mark.parametrize(
-    "path, name, message",
+    "setting, value",
     [
-        ("/nope.py", "score", r"path=/nope.py: there is no such module"),
-        ("pkg://verl_ext.tasks.maths", "compute_score", r"maths: there is no such module"),
-        ("plain.py", "scores", r"name=scores is not in plain.py; nearest: score"),
+        (f"{REWARD}.path", "/nope.py"),
+        (f"{REWARD}.path", "pkg://verl_ext.tasks.maths"),
+        (f"{REWARD}.name", "compute_scores"),
+        ("verl_ext.prepare", "verl_ext.tasks.arithmetic.assets.ensure"),
+        ("actor_rollout_ref.model.external_lib", "nope_lib"),
+        ("actor_rollout_ref.model.path", "/nope"),
+        ("actor_rollout_ref.rollout.multi_turn.tool_config_path", "/nope.yaml"),
+        ("data.train_files", "/nope.parquet"),
     ],
 )
-def test_a_start_refuses_a_reward_that_is_not_there(config, folder, path, name, message):
+def test_a_start_refuses_what_is_not_there_with_the_doctors_words(config, folder, setting, value):
     edited = config.copy()
-    OmegaConf.update(edited, f"{REWARD}.path", path)
-    OmegaConf.update(edited, f"{REWARD}.name", name)
-    with pytest.raises(ValueError, match=message):
-        refuse_missing_reward(edited)
+    OmegaConf.update(edited, setting, value, force_add=True)
+    run = run_of(edited)
+    (finding,) = [f for f in [*check_code(run), *check_paths(run), *check_data_files(run)] if setting in f.problem]
+    with pytest.raises(ValueError, match=re.escape(f"{finding.problem}; {finding.fix}")):
+        refuse(run, Needs.CODE, Needs.FILES)
 
 
-def test_a_start_does_not_import_the_reward(config, folder):
+def test_a_start_does_not_import_what_settings_name(config, folder):
     edited = config.copy()
     for path, name in (("exits.py", "exit"), ("pkg://verl_ext.tasks.math.reward", "compute_score"), (None, None)):
         OmegaConf.update(edited, f"{REWARD}.path", path)
         OmegaConf.update(edited, f"{REWARD}.name", name)
-        refuse_missing_reward(edited)
+        refuse(run_of(edited), Needs.CODE)
+
+
+@pytest.mark.parametrize(
+    "ray", [{"address": "ray://10.0.0.1:10001"}, {"runtime_env": {"working_dir": "/elsewhere"}}, {"address": None}]
+)
+def test_what_is_the_clusters_is_not_looked_for_here(config, folder, ray):
+    edited = config.copy()
+    OmegaConf.update(edited, "ray_kwargs.ray_init", ray, force_add=True)
+    OmegaConf.update(edited, f"{REWARD}.path", "nope.py")
+    OmegaConf.update(edited, "data.train_files", "nope.parquet")
+    run = run_of(edited)
+    found = [f.problem for f in [*check_code(run), *check_data_files(run)] if "nope" in f.problem]
+    assert len(found) == (0 if any(ray.values()) else 2)
