@@ -144,9 +144,9 @@ def check_inputs(
     if len(uid) != len(log_prob) or getattr(uid, "ndim", 1) != 1:
         raise ValueError(f"uid has shape {tuple(getattr(uid, 'shape', (len(uid),)))} for {len(log_prob)} responses")
     require_numbers("reward", reward)
-    for name, x in tokens.items():
-        if x is not None:
-            require_numbers(name, x.detach(), mask)
+    for name, values in tokens.items():
+        if values is not None:
+            require_numbers(name, values.detach(), mask)
 
 
 def micro_batch_loss(

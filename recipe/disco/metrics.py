@@ -7,8 +7,8 @@ from recipe.disco.objectives import by_question
 
 
 def _mean(values: list[Tensor]) -> float | None:
-    values = torch.cat([x.double() for x in values]) if values else torch.zeros(0)
-    return float(values.mean()) if len(values) else None
+    pooled = torch.cat([x.double() for x in values]) if values else torch.zeros(0)
+    return float(pooled.mean()) if len(pooled) else None
 
 
 def group_metrics(
@@ -45,7 +45,7 @@ def group_metrics(
         positives.append(score[pos].flatten())
         negatives.append(score[neg].flatten())
     scored = (question >= 0) & (length > 0)
-    metrics = {f"groups_{k}": float(v.sum()) / count for k, v in counts.items()}
+    metrics: dict[str, float | None] = {f"groups_{k}": float(v.sum()) / count for k, v in counts.items()}
     metrics |= {
         "score_positive": _mean(positives),
         "score_negative": _mean(negatives),

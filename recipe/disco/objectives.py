@@ -215,7 +215,7 @@ def by_question(positive: Tensor, question: Tensor, length: Tensor) -> Questions
         alike = both[which == i]
         members = rows[start[alike][:, None] + torch.arange(p + n, device=rows.device)]
         mixed.append((ids[alike], members[:, :p], members[:, p:]))
-    return Questions(*counts.unbind(1), mixed)
+    return Questions(counts[:, 0], counts[:, 1], mixed)
 
 
 def call_objective(objective: Objective, group: Group, ids: Tensor) -> Sides:
@@ -245,12 +245,12 @@ def call_objective(objective: Objective, group: Group, ids: Tensor) -> Sides:
             refuse(f"an error, {type(e).__name__}: {e}", first, e)
         wanted = part.positive.shape[:-1]
         try:
-            sides = [torch.as_tensor(side).to(part.positive) for side in sides]
+            values = [torch.as_tensor(side).to(part.positive) for side in sides]
         except (TypeError, ValueError, RuntimeError) as e:
             refuse(repr(sides), first, e)
-        if [side.shape for side in sides] != [wanted, wanted]:
-            refuse(f"sides of shape {[tuple(side.shape) for side in sides]}", first)
-        found.append(sides)
+        if [value.shape for value in values] != [wanted, wanted]:
+            refuse(f"sides of shape {[tuple(value.shape) for value in values]}", first)
+        found.append(values)
     positive, negative = (torch.stack(side).flatten() for side in zip(*found, strict=True))
     bad = ~(positive.isfinite() & negative.isfinite())
     if bad.any():

@@ -118,9 +118,9 @@ def compute_score(
         ValueError: for a missing ``ref_log_prob``, weights for a score that takes none, or what is not one score per
             response with a gradient.
     """
-    if score.base == "reference" and ref_log_prob is None:
-        raise ValueError(f"disco.score={score.name} compares with a reference model, but there is no ref_log_prob")
     base = ref_log_prob if score.base == "reference" else old_log_prob
+    if base is None:
+        raise ValueError(f"disco.score={score.name} compares with a reference model, but there is no ref_log_prob")
     s = _checked(score, score(log_prob, base, mask), log_prob)
     if rollout_is_weights is None:
         return s

@@ -92,6 +92,7 @@ class MiniBatchLoss:
         log_prob = no_padding_2_padding(model_output["log_probs"], data)
         mask, old = padded(data["response_mask"]).bool(), padded(data["old_log_probs"])
         index, plan, score = data["sample_index"], self.plan, self.score
+        assert plan is not None
         require_numbers("log_prob", log_prob.detach(), mask, index)
         rho = padded(data["rollout_is_weights"]) if "rollout_is_weights" in data.keys() else None
         if rho is not None:
@@ -268,8 +269,10 @@ class DiscoTrainingWorker(TrainingWorker):
             # The engine's own: the worker's wrapper returns None on ranks that must weigh, too.
             output = self.engine.infer_batch(data, loss_function=None)
         output = (output or {}).get("model_output", {})
-        names = ("log_probs", "entropy")
-        return tuple(no_padding_2_padding(output[n], data).float() if n in output else None for n in names)
+        log_prob, entropy = (
+            no_padding_2_padding(output[n], data).float() if n in output else None for n in ("log_probs", "entropy")
+        )
+        return log_prob, entropy
 
     def _gather(self, table: Tensor) -> Tensor:
         """The rows of all data-parallel ranks, which have equally many, on the CPU; the same on every rank."""
