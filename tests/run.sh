@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Environment, ruff, types, then the test suite, two tests at a time where there are 12 GB of memory. `--all` adds the long
-# tests; other arguments go to pytest as they are (`-n 0`: one at a time).
+# Environment, ruff, types, then the test suite, two tests at a time where there are 12 GB of memory. `--all` adds the
+# long tests; other arguments go to pytest as they are (`-n 0`: one at a time).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INDEX = (ROOT / "docs/index.md").read_text()
 SECTIONS = {part.partition("\n")[0]: part for part in INDEX.split("\n## ")[1:]}
 METHODS = recipes.options("algorithm")
+PAGES = sorted(page.stem for page in (ROOT / "docs/algorithms").glob("*.md"))
 
 # What a comment in a config file says of a value that is not simply the paper's.
 DEVIATES = re.compile(r"our choice|[Nn]ot in the paper|not known|unknown|not be checked|no number|not read|\bverl\b")
@@ -124,7 +125,11 @@ def test_the_commands_of_contributing_compose(files, compose):
     assert (variant.disco.negatives, variant.disco.tau, variant.verl_ext.algorithm) == ("topk", 10, "disco_hard")
 
 
-def test_what_contributing_names_is_there():
-    names = set(re.findall(r"\b((?:tests|recipe|verl_ext|benchmarks|docs|examples)/[\w/.]*\w/?)", CONTRIBUTING))
-    assert len(names) > 15
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", *(f"docs/algorithms/{n}.md" for n in PAGES)])
+def test_what_a_document_names_is_there(document):
+    text = (ROOT / document).read_text()
+    names = set(re.findall(r"(?<![\w/.])((?:tests|recipe|verl_ext|benchmarks|docs|examples)/[\w/.]*\w)", text))
+    assert len(names) > 1
     assert not [name for name in names if "NAME" not in name and not (ROOT / name).exists()]
+    links = re.findall(r"\]\((?!http)([^)#]+)", text)
+    assert not [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
