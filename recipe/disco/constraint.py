@@ -96,7 +96,7 @@ class SquaredHinge(Controller):
     delta: float = number(minimum=0)
     beta: float = number(minimum=0)
 
-    def penalty(self, kl):
+    def penalty(self, kl: Tensor) -> Tensor:
         return self.beta / 2 * torch.relu(kl - self.delta) ** 2
 
 
@@ -113,16 +113,16 @@ class AugmentedLagrangian(Controller):
     rho: float = number(above=0)
     multiplier: float = field(default=0.0, init=False)
 
-    def penalty(self, kl):
+    def penalty(self, kl: Tensor) -> Tensor:
         return (torch.relu(self.multiplier + self.rho * (kl - self.delta)) ** 2 - self.multiplier**2) / (2 * self.rho)
 
-    def end_step(self, kl):
+    def end_step(self, kl: float) -> None:
         self.multiplier = max(0.0, self.multiplier + self.rho * (kl - self.delta))
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"multiplier": self.multiplier}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.multiplier = require_finite("multiplier", state["multiplier"], minimum=0)
 
 
@@ -133,7 +133,7 @@ class Fixed(Controller):
 
     coefficient: float = number(minimum=0)
 
-    def penalty(self, kl):
+    def penalty(self, kl: Tensor) -> Tensor:
         return self.coefficient * kl
 
 
@@ -142,7 +142,7 @@ class Fixed(Controller):
 class Unconstrained(Controller):
     """No penalty; the KL is still measured and logged."""
 
-    def penalty(self, kl):
+    def penalty(self, kl: Tensor) -> Tensor:
         return 0.0 * kl
 
 

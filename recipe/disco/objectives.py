@@ -95,7 +95,7 @@ class Disco(Objective):
     top_share: float = number(0.25, above=0, most=1)
     scale: float = number(1.0, above=0)
 
-    def __call__(self, group):
+    def __call__(self, group: Group) -> Sides:
         pos, neg = self.scale * group.positive, self.scale * group.negative
         if self.surrogate == "identity":
             return Sides(pos.mean(-1), self.over_negatives(neg))
@@ -124,7 +124,7 @@ class DiscoB(Objective):
     surrogate: str = "identity"
     scale: float = number(1.0, above=0)
 
-    def __call__(self, group):
+    def __call__(self, group: Group) -> Sides:
         return Disco(tau=1.0, surrogate=self.surrogate, negatives="mean", scale=self.scale)(group)
 
 
@@ -143,7 +143,7 @@ class DRPO(Objective):
     length_temperature: float = number(above=0)
     max_length: int = number(above=0)
 
-    def __call__(self, group):
+    def __call__(self, group: Group) -> Sides:
         length = group.positive_length.to(group.positive)
         w = torch.softmax((1 - length / self.max_length) / self.length_temperature, -1)
         return Sides((w * group.positive).sum(-1), log_mean_exp(group.negative, self.tau))
@@ -162,7 +162,7 @@ class Real(Objective):
 
     tau: float = number(above=0)
 
-    def __call__(self, group):
+    def __call__(self, group: Group) -> Sides:
         return Sides(-log_one_plus_sum_exp(-group.positive / self.tau), log_one_plus_sum_exp(group.negative / self.tau))
 
 

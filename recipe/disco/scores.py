@@ -65,7 +65,7 @@ register_score = SCORES.register
 class LogLikelihood(Score):
     """log-L: s(o) = (1/|o|) sum_t log pi_theta(o_t), in nats per token, <= 0."""
 
-    def __call__(self, log_prob, base_log_prob, mask, rho=None):
+    def __call__(self, log_prob: Tensor, base_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
         return token_mean(log_prob, mask, rho)
 
 
@@ -76,7 +76,7 @@ class LikelihoodRatio(Score):
 
     constant_at_old = True
 
-    def __call__(self, log_prob, base_log_prob, mask, rho=None):
+    def __call__(self, log_prob: Tensor, base_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
         return token_mean((masked(log_prob, mask) - masked(base_log_prob, mask)).exp(), mask, rho)
 
 
@@ -87,7 +87,7 @@ class LogRatio(Score):
 
     constant_at_old = True
 
-    def __call__(self, log_prob, base_log_prob, mask, rho=None):
+    def __call__(self, log_prob: Tensor, base_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
         return token_mean(masked(log_prob, mask) - masked(base_log_prob, mask), mask, rho)
 
 

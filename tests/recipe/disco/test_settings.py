@@ -1,6 +1,7 @@
 """Settings: what composes, and each refusal by its message."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from named import score_of
 from omegaconf import OmegaConf
 
 import verl_ext.plugin  # noqa: F401  (registers the config group)
+from recipe.disco import settings
 from recipe.disco.estimator import DiscoPolicyLossConfig
 from recipe.disco.scores import SCORES, masked, register_score
 from recipe.disco.settings import DiscoConfig, parse
@@ -235,3 +237,9 @@ def test_a_delta_that_can_work_is_not_refused(overrides):
 def test_a_floor_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match=r"disco.kl_floor=-1.* is not a finite number >= 0"):
         validate(composed("disco.kl_floor=-1"))
+
+
+def test_the_page_names_every_setting():
+    page = (Path(settings.__file__).parent / "README.md").read_text()
+    for name in DiscoConfig.__dataclass_fields__:
+        assert f"`disco.{name}`" in page, name
