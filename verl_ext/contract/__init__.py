@@ -6,11 +6,8 @@ verl never signed it, so it is compared with the verl that is installed. To move
 2. run ``python -m verl_ext.contract``: each line names something of verl's, what has become of it, what it is for here,
    and the places that use it. ``tests/test_contract.py`` fails with the same lines;
 3. go through them: change those places, then the contract: ``python -m verl_ext.contract --write`` puts today's
-   parameters and new uses into it and drops what nothing uses any more; write the reasons where it left ``TODO``;
+   names and parameters into it and drops those that nothing uses any more; write the reasons where it left ``TODO``.
+   Settings, data and texts are few and edited by hand;
 4. a parameter that is only new may still change a result: read verl's code before you write it down;
 5. run the suite. What the contract cannot see are numbers: the tests of training steps show those.
 """
-
-from verl_ext.contract.compare import Contract, changes, unused, unwritten
-
-__all__ = ["Contract", "changes", "unused", "unwritten"]

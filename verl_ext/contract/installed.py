@@ -1,6 +1,6 @@
 """What the installed verl and TransferQueue have under the names of the contract.
 
-What can be imported is; a module that needs a package which is missing here (vLLM, say) is read instead.
+A module that cannot be imported here, because it needs vLLM, say, is read instead.
 """
 
 import ast
@@ -24,7 +24,8 @@ def describe(name: str) -> str | None:
     """The parameters of a function or method by its full name, "" for anything else; None if there is no such thing."""
     try:
         return _imported(name)
-    except ImportError:
+    except Exception:
+        # Of another verl, or of one without a package that this module needs.
         return _read(name)
 
 
@@ -32,7 +33,7 @@ def neighbours(name: str) -> list[str]:
     """Names that stand beside this one."""
     try:
         return sorted(vars(_find(name.rpartition(".")[0])))
-    except (AttributeError, ImportError, TypeError):
+    except Exception:
         return []
 
 

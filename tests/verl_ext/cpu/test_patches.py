@@ -22,7 +22,6 @@ def original(function):
 
 def test_process_group_patch_is_in_place_and_still_needed():
     patched = verl.utils.distributed.initialize_global_process_group_ray
-    assert list(inspect.signature(original(patched)).parameters) == ["timeout_second", "backend"]
     # verl's default names the device's backend next to "cpu:gloo". When it no longer does, drop the patch.
     assert 'f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}"' in inspect.getsource(original(patched))
     assert patched is not original(patched)
@@ -49,7 +48,6 @@ def test_log_probs_patch_is_in_place_and_reached():
     module = verl.utils.torch_functional
     patched = module.logprobs_from_logits_v2
     assert patched is not original(patched)
-    assert list(inspect.signature(original(patched)).parameters) == ["logits", "labels"]
     assert "logprobs_from_logits_v2" in inspect.getsource(module.logprobs_from_logits)
     # The loop over rows that makes it slow. When it is gone, drop the patch.
     assert "for logit in logits" in inspect.getsource(original(patched))
@@ -89,12 +87,6 @@ def test_verl_still_looks_its_value_model_loader_up_when_called():
     assert "from verl.utils.model import load_valuehead_model" in inspect.getsource(
         transformer_impl.FSDPEngine._build_module
     )
-    assert list(inspect.signature(verl.utils.model.load_valuehead_model).parameters) == [
-        "local_path",
-        "torch_dtype",
-        "model_config",
-        "trust_remote_code",
-    ]
     assert 'attn_implementation="flash_attention_2"' in inspect.getsource(verl.utils.model.load_valuehead_model)
 
 
