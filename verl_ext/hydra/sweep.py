@@ -64,6 +64,48 @@ def job_name(job: DictConfig, overrides: Sequence[str], swept: Collection[str] =
     return head + seed
 
 
+TRAINING = (
+    "data.train_batch_size",
+    "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "actor_rollout_ref.actor.ppo_epochs",
+    "actor_rollout_ref.actor.optim.lr",
+    "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.rollout.temperature",
+)
+"""Settings that a preset sets, and that a comparison of methods wants alike."""
+
+
+def unequal(jobs: Sequence[tuple[DictConfig, Collection[str]]]) -> str:
+    """Say in which training settings jobs differ though nobody swept them, since one method brings a preset.
+
+    Args:
+        jobs: of each, its settings with Hydra's own node, and those of its overrides that not all jobs have.
+
+    Returns:
+        One line with the numbers and what to do; nothing for an equal comparison.
+    """
+    # Jobs that were asked to differ in more than the method are not compared.
+    alike: dict[tuple[str, ...], list[DictConfig]] = {}
+    for job, swept in jobs:
+        alike.setdefault(tuple(sorted(o for o in swept if name_of(o) != "algorithm")), []).append(job)
+    for group in alike.values():
+        told = []
+        for name in TRAINING:
+            values: dict[str, list[str]] = {}
+            for job in group:
+                methods = values.setdefault(str(OmegaConf.select(job, name)), [])
+                methods.append(str(OmegaConf.select(job, "verl_ext.algorithm", default=DEFAULT_ALGORITHM)))
+            if len(values) > 1:
+                numbers = ", ".join(f"{value} for {', '.join(methods)}" for value, methods in values.items())
+                told.append(f"{name} ({numbers})")
+        if told:
+            chosen = [OmegaConf.select(job, "hydra.runtime.choices.setting") for job in group]
+            preset = " or ".join(f"setting={name}" for name in dict.fromkeys(chosen) if name)
+            remedy = f"give {preset} to all, or set them" if preset else "set them"
+            return f"sweep: warning: besides the method, jobs differ in {'; '.join(told)}; nobody swept them: {remedy}"
+    return ""
+
+
 def name_of(override: str) -> str:
     """The full name of what an override sets, adds or deletes."""
     return override.lstrip("+~").split("=")[0].partition("@")[0]
@@ -143,6 +185,8 @@ class SweepLauncher(Launcher):
 
     def __init__(self, launcher: DictConfig | None = None):
         self.other, self.folders = launcher, set()
+        self.launched: list[tuple[DictConfig, list[str]]] = []
+        self.warned = False
 
     def setup(self, *, hydra_context, task_function, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
@@ -167,6 +211,10 @@ class SweepLauncher(Launcher):
                 name = "trainer.default_local_dir"
                 raise ValueError(f"several jobs of the sweep would share {shown(folder)}: let {name} differ")
             self.folders.add(folder)
+        # Once, also where the sweeper launches one job at a time.
+        if not self.warned and (line := unequal(self.launched)):
+            self.warned = True
+            print(line, flush=True)
         if self.other is not None:
             return self.other.launch([overrides for *_, overrides in jobs], initial_job_idx)
         command = job_command(self.config)
@@ -192,7 +240,9 @@ class SweepLauncher(Launcher):
         """A job's directory, its settings, and all its overrides, which other processes understand, too."""
         job = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         given = {name_of(o) for o in overrides}
-        name = job_name(job, overrides, [o for o in overrides if name_of(o) not in self.common])
+        swept = [o for o in overrides if name_of(o) not in self.common]
+        self.launched.append((job, swept))
+        name = job_name(job, overrides, swept)
         top = os.path.abspath(self.config.hydra.sweep.dir)
         places = {"trainer.default_local_dir": f"{top}/{name}", "trainer.experiment_name": name}
         places = {name: value for name, value in places.items() if name not in given}

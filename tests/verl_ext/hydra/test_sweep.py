@@ -17,6 +17,7 @@ from verl.trainer import main_ppo
 
 import verl_ext.hydra.sweep
 from verl_ext.hydra.sweep import LONGEST_NAME, job_name
+from verl_ext.preflight import checks
 from verl_ext.runs import folder as runs
 
 # main_ppo's Hydra application, but for the training: it says its settings, and fails on demand.
@@ -25,6 +26,10 @@ import sys
 from pathlib import Path
 import verl
 import hydra
+from verl_ext.preflight import checks
+
+# No model and no data are there.
+checks.CHECKS[checks.Needs.FILES] = []
 
 @hydra.main(config_path="pkg://verl.trainer.config", config_name="ppo_trainer", version_base=None)
 def main(config):
@@ -205,6 +210,7 @@ def test_another_launcher_runs_the_jobs_in_folders_of_their_own(in_process, tmp_
     node = {"_target_": "hydra_plugins.other.OtherLauncher", "workers": 3}
     ConfigStore.instance().store(group="hydra/launcher", name="other", node=node)
     got = []
+    monkeypatch.setitem(checks.CHECKS, checks.Needs.FILES, [])
     monkeypatch.setattr(main_ppo, "validate_config", lambda **kwargs: None)
     monkeypatch.setattr(main_ppo, "run_ppo", lambda config, task_runner_class: got.append(config))
     in_process(*TOY, "hydra/launcher=other", "seed=1,2", "+data.cache_dir=cache")
@@ -213,6 +219,34 @@ def test_another_launcher_runs_the_jobs_in_folders_of_their_own(in_process, tmp_
         assert (config.seed, config.trainer.default_local_dir) == (seed, str(folder))
         assert (folder / runs.FINISHED_FILE).exists() and config.data.cache_dir == f"{tmp_path}/cache"
     assert len(got) == 2
+
+
+def test_jobs_that_differ_in_more_than_the_method_are_told_once(in_process, capsys):
+    """One method brings its paper's preset, and the other takes verl's batch sizes, unless something sets both."""
+    arguments = ["algorithm=grpo,disco", "actor_rollout_ref.rollout.n=4", "++seed=1"]
+    arguments += ["trainer.project_name=mine", "hydra.sweeper.max_batch_size=1"]
+
+    def warnings(*more: str) -> list[str]:
+        in_process(*arguments, *more)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("sweep: warning:")]
+
+    (line,) = warnings()
+    for part in (
+        "data.train_batch_size (1024 for grpo, 128 for disco)",
+        "rollout.temperature (1.0 for grpo, 0.6 for disco)",
+        "give setting=disco_paper to all, or set them",
+    ):
+        assert part in line
+    assert "rollout.n (" not in line
+    assert warnings("setting=disco_paper") == []
+    set_by_hand = ["data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=32"]
+    assert warnings(*set_by_hand, "actor_rollout_ref.rollout.temperature=1") == []
+    assert warnings("+experiment=arithmetic_cpu", "verl_ext.prepare=null") == []
+
+
+def test_what_is_swept_may_differ(in_process, capsys):
+    in_process("algorithm=disco", "+seed=1", "data.train_batch_size=64,128", "setting=small,disco_paper")
+    assert "warning: besides" not in capsys.readouterr().out
 
 
 def test_jobs_that_would_share_a_directory_are_refused(sweep):
