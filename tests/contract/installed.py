@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from verl_ext.contract.uses import PACKAGES
+from uses import PACKAGES
 
 DATA = (
     *("experimental/agent_loop", "experimental/reward_loop", "trainer/ppo/v1", "trainer/ppo/padding_utils.py"),

@@ -4,13 +4,12 @@ import ast
 import inspect
 from dataclasses import fields, replace
 
+import installed
 import pytest
+from contract import FILE, TODO, Contract, changes, rewrite, unused, unwritten
+from uses import find_uses
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import seqlen_balancing
-
-from verl_ext.contract import installed
-from verl_ext.contract.compare import TODO, Contract, changes, rewrite, unused, unwritten
-from verl_ext.contract.uses import find_uses
 
 TRAINER = "verl.trainer.ppo.v1.trainer_base.PPOTrainer"
 
@@ -221,7 +220,7 @@ def test_what_every_class_has_is_none_of_verls():
 
 def test_the_file_is_brought_up_to_date_and_keeps_its_reasons(uses, tmp_path, contract):
     file = tmp_path / "contract.yaml"
-    text = open(inspect.getsourcefile(Contract).replace("compare.py", "contract.yaml")).read()
+    text = FILE.read_text()
     old = text.replace("log_seqlen_unbalance(seqlen_list,", "log_seqlen_unbalance(lengths,")
     file.write_text(old.replace("    get_torch_device(): waits for copies from the device\n", "    gone: x\n"))
     rewrite(uses, file)

@@ -9,7 +9,6 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -27,14 +26,15 @@ DATA = {"DataProto", "TensorDict", "tensordict_utils", "verl_ext.training.transf
 
 DICT_METHODS = {"copy", "get", "items", "keys", "pop", "setdefault", "update", "values"}
 
+OURS = ("hydra_plugins", "recipe", "verl_ext")
+
 Uses = dict[str, dict[str, set[str]]]
 """kind (names, overrides, own, settings, variables, words, texts) -> name -> places (file:line)."""
 
 
 def sources() -> dict[str, ast.Module]:
     """Parse our modules, by file."""
-    tops = (distribution("verl-disco").read_text("top_level.txt") or "").split()
-    files = sorted(f for top in tops for f in (ROOT / top).rglob("*.py") if f.parent != Path(__file__).parent)
+    files = sorted(f for top in OURS for f in (ROOT / top).rglob("*.py"))
     return {str(f.relative_to(ROOT)): ast.parse(f.read_text()) for f in files}
 
 
