@@ -60,8 +60,6 @@ def validate(config: DictConfig) -> None:
         refuse("algorithm.adv_estimator", "gae", "it starts a critic, and DisCO has no values; leave it at disco")
     if get("distillation.enabled", False):
         refuse("distillation.enabled", True, "its loss would be ignored; use false")
-    if get("actor_rollout_ref.actor.use_prefix_grouper", False):
-        refuse("actor_rollout_ref.actor.use_prefix_grouper", True, "it is not supported; use false")
     _refuse_corrections_without_effect(disco, get, refuse)
     _refuse_delta_below_the_floor(disco, get, refuse)
     if actor.strategy not in ENGINES:

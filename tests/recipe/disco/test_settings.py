@@ -114,7 +114,6 @@ def test_lagged_weights_of_ratios_are_refused_but_for_disco_b():
         ("actor_rollout_ref.actor.use_kl_loss=true", "use_kl_loss=True .* use false"),
         ("critic.enable=true", "critic.enable=True .* use null"),
         ("distillation.enabled=true", "distillation.enabled=True .* use false"),
-        ("actor_rollout_ref.actor.use_prefix_grouper=true", "use_prefix_grouper=True .* use false"),
         ("algorithm.rollout_correction.rollout_is=word", "rollout_correction=.*'word'.* verl says: Invalid rollout_is"),
         ("algorithm.rollout_correction.rollout_rs=seq_mean_k1", "rollout_rs_threshold=None .* needs one"),
         ("algorithm.adv_estimator=gae", "adv_estimator=gae .* starts a critic"),
