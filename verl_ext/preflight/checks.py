@@ -128,7 +128,7 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
     for need in (Needs.CODE, Needs.FILES, Needs.CONTENTS):
         yield from run_checks(CHECKS[need], run, hint=hint)
     if wrong:
-        yield Finding("further checks", "not made: they need the values above to be right")
+        yield Finding("further checks", "skipped: fix the values above first")
         return
     for need in (Needs.SETTINGS, Needs.PLAN, Needs.CLUSTER):
         yield from run_checks(CHECKS[need], run, hint=hint)

@@ -58,7 +58,7 @@ def _unknown(override: str, overrides: Sequence[str]) -> tuple[str, str]:
     if is_read(name, plain):
         return f"{name} is not in the configuration, though verl reads it", f"write +{override}"
     if name in names_of_groups():
-        fix = "leave it out, or choose what has it; in a sweep over both, write ++"
+        fix = "leave it out, or choose the one that has it; in a sweep over both, write ++"
         return f"{name} is not in this run, but in another algorithm or experiment", fix
     near = suggestions(name, plain)
     return f"there is no setting {name}", f"nearest: {', '.join(near)}" if near else "leave it out"

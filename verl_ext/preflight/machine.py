@@ -86,7 +86,7 @@ def check_plugin() -> Iterator[Finding]:
 
     if plugin.error is not None:
         problem = f"the plugin is not active: {type(plugin.error).__name__}: {plugin.error}"
-        yield Finding("plugin", "failed", problem, "the traceback above says where")
+        yield Finding("plugin", "failed", problem, "fix the error in the traceback above")
     else:
         yield Finding("plugin", "active")
 
@@ -148,7 +148,7 @@ def check_rollout_engines() -> Iterator[Finding]:
         yield Finding("rollout engines", ", ".join(found))
     else:
         fix = "activate the plugin, which brings the engine hf, or install vllm"
-        yield Finding("rollout engines", "none", "verl has nothing to generate responses with", fix)
+        yield Finding("rollout engines", "none", "nothing is installed that can generate responses", fix)
 
 
 CHECKS: list[Callable[[], Iterator[Finding]]] = [

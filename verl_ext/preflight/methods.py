@@ -3,6 +3,8 @@
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
 
+from verl_ext import recipes
+
 GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "gpg", "opo")
 GROUP_ESTIMATORS += ("reinforce_plus_plus_baseline",)
 """verl's advantage estimators that compare the responses to one question."""
@@ -27,8 +29,10 @@ def validate(config: DictConfig) -> None:
     own = OmegaConf.select(config, "actor_rollout_ref.model.external_lib")
     if not own and estimator not in [*ADV_ESTIMATOR_REGISTRY, "gae"]:
         refuse("algorithm.adv_estimator", estimator, f"verl has {sorted(ADV_ESTIMATOR_REGISTRY)}")
-    if not own and loss_mode not in POLICY_LOSS_REGISTRY:
-        refuse("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, f"verl has {sorted(POLICY_LOSS_REGISTRY)}")
+    # A recipe's is computed by its own worker alone.
+    losses = set(POLICY_LOSS_REGISTRY).difference(*(recipe.losses for recipe in recipes.installed()))
+    if not own and loss_mode not in losses:
+        refuse("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, f"verl has {sorted(losses)}")
     if estimator in GROUP_ESTIMATORS and rollout.n < 2:
         refuse(
             "actor_rollout_ref.rollout.n",
@@ -44,7 +48,8 @@ def validate(config: DictConfig) -> None:
             "the KL to the reference would count twice, as actor_rollout_ref.actor.use_kl_loss is on; use one of them",
         )
     if actor.use_kl_loss and actor.kl_loss_coef == 0:
-        refuse("actor_rollout_ref.actor.use_kl_loss", True, "its weight is 0: a reference for nothing; use false")
+        right = "kl_loss_coef=0: the reference model would be loaded but unused; use false"
+        refuse("actor_rollout_ref.actor.use_kl_loss", True, right)
     if loss_mode == "sapo" and actor.loss_agg_mode != "seq-mean-token-mean":
         refuse(
             "actor_rollout_ref.actor.loss_agg_mode",

@@ -28,7 +28,7 @@ def check_model(run: Run) -> Iterator[Finding]:
     described = find_shape(path)
     if described is None:
         problem = f"{path} is not on this machine, so memory was not estimated"
-        yield Finding("model", path, problem, "download it, and give the folder", warning=True)
+        yield Finding("model", path, problem, "download it and give its folder", warning=True)
     else:
         shape, source = described
         value = f"{path}: {shape.parameters / 1e9:.2f} B parameters ({source})"
@@ -36,7 +36,7 @@ def check_model(run: Run) -> Iterator[Finding]:
             yield Finding("model", value)
         else:
             problem = f"{path} is not on this machine: each node downloads {2 * shape.parameters / GIB:.0f} GiB first"
-            fix = "download it once to a disk that all nodes see, and give the folder"
+            fix = "download it once to a disk that all nodes see, and give its folder"
             yield Finding("model", value, problem, fix, warning=True)
         yield from split_problems(config, shape)
         if config.actor_rollout_ref.actor.strategy not in ("fsdp", "fsdp2", "megatron"):
@@ -81,7 +81,7 @@ def split_problems(config: DictConfig, shape: Shape) -> Iterator[Finding]:
     if rollout.name in HAS_SHARE and positions and max(longest, rollout.max_model_len or 0) > positions:
         name = "actor_rollout_ref.rollout.max_model_len" if rollout.max_model_len else "prompt and response"
         problem = f"{name}={rollout.max_model_len or longest} is more than the model's {positions} positions"
-        yield Finding("model", "", problem, "lower data.max_response_length, or take a model with more")
+        yield Finding("model", "", problem, "lower data.max_response_length, or use a model with more positions")
     for name, size, total in wanted:
         if size and total % size:
             divisors = ", ".join(str(d) for d in range(1, total + 1) if total % d == 0 and d <= 16)
@@ -89,8 +89,8 @@ def split_problems(config: DictConfig, shape: Shape) -> Iterator[Finding]:
 
 
 LESS = {
-    "training": "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu, offload, or take more GPUs",
-    "critic": "lower critic.ppo_infer_max_token_len_per_gpu, offload actor and critic, or take more GPUs",
+    "training": "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu, offload, or use more GPUs",
+    "critic": "lower critic.ppo_infer_max_token_len_per_gpu, offload actor and critic, or use more GPUs",
     "weight transfer": "lower actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes, or offload",
     "generation": "lower actor_rollout_ref.rollout.gpu_memory_utilization, or offload weights and optimizer",
 }

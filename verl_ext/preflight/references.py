@@ -140,7 +140,7 @@ def check_paths(run: Run) -> Iterator[Finding]:
         yield from _wrong_resume(config)
     template = config.actor_rollout_ref.model.get("custom_chat_template")
     if template and "{" not in template:
-        problem = f"actor_rollout_ref.model.custom_chat_template={template} is no Jinja template"
+        problem = f"actor_rollout_ref.model.custom_chat_template={template} is not a Jinja template"
         yield Finding("template", "", problem, "give the template's text itself, not a path")
 
 
@@ -189,7 +189,7 @@ def _wrong_model(name: str, value: Any, holds: tuple[str, ...]) -> Iterator[Find
             return
         except HFValidationError:
             pass
-    problem = f"{name}={value}: there is no such folder, and it is no name on the hub"
+    problem = f"{name}={value}: there is no such folder, and it is not a name on the hub"
     yield Finding("model", "", problem, "give an existing folder, or a name on the hub such as Qwen/Qwen3-4B")
 
 

@@ -72,7 +72,7 @@ def check_verls_own(run: Run) -> Iterator[Finding]:
     try:
         validate_config(without_engine(config), need_reference_policy(config), need_critic(config) and local)
     except (ValueError, AssertionError, KeyError, TypeError) as e:
-        yield Finding("checks", "", f"verl refuses: {first_lines(e)}", "set what the message names")
+        yield Finding("checks", "", f"verl refuses: {first_lines(e)}", "fix the setting that it names")
     else:
         yield Finding("checks", f"verl's own passed for {world(config)} GPU(s)")
 

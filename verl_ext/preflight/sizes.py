@@ -7,6 +7,9 @@ from omegaconf import DictConfig
 
 from verl_ext.preflight.composition import Run
 from verl_ext.preflight.findings import Finding
+from verl_ext.preflight.memory import sequence_split
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 
 def world(config: DictConfig) -> int:
@@ -18,9 +21,8 @@ def model_parallel(config: DictConfig) -> dict[str, int]:
     actor = config.actor_rollout_ref.actor
     if actor.strategy == "megatron":
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        return {f"actor_rollout_ref.actor.megatron.{n}": actor.megatron[n] for n in names}
-    ulysses = max(actor.ulysses_sequence_parallel_size, actor.fsdp_config.ulysses_sequence_parallel_size)
-    return {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": ulysses}
+        return {f"{ACTOR}.megatron.{n}": actor.megatron[n] for n in names}
+    return {f"{ACTOR}.ulysses_sequence_parallel_size": sequence_split(actor)}
 
 
 def check_sizes(run: Run) -> Iterator[Finding]:
@@ -37,36 +39,34 @@ def check_sizes(run: Run) -> Iterator[Finding]:
     ranks = gpus // split
     updates = -(-batch // mini) * actor.ppo_epochs
     yield Finding("gpus", f"{config.trainer.nnodes} node(s) x {config.trainer.n_gpus_per_node}: {ranks} data-parallel")
-    value = f"{batch} questions x {n} responses a step, {mini} questions an update, {updates} updates"
+    value = f"{batch} questions x {n} responses per step, {mini} questions per update, {updates} updates"
     if batch % mini:
-        problem = f"data.train_batch_size={batch} is no multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
-        yield Finding("batch", value, problem, f"use {mini * max(batch // mini, 1)}, say")
+        problem = f"data.train_batch_size={batch} is not a multiple of {ACTOR}.ppo_mini_batch_size={mini}"
+        yield Finding("batch", value, problem, f"use a multiple, such as {mini * max(batch // mini, 1)}")
     elif mini * n % ranks:
-        problem = f"{mini} questions x n={n} are {mini * n} responses for {ranks} ranks: padding makes up for the rest"
-        yield Finding("batch", value, problem, "choose a multiple where it matters", warning=True)
+        problem = f"{mini} questions x n={n} are {mini * n} responses for {ranks} ranks: padding fills the difference"
+        yield Finding("batch", value, problem, f"use a multiple of {ranks} to avoid padding", warning=True)
     else:
         yield Finding("batch", value)
 
     longest = config.data.max_prompt_length + config.data.max_response_length
     if actor.use_dynamic_bsz:
-        sequence_split = split // splits.get("actor_rollout_ref.actor.megatron.pipeline_model_parallel_size", 1)
-        sequence_split //= splits.get("actor_rollout_ref.actor.megatron.tensor_model_parallel_size", 1)
-        room = actor.ppo_max_token_len_per_gpu * sequence_split
+        room = actor.ppo_max_token_len_per_gpu * sequence_split(actor)
         value = f"{room} tokens, longest sequence {longest}"
         if room < longest:
-            fix = f"use at least {-(-longest // sequence_split)}"
-            problem = f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={actor.ppo_max_token_len_per_gpu} holds no "
-            yield Finding("micro-batch", value, problem + f"sequence of {longest} tokens", fix)
+            found = f"{ACTOR}.ppo_max_token_len_per_gpu={actor.ppo_max_token_len_per_gpu}"
+            problem = f"{found} is too low for a sequence of {longest} tokens"
+            yield Finding("micro-batch", value, problem, f"use at least {-(-longest // sequence_split(actor))}")
         else:
             yield Finding("micro-batch", value)
     if rollout.max_model_len and rollout.max_model_len < longest:
-        problem = f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len} is less than prompt and response"
+        problem = f"{ROLLOUT}.max_model_len={rollout.max_model_len} is shorter than prompt plus response"
         yield Finding("rollout", str(rollout.max_model_len), problem, f"use {longest} or null")
     server = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
     if gpus % server:
         problem = f"a rollout server of {server} GPU(s) does not divide {gpus}"
-        fix = "choose actor_rollout_ref.rollout.tensor_model_parallel_size so that it does"
-        yield Finding("rollout", f"{server} GPU(s) a server", problem, fix)
+        fix = f"choose {ROLLOUT}.tensor_model_parallel_size so that it does"
+        yield Finding("rollout", f"{server} GPU(s) per server", problem, fix)
     else:
         yield Finding("rollout", f"{rollout.name}, {gpus // server} server(s) of {server} GPU(s)")
 
@@ -101,6 +101,6 @@ def check_first_evaluation(run: Run) -> Iterator[Finding]:
         value = f"{count} responses of up to {config.data.max_response_length} tokens before the first step"
         problem = ""
         if count > 10 * step:
-            problem = f"evaluating first takes the generation of about {count / step:.0f} steps"
-        fix = "trainer.val_before_train=false, or fewer data.val_files" if problem else ""
+            problem = f"the evaluation before training generates as much as about {count / step:.0f} steps"
+        fix = "set trainer.val_before_train=false, or use fewer data.val_files" if problem else ""
         yield Finding("first evaluation", value, problem, fix, warning=True)

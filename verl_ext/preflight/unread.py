@@ -92,9 +92,9 @@ def check_unread(run: Run) -> Iterator[Finding]:
         elif name.partition(".")[0] in _own_nodes() and name in names_of_groups():
             if not isinstance(setting.value, dict):
                 problem = f"{name} is read by nothing in this run, but with another algorithm or experiment"
-                yield Finding(name, "", problem, "leave it out, or choose what has it", warning=True)
+                yield Finding(name, "", problem, "leave it out, or choose the one that has it", warning=True)
         elif near := _nearly(name, plain):
-            problem = f"{name} is handed on, and nothing here reads it, but for {near}"
+            problem = f"{name} is passed on, and verl reads {near} there, but no such name"
             yield Finding(name, "", problem, f"nearest: {near}", warning=True)
         elif not is_read(name, plain, setting.owner):
             closed += (f"{name}.",)
@@ -115,7 +115,7 @@ def check_ignored(run: Run) -> Iterator[Finding]:
             continue
         if advice := next((a for pattern, a in IGNORED.items() if re.fullmatch(pattern, name)), ""):
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-            yield Finding(name, "", f"{name}={shown} changes nothing: verl does not read it", advice, warning=True)
+            yield Finding(name, "", f"{name}={shown} has no effect: verl does not read it", advice, warning=True)
 
 
 def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:

@@ -37,7 +37,7 @@ def check_values(run: Run) -> Iterator[Finding]:
             value = OmegaConf.select(config, setting.name) if interpolated else value
         except (OmegaConfBaseException, TypeError, ValueError) as e:
             problem = f"{setting.name}={setting.value} does not resolve: {first_lines(e)}"
-            yield Finding(setting.name, "", problem, "fix the name in it")
+            yield Finding(setting.name, "", problem, "fix the name in the interpolation")
             continue
         if isinstance(before, str) and "${" in before:
             try:

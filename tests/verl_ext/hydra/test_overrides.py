@@ -283,7 +283,7 @@ def test_something_reads_all_that_our_files_set(training, stock):
 )
 def test_what_verl_ignores_is_a_warning(runs, override, advice):
     (finding,) = unread(runs["disco"], override)
-    assert finding.warning and finding.problem == f"{override} changes nothing: verl does not read it"
+    assert finding.warning and finding.problem == f"{override} has no effect: verl does not read it"
     assert advice in finding.fix
 
 

@@ -48,9 +48,9 @@ def test_what_verl_ignores_is_said_at_the_start(capsys, run):
     start(*run, "trainer.balance_batch=false", "actor_rollout_ref.actor.grad_clip=0.5")
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        "verl-disco: warning: actor_rollout_ref.actor.grad_clip=0.5 changes nothing: verl does not read it; set "
+        "verl-disco: warning: actor_rollout_ref.actor.grad_clip=0.5 has no effect: verl does not read it; set "
         "actor_rollout_ref.actor.optim.clip_grad",
-        "verl-disco: warning: trainer.balance_batch=false changes nothing: verl does not read it; the V1 trainers "
+        "verl-disco: warning: trainer.balance_batch=false has no effect: verl does not read it; the V1 trainers "
         "always balance: leave it out",
     ]
 

@@ -86,7 +86,7 @@ def test_every_shipped_experiment_passes(data, experiment):
 def test_other_algorithms_pass_with_the_same_run_settings(data, algorithm, experiment):
     problems, _, found = run(f"algorithm={algorithm}", f"+experiment={experiment}", f"math.folder={data}")
     assert problems == []
-    assert found["batch"] == "128 questions x 8 responses a step, 32 questions an update, 4 updates"
+    assert found["batch"] == "128 questions x 8 responses per step, 32 questions per update, 4 updates"
     assert found["first evaluation"].startswith(f"{6 * 3 * 16} responses of up to 8192 tokens")
 
 
@@ -137,10 +137,10 @@ def test_the_quickstart_passes_too(tmp_path):
                 "trainer.total_epochs=2",
             ],
             [
-                "train_batch_size=128 is no multiple of",
-                "holds no sequence of 9216 tokens",
+                "train_batch_size=128 is not a multiple of",
+                "is too low for a sequence of 9216 tokens",
                 "a rollout server of 3 GPU(s) does not divide 8",
-                "max_model_len=4096 is less than prompt and response",
+                "max_model_len=4096 is shorter than prompt plus response",
                 "a question needs a positive and a negative",
                 "trainer.total_epochs=2 ends after 4",
             ],
@@ -251,14 +251,14 @@ def test_wrong_values_are_all_named_and_nothing_is_built_on_them(data):
     overrides += ["actor_rollout_ref.model.path=/nope/model", "data.val_files=none.parquet"]
     problems, _, found = run("algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides)
     assert sorted(problems) == [
-        "actor_rollout_ref.model.path=/nope/model: there is no such folder, and it is no name on the hub",
+        "actor_rollout_ref.model.path=/nope/model: there is no such folder, and it is not a name on the hub",
         "data.train_batchsize is read by nothing",
         "data.truncation=middel is wrong",
         "data.val_files: there is no none.parquet",
         "trainer.n_gpus_per_node=0 is wrong",
         "trainer.nnodes=two is wrong",
     ]
-    assert "checks" not in found and found["further checks"].startswith("not made")
+    assert "checks" not in found and found["further checks"].startswith("skipped")
 
 
 def test_what_verl_ignores_is_a_warning_and_stays_in_the_settings(data):
@@ -269,7 +269,7 @@ def test_what_verl_ignores_is_a_warning_and_stays_in_the_settings(data):
     )
     assert problems == [] and "passed for" in found["checks"]
     for override in overrides:
-        assert f"{override} changes nothing: verl does not read it" in warnings
+        assert f"{override} has no effect: verl does not read it" in warnings
 
 
 def test_data_in_json_pass(data, tmp_path):

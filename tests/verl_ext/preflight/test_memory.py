@@ -5,8 +5,9 @@ import math
 import pytest
 from omegaconf import DictConfig
 
-from verl_ext.preflight import dry_run
+from verl_ext.preflight import composition
 from verl_ext.preflight.memory import ASLEEP, CONTEXT, GIB, SERVER, Memory, Shape, estimate, lora_parameters
+from verl_ext.preflight.model import find_shape, memory_findings
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 OFFLOAD = [f"{ACTOR}.fsdp_config.{what}_offload=true" for what in ("param", "optimizer")]
@@ -22,7 +23,7 @@ KEPT, INSIDE = 2 * TOKENS * 1024 * 10, 2 * TOKENS * (10 * 1024 + 3 * 4096)
 
 
 def run_of(*overrides: str, algorithm: str = "disco", experiment: str = "deepseek_qwen_1_5b") -> DictConfig:
-    return dry_run.compose([f"algorithm={algorithm}", f"+experiment={experiment}", *overrides])
+    return composition.compose([f"algorithm={algorithm}", f"+experiment={experiment}", *overrides]).config
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_megatrons_gradients_are_float32_and_stay():
 def test_adapters_in_float32_on_one_gpu():
     config = run_of(experiment="deepseek_qwen_1_5b_lora")
     config.actor_rollout_ref.actor.fsdp_config.model_dtype = "fp32"
-    shape = dry_run.find_shape("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")[0]
+    shape = find_shape("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")[0]
     adapters = lora_parameters(shape, 32)
     # Rank 32 on q and o, k and v, and three matrices of the feed-forward.
     assert adapters == 32 * 28 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
@@ -213,9 +214,9 @@ PUBLISHED = [
 def of_7b(*overrides: str) -> tuple[dict[str, float], list[str]]:
     """GiB by moment, and what is found wrong."""
     config = run_of(*overrides, experiment="deepseek_qwen_7b")
-    shape, _ = dry_run.find_shape(config.actor_rollout_ref.model.path)
+    shape, _ = find_shape(config.actor_rollout_ref.model.path)
     memory = estimate(config, shape, config.verl_ext.gpu_memory * GIB)
-    wrong = [f.problem for f in dry_run.memory_findings(config, shape) if f.problem and not f.warning]
+    wrong = [f.problem for f in memory_findings(config, shape) if f.problem and not f.warning]
     return {phase: memory.total(phase) / GIB for phase in memory.phases}, wrong
 
 

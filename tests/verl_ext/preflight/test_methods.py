@@ -277,7 +277,7 @@ def test_the_weights_of_questions_are_proposition_1s(algorithm, weight):
         ("grpo", "actor_rollout_ref.rollout.n=1", "actor_rollout_ref.rollout.n=1 .* use n >= 2"),
         ("rloo", "actor_rollout_ref.rollout.n=1", "adv_estimator=rloo compares"),
         ("grpo", "algorithm.adv_estimator=grop", "algorithm.adv_estimator=grop .*verl has .*'grpo'"),
-        ("grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=disco", "loss_mode=disco .*verl has .*'vanilla'"),
+        ("grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=vanila", "loss_mode=vanila .*verl has .*'vanilla'"),
         ("grpo", "critic.enable=true", "critic.enable=True .* reads no values"),
         ("grpo", "algorithm.use_kl_in_reward=true", "would count twice"),
         ("sapo", "actor_rollout_ref.actor.loss_agg_mode=token-mean", "use seq-mean-token-mean"),
@@ -285,11 +285,21 @@ def test_the_weights_of_questions_are_proposition_1s(algorithm, weight):
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(algorithm, override, message):
-    validate(compose(algorithm))
+    group = ["actor_rollout_ref.rollout.n=8"]
+    validate(compose(algorithm, *group))
     with pytest.raises(ValueError, match=message):
-        validate(compose(algorithm, override))
+        validate(compose(algorithm, *group, override))
+
+
+@pytest.mark.parametrize(
+    "algorithm", sorted(set(FORMULAS) - {"ppo", "reinforce_pp", "disco", "disco_b", "drpo", "real", "trpa"})
+)
+def test_a_group_method_without_a_preset_says_what_it_needs(algorithm):
+    with pytest.raises(ValueError, match="actor_rollout_ref.rollout.n=1 .* use n >= 2"):
+        validate(compose(algorithm))
 
 
 def test_a_reference_model_without_a_weight_is_refused():
-    with pytest.raises(ValueError, match="use_kl_loss=True .*weight is 0"):
-        validate(compose("dapo", "actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.kl_loss_coef=0"))
+    with pytest.raises(ValueError, match="use_kl_loss=True .*reference model would be loaded but unused"):
+        reference = ["actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.kl_loss_coef=0"]
+        validate(compose("dapo", "actor_rollout_ref.rollout.n=8", *reference))

@@ -73,7 +73,11 @@ def findings(config: DictConfig, *overrides: str) -> list:
         (["actor_rollout_ref.model.path=plain.py"], "model.path=plain.py: there is no such folder", ""),
         (["actor_rollout_ref.model.tokenizer_path=/nope"], "tokenizer_path=/nope: there is no such folder", ""),
         (["actor_rollout_ref.model.external_lib=nope_lib"], "external_lib=nope_lib: there is no such module", ""),
-        (["actor_rollout_ref.model.custom_chat_template=/x.jinja"], "is no Jinja template", "give the template's text"),
+        (
+            ["actor_rollout_ref.model.custom_chat_template=/x.jinja"],
+            "is not a Jinja template",
+            "give the template's text",
+        ),
         (["actor_rollout_ref.rollout.multi_turn.tool_config_path=/nope.yaml"], "/nope.yaml: there is no such file", ""),
         (["actor_rollout_ref.rollout.agent.agent_loop_config_path=nope.yaml"], "nope.yaml: there is no such file", ""),
         (["trainer.checkpoint_callback_class=nope.Callback"], "nope.Callback: there is no such module", ""),
