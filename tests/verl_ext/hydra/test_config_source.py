@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import types
+from importlib import resources
 from pathlib import Path
 
 import hydra
@@ -24,7 +25,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl_ext import recipes
 from verl_ext.hydra import callbacks as hydra_callbacks
 from verl_ext.hydra import config_source as hydra_config
-from verl_ext.preflight import checks
+from verl_ext.preflight import checks, composition
 from verl_ext.runs import folder as runs
 
 VERL = Path(verl.__file__).parent
@@ -109,6 +110,7 @@ def test_each_algorithm_makes_verls_dataclasses(compose, name, engine):
     micro_batches = ("actor.ppo", "rollout.log_prob")
     config = compose(
         f"algorithm={name}",
+        "setting=disco_paper",
         f"model_engine={engine}",
         "actor_rollout_ref.rollout.name=vllm",
         *(f"actor_rollout_ref.{m}_micro_batch_size_per_gpu=1" for m in micro_batches),
@@ -185,15 +187,92 @@ def test_disco_b_differs_from_disco_in_the_objective_alone(compose):
     assert disco_b == disco
 
 
-def test_the_compared_methods_share_their_run_settings(compose):
-    configs = {name: compose(f"algorithm={name}") for name in ALGORITHMS if name != "ppo"}
-    paths = ["data", "actor_rollout_ref.rollout", "actor_rollout_ref.actor.optim", "actor_rollout_ref.actor.ppo_epochs"]
-    paths += ["actor_rollout_ref.actor.ppo_mini_batch_size", "trainer"]
-    for path in paths:
-        for config in configs.values():
-            assert OmegaConf.select(config, path) == OmegaConf.select(configs["disco"], path), path
-    assert configs["disco"].data.train_batch_size == 128
-    assert configs["disco"].actor_rollout_ref.rollout.n == 8
+SHARED = ["data", "actor_rollout_ref.rollout", "actor_rollout_ref.actor.optim", "actor_rollout_ref.actor.ppo_epochs"]
+SHARED += ["actor_rollout_ref.actor.ppo_mini_batch_size", "trainer"]
+"""What no method sets."""
+
+
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"ppo"}))
+def test_a_method_is_what_it_is_and_a_preset_is_chosen_besides(compose, name):
+    stock, paper = compose(), compose("algorithm=disco")
+    alone, chosen = compose(f"algorithm={name}"), compose(f"algorithm={name}", "setting=disco_paper")
+    brings_preset = "disco" in alone
+    for path in SHARED:
+        wanted, found = (OmegaConf.select(config, path) for config in (paper if brings_preset else stock, alone))
+        assert found == wanted, path
+        assert OmegaConf.select(chosen, path) == OmegaConf.select(paper, path), path
+    assert (paper.data.train_batch_size, paper.actor_rollout_ref.rollout.n) == (128, 8)
+
+
+@pytest.mark.parametrize(
+    "overrides, size, temperature",
+    [
+        (["algorithm=disco"], 128, 0.6),
+        (["algorithm=drpo", "setting=small"], 16, 1.0),
+        (["algorithm=disco", "+backend=cpu"], 16, 1.0),
+        (["+backend=cpu", "algorithm=grpo", "setting=disco_paper"], 128, 0.6),
+        # The experiment is the paper's, wherever it runs.
+        (["algorithm=grpo", "+experiment=deepseek_qwen_7b", "backend=cpu"], 128, 0.6),
+        (["algorithm=disco", "~setting"], 1024, 1.0),
+    ],
+)
+def test_a_preset_is_the_command_lines_or_the_experiments_or_the_backends_or_the_methods(
+    compose, overrides, size, temperature
+):
+    config = compose(*overrides)
+    assert (config.data.train_batch_size, config.actor_rollout_ref.rollout.temperature) == (size, temperature)
+
+
+@pytest.mark.parametrize("order", [("+backend=cpu", "+task=arithmetic"), ("+task=arithmetic", "+backend=cpu")])
+def test_a_run_is_a_task_a_backend_and_a_model(compose, order):
+    whole = runs.flatten(compose("algorithm=disco", "+experiment=arithmetic_cpu"))
+    given = ("model=${arithmetic.folder}/model", "trainer.project_name=arithmetic")
+    parts = runs.flatten(compose("algorithm=disco", *order, *given))
+    # A small model's learning rates and micro-batches.
+    model = {"actor.optim.lr", "actor.ppo_micro_batch_size_per_gpu", "actor.use_dynamic_bsz", "critic.optim.lr"}
+    model |= {"rollout.log_prob_micro_batch_size_per_gpu", "critic.ppo_micro_batch_size_per_gpu"}
+    followed = ("critic.forward_micro", "critic.use_dynamic", "log_prob_use_dynamic")
+    differ = {name.removeprefix("actor_rollout_ref.") for name in whole if whole[name] != parts[name]}
+    assert {name for name in differ if not any(part in name for part in followed)} == model
+
+
+@pytest.mark.parametrize("backend, strategy", [("cpu", "fsdp2"), ("fsdp2", "fsdp2"), ("megatron", "megatron")])
+def test_a_model_of_ones_own_is_followed_on_every_backend(compose, backend, strategy):
+    for override in ("model=mine/some-model", "actor_rollout_ref.model.path=mine/some-model"):
+        config = compose("algorithm=disco", f"+backend={backend}", override)
+        assert config.actor_rollout_ref.model.path == config.critic.model.path == "mine/some-model"
+        assert config.trainer.project_name == "some-model" and config.actor_rollout_ref.actor.strategy == strategy
+        assert "arithmetic" not in config and "math" not in config
+        assert composition.unset(config) == []
+
+
+def _fields(file: Path) -> list[tuple[int, str, list[str]]]:
+    """Each field of a YAML file: line, text, and the comment above it."""
+    found, comment = [], []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if number > 2 and line.strip().startswith("#"):
+            comment.append(line.strip("# "))
+        elif ":" in line and number > 2 and not line.strip().startswith("- "):
+            found.append((number, line, comment))
+            comment = []
+        else:
+            comment = []
+    return found
+
+
+OURS = sorted(f for package in recipes.config_packages() for f in resources.files(package).rglob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("file", OURS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_yaml_follows_verls_conventions_and_its_comments_say_more_than_their_keys(file):
+    lines = file.read_text().splitlines()
+    assert lines[0] == "# @package _global_" and lines[1].startswith("# ") and max(map(len, lines)) <= 120
+    for number, line, comment in _fields(file):
+        assert lines[number - 2 - len(comment)] == "", f"{number}: a blank line belongs above {line.strip()}"
+        assert " #" not in line.split('"')[-1], f"{number}: {line.strip()} has a comment inline"
+        words = set(re.findall(r"[a-z]+", " ".join(comment).lower())) - {"a", "an", "the", "of", "for", "in", "its"}
+        key = set(re.findall(r"[a-z]+", line.lower()))
+        assert not comment or words - key, f"{number}: {comment} says no more than {line.strip()}"
 
 
 @pytest.mark.parametrize("coefficient, reference", [("0.04", True), ("0", False)])
@@ -405,7 +484,7 @@ def test_trainers_that_would_ignore_the_extensions_are_refused(jobs, override, m
         SystemExit, match=f"settings refused: {message}.* know.* nothing of verl_ext.actor_worker_class"
     ):
         jobs("algorithm=disco", override)
-    assert len(jobs("algorithm=grpo", override)) == 1
+    assert len(jobs("algorithm=grpo", "setting=disco_paper", override)) == 1
 
 
 ASYNC = "trainer.v1.trainer_mode=separate_async"
@@ -426,8 +505,8 @@ ROLLOUT = "actor_rollout_ref.rollout"
     ],
 )
 def test_what_the_asynchronous_trainers_would_refuse_later_is_refused(jobs, overrides, message):
-    common = ["algorithm=grpo", ASYNC, "actor_rollout_ref.actor.ppo_mini_batch_size=16"]
-    with pytest.raises(SystemExit, match=f"settings refused: {message}"):
+    common = ["algorithm=grpo", "setting=disco_paper", ASYNC, "actor_rollout_ref.actor.ppo_mini_batch_size=16"]
+    with pytest.raises(SystemExit, match=f"settings refused: .*{message}"):
         jobs(*common, *overrides)
 
 
