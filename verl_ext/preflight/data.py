@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,12 +13,11 @@ from verl_ext.preflight.findings import first_lines
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of a split."""
+    """One file of a split, and why verl cannot read it, as far as that shows without opening it."""
 
     split: str
     name: str
     problem: str = ""
-    """Why verl cannot read it, as far as that shows without opening it."""
 
     @property
     def is_remote(self) -> bool:
@@ -29,14 +28,13 @@ class DataFile:
 class Rows:
     """What is in a file: its rows and features, or why they cannot be read."""
 
-    file: DataFile
     frame: Any = None
     features: Any = None
     problem: str = ""
 
 
 class Data:
-    """The files of both splits; each is read once, when its rows are first asked for."""
+    """The files of both splits; each is read once, when rows are first asked for."""
 
     def __init__(self, config: DictConfig):
         self.config = config.data
@@ -53,30 +51,31 @@ class Data:
         return found
 
     @cached_property
-    def rows(self) -> list[Rows]:
-        """What is in the files that are there."""
-        read: dict[str, Rows] = {}
-        for file in self.files:
-            if not file.problem and not file.is_remote and file.name not in read:
-                read[file.name] = _read(file, self.config.prompt_key)
-        return [replace(read[file.name], file=file) for file in self.files if file.name in read]
+    def rows(self) -> dict[str, Rows]:
+        """What is in the files that are there, by name."""
+        names = dict.fromkeys(f.name for f in self.files if not f.problem and not f.is_remote)
+        return {name: _read(name, self.config.prompt_key) for name in names}
+
+    def read(self, split: str) -> dict[str, Rows]:
+        """The files of a split that could be read."""
+        found = {f.name: self.rows.get(f.name, Rows()) for f in self.files if f.split == split}
+        return {name: rows for name, rows in found.items() if rows.frame is not None}
 
     def count(self, split: str) -> int:
         """Rows of a split as far as they could be read, at most ``data.{split}_max_samples``."""
-        count = sum(len(r.frame) for r in self.rows if r.file.split == split and r.frame is not None)
+        count = sum(len(rows.frame) for rows in self.read(split).values())
         most = self.config.get(f"{split}_max_samples", -1)
         return min(count, most) if most > 0 else count
 
     def prompts(self, count: int) -> list[Any]:
         """The first training prompts that are lists of messages."""
         key = self.config.prompt_key
-        frame = next((r.frame for r in self.rows if r.frame is not None and key in r.frame), ())
+        frame = next((r.frame for r in self.rows.values() if r.frame is not None and key in r.frame), ())
         return [p for p in frame[key].head(count) if not wrong_prompt(p, key)] if len(frame) else []
 
     def is_whole(self, split: str) -> bool:
         """Whether all files of a split were read."""
-        read = [r for r in self.rows if r.file.split == split and r.frame is not None]
-        return len(read) == sum(f.split == split for f in self.files)
+        return self.read(split).keys() == {f.name for f in self.files if f.split == split}
 
 
 def wrong_prompt(prompt: Any, key: str) -> str:
@@ -117,13 +116,13 @@ def _fault(name: str) -> str:
     return "" if os.path.getsize(path) else f"{name} is empty"
 
 
-def _read(file: DataFile, prompt_key: str) -> Rows:
-    path = os.path.expanduser(file.name)
+def _read(name: str, prompt_key: str) -> Rows:
+    path = os.path.expanduser(name)
     try:
-        return Rows(file, *(_read_parquet if path.endswith(".parquet") else _read_json)(path, prompt_key))
+        return Rows(*(_read_parquet if path.endswith(".parquet") else _read_json)(path, prompt_key))
     except Exception as e:
         cause = e.__cause__ or e
-        return Rows(file, problem=f"{file.name} cannot be read: {type(cause).__name__}: {first_lines(cause)}")
+        return Rows(problem=f"{name} cannot be read: {type(cause).__name__}: {first_lines(cause)}")
 
 
 def _read_parquet(path: str, prompt_key: str) -> tuple[Any, Any]:

@@ -30,7 +30,7 @@ def explain(e: Exception, overrides: Sequence[str]) -> Finding:
         elif "Could not append" in text:
             fix = f"drop the +, or write ++{override.lstrip('+')}"
         elif "Could not delete" in text:
-            near = nearest(_name(override), names(_plain_of(overrides)))
+            near = nearest(_name(override), names(_plain(overrides)))
             fix = f"nearest: ~{', ~'.join(near)}" if near else fix
         elif "Multiple values for" in text:
             group = text.split("Multiple values for ")[1].split(".")[0]
@@ -44,7 +44,7 @@ def _name(override: str) -> str:
     return override.split("=")[0].lstrip("+~")
 
 
-def _plain_of(overrides: Sequence[str]) -> DictConfig:
+def _plain(overrides: Sequence[str]) -> DictConfig:
     with verl_configs():
         return groups_alone(PRIMARY, overrides)
 
@@ -52,7 +52,7 @@ def _plain_of(overrides: Sequence[str]) -> DictConfig:
 def _unknown(override: str, overrides: Sequence[str]) -> tuple[str, str]:
     """Problem and fix of an override, without a plus, of what the configuration has not."""
     name = _name(override)
-    plain = _plain_of(overrides)
+    plain = _plain(overrides)
     if OmegaConf.select(plain, name, throw_on_missing=False) is not None:
         return f"{override} adds keys to {name}", f"write ++{override}"
     if is_read(name, plain):

@@ -7,9 +7,7 @@ from verl_ext.preflight.composition import Run
 from verl_ext.preflight.data import Rows, is_empty, wrong_prompt
 from verl_ext.preflight.findings import Finding, first_lines
 
-PREPARE = (
-    "give existing files; mathematical problems: python -m verl_ext.tasks.math.prepare --out DIR, then math.folder=DIR"
-)
+PREPARE = "give existing files, such as python -m verl_ext.tasks.math.prepare --out DIR makes for math.folder=DIR"
 
 OUR_GRADER = "pkg://verl_ext.tasks.math.reward"
 
@@ -32,27 +30,27 @@ def check_rows(run: Run) -> Iterator[Finding]:
     """Name the rows that verl cannot train on."""
     from verl_ext.tasks.math.reward import ground_truths
 
+    settings, data = run.config.data, run.data
     graded_by_us = (run.config.reward.custom_reward_function or {}).get("path") == OUR_GRADER
-    settings, rows = run.config.data, {(r.file.split, r.file.name): r for r in run.data.rows}
-    for file in dict.fromkeys(run.data.files):
+    for file in dict.fromkeys(data.files):
         name, label = f"data.{file.split}_files", f"{file.split} data"
         if file.is_remote:
             yield Finding(label, file.name, f"{file.name} is remote and was not opened", warning=True)
-        if (found := rows.get((file.split, file.name))) is None:
+        elif (rows := data.rows.get(file.name)) is None:
             continue
-        if found.problem:
-            yield Finding(label, file.name, f"{name}: {found.problem}", PREPARE)
-            continue
-        sources = "data_source" in found.frame and sorted(map(str, found.frame["data_source"].unique()))
-        yield Finding(label, f"{file.name}: {len(found.frame)} rows, {', '.join(sources or '?')}")
-        if settings.custom_cls.get("path"):
-            problem = f"{file.name} is read by data.custom_cls, so its rows were not checked"
-            yield Finding(label, "", problem, warning=True)
-            continue
-        for problem in wrong_rows(found.frame, settings.prompt_key, ground_truths if graded_by_us else None):
-            yield Finding(label, "", f"{name}: {file.name}{problem}", PREPARE)
+        elif rows.problem:
+            yield Finding(label, file.name, f"{name}: {rows.problem}", PREPARE)
+        else:
+            sources = "data_source" in rows.frame and sorted(map(str, rows.frame["data_source"].unique()))
+            yield Finding(label, f"{file.name}: {len(rows.frame)} rows, {', '.join(sources or '?')}")
+            if settings.custom_cls.get("path"):
+                problem = f"{file.name} is read by data.custom_cls, so its rows were not checked"
+                yield Finding(label, "", problem, warning=True)
+                continue
+            for problem in wrong_rows(rows.frame, settings.prompt_key, ground_truths if graded_by_us else None):
+                yield Finding(label, "", f"{name}: {file.name}{problem}", PREPARE)
     for split in ("train", "val"):
-        yield from _unlike([r for r in run.data.rows if r.file.split == split and r.features is not None])
+        yield from _unlike(split, data.read(split))
 
 
 def wrong_rows(frame: Any, prompt_key: str, accept: Callable[[Any], Any] | None = None) -> Iterator[str]:
@@ -95,16 +93,16 @@ def wrong_truth(reward_model: Any, accept: Callable[[Any], Any] | None = None) -
     return ""
 
 
-def _unlike(rows: list[Rows]) -> Iterator[Finding]:
+def _unlike(split: str, read: dict[str, Rows]) -> Iterator[Finding]:
     """verl joins the files of a split, so they need the same types in the same columns."""
     import datasets
 
     # One row each: datasets leaves empty ones out.
-    first, *others = [datasets.Dataset.from_list([dict.fromkeys(r.features)], r.features) for r in rows] or [None]
-    for found, other in zip(rows[1:], others, strict=True):
+    one = {name: datasets.Dataset.from_list([dict.fromkeys(r.features)], r.features) for name, r in read.items()}
+    first = next(iter(one), "")
+    for name, rows in one.items():
         try:
-            datasets.concatenate_datasets([first, other])
+            datasets.concatenate_datasets([one[first], rows])
         except ValueError as e:
-            split, names = found.file.split, f"{found.file.name} and {rows[0].file.name}"
-            problem = f"data.{split}_files: {names} cannot be joined: {first_lines(e)}"
+            problem = f"data.{split}_files: {name} and {first} cannot be joined: {first_lines(e)}"
             yield Finding(f"{split} data", "", problem, "prepare them alike")
