@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One of the experiments in verl_ext/config/experiment: checked first, then started, on one node or several.
+# One of the experiments in recipe/disco/config or verl_ext/config: checked first, then started, on one node or several.
 #
 #   bash examples/run_experiment.sh NAME [override ...]
 #   ALGORITHM=grpo bash examples/run_experiment.sh deepseek_qwen_7b seed=2 trainer.nnodes=2

@@ -62,9 +62,12 @@ def toy(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def main_ppo(toy, tmp_path) -> Callable[..., Run]:
-    """``main_ppo(*overrides, ranks=1)``: one command, in a clean directory and a Ray session of its own."""
+    """``main_ppo(*overrides, ranks=1)``: one command, in a clean directory and a Ray session of its own.
 
-    def run(*overrides: str, ranks: int = 1, folder: Path | None = None, timeout: int = 900) -> Run:
+    ``bare``: with these overrides and nothing else.
+    """
+
+    def run(*overrides: str, ranks: int = 1, folder: Path | None = None, timeout: int = 900, bare: bool = False) -> Run:
         folder = folder or tmp_path / "run"
         settings = [
             "+experiment=arithmetic_cpu",
@@ -88,7 +91,7 @@ def main_ppo(toy, tmp_path) -> Callable[..., Run]:
             f"hydra.run.dir={folder}/hydra",
         ]
         # Later ones win; Hydra refuses to be told twice.
-        chosen = {o.lstrip("+").split("=")[0]: o for o in [*settings, *overrides] if "=" in o}
+        chosen = {o.lstrip("+").split("=")[0]: o for o in [*([] if bare else settings), *overrides] if "=" in o}
         flags = [o for o in overrides if "=" not in o]
         done = subprocess.run(
             [sys.executable, "-m", "verl.trainer.main_ppo", *flags, *chosen.values()],

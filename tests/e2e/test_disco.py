@@ -60,13 +60,13 @@ def test_a_resumed_run_continues_as_an_uninterrupted_one(main_ppo, tmp_path):
 @pytest.mark.slow
 def test_an_evaluation_alone_is_reported(main_ppo, toy, tmp_path):
     run = main_ppo(
-        "+experiment=[arithmetic_cpu,evaluate]",
+        "+experiment=evaluate",
+        "backend=cpu",
+        "++verl_ext.prepare=null",
         f"model={toy / 'model'}",
         "base_model=somewhere/DeepSeek-R1-Distill-Qwen-1.5B",
         "method=mine",
-        # What an evaluation on GPUs has otherwise.
-        "actor_rollout_ref.rollout.name=hf",
-        "actor_rollout_ref.model.use_remove_padding=false",
+        # Not on a CPU.
         "actor_rollout_ref.actor.fsdp_config.param_offload=false",
         "actor_rollout_ref.actor.fsdp_config.optimizer_offload=false",
         "trainer.val_before_train=true",

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 import hydra
+import pandas as pd
 import pytest
 import verl
 from hydra.core.hydra_config import HydraConfig
@@ -27,6 +28,7 @@ from verl_ext.hydra import callbacks as hydra_callbacks
 from verl_ext.hydra import config_source as hydra_config
 from verl_ext.preflight import checks, composition
 from verl_ext.runs import folder as runs
+from verl_ext.tasks.arithmetic.model import build_model, build_tokenizer
 
 VERL = Path(verl.__file__).parent
 ALGORITHMS = list(recipes.options("algorithm"))
@@ -244,6 +246,26 @@ def test_a_model_of_ones_own_is_followed_on_every_backend(compose, backend, stra
         assert config.trainer.project_name == "some-model" and config.actor_rollout_ref.actor.strategy == strategy
         assert "arithmetic" not in config and "math" not in config
         assert composition.unset(config) == []
+
+
+@pytest.mark.parametrize("backend", ["cpu", "fsdp2"])
+def test_a_model_data_and_reward_of_ones_own_pass_the_doctor(tmp_path, backend):
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    build_model(tokenizer, seed=1).save_pretrained(tmp_path)
+    row = {"data_source": "mine", "prompt": [{"role": "user", "content": "1+1="}]}
+    row["reward_model"] = {"style": "rule", "ground_truth": "2"}
+    pd.DataFrame([row] * 256).to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
+    )
+    own = [f"model={tmp_path}", f"reward.custom_reward_function.path={tmp_path}/reward.py"]
+    own += [f"data.{split}_files={tmp_path}/data.parquet" for split in ("train", "val")]
+    lengths = ["data.max_prompt_length=64", "data.max_response_length=64"]
+    found = list(checks.examine(["algorithm=disco", f"+backend={backend}", *own, *lengths]))
+    assert [str(f) for f in found if f.problem and not f.warning] == []
+    batch = {"cpu": "16 questions x 8 responses", "fsdp2": "128 questions x 8 responses"}[backend]
+    assert any(f.name == "batch" and f.value.startswith(batch) for f in found)
 
 
 def _fields(file: Path) -> list[tuple[int, str, list[str]]]:
