@@ -58,7 +58,7 @@ def check_asynchrony(run: Run) -> Iterator[Finding]:
     if batch != steps * mini:
         right = f"trainer.v1.separate_async.parameter_sync_step={steps} x "
         right += f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} = {steps * mini}"
-        yield Finding("trainer", "", f"data.train_batch_size={batch} does not work with {where}", f"it must be {right}")
+        yield Finding("trainer", "", f"data.train_batch_size={batch} does not work with {where}", f"set it to {right}")
     for name in ("nnodes", "n_gpus_per_node"):
         if settings[name] <= 0:
             problem = f"{rollout}.{name}={settings[name]} leaves no devices for the rollouts of {where}"
