@@ -47,10 +47,10 @@ class ScoreTable:
         Args:
             gather: (B, columns) of this rank, float64 -> (all ranks' B, columns), the same on every rank.
         """
-        device = self.score.device
-        columns = [getattr(self, f.name).to(device, torch.float64) for f in fields(self)]
-        question, size, index, reward, length, *rest = gather(torch.stack(columns, -1)).unbind(-1)
-        return ScoreTable(question.long(), size.long(), index.long(), reward, length.long(), *rest)
+        mine = {f.name: getattr(self, f.name).to(self.score.device, torch.float64) for f in fields(self)}
+        all_rows = dict(zip(mine, gather(torch.stack(list(mine.values()), -1)).unbind(-1), strict=True))
+        whole = {name: all_rows[name].long() for name in ("question", "size", "index", "length")}
+        return ScoreTable(**all_rows | whole)
 
 
 @dataclass(frozen=True)
