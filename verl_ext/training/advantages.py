@@ -1,7 +1,7 @@
-"""What verl's advantage estimators cannot see: the settings outside ``algorithm``, and the batch's log-probabilities.
+"""Lend verl's advantage estimators what verl does not pass them: all settings, and the batch's log-probabilities.
 
-verl calls an estimator with rewards, mask, questions and the ``algorithm`` node alone. Our trainers hold the rest here
-meanwhile, for estimators that ask.
+verl calls an estimator with rewards, mask, question ids and the ``algorithm`` node only. While one of our trainers
+makes that call, :func:`current` returns the rest.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimation:
-    """A batch whose advantages are being estimated.
+    """The batch whose advantages are being estimated.
 
     Attributes:
         config: the run's settings.
-        read: name of a column -> (B, T), padded with 0, rows as the estimator has them.
+        read: column name -> (B, T), padded with 0, in the estimator's row order.
     """
 
     config: DictConfig
@@ -31,7 +31,7 @@ _CURRENT: ContextVar[Estimation | None] = ContextVar("estimation", default=None)
 
 @contextmanager
 def estimating(config: DictConfig, read: Callable[[str], Tensor]) -> Iterator[None]:
-    """Offer these to estimators."""
+    """Lend ``config`` and ``read`` to the estimators that are called inside the block."""
     token = _CURRENT.set(Estimation(config, read))
     try:
         yield
@@ -40,16 +40,14 @@ def estimating(config: DictConfig, read: Callable[[str], Tensor]) -> Iterator[No
 
 
 def current(estimator: str) -> Estimation:
-    """What an estimator asks for.
+    """Return the batch for which verl is calling ``estimator``, its name in verl's registry.
 
     Raises:
-        ValueError: another trainer calls it; names the estimator and the trainers that work.
+        ValueError: another trainer than ours is calling it.
     """
-    found = _CURRENT.get()
-    if found is None:
-        raise ValueError(
-            f"algorithm.adv_estimator={estimator} needs the batch's log-probabilities, which this trainer does not "
-            "offer; run python -m verl.trainer.main_ppo with trainer.v1.trainer_mode=sync, colocate_async or "
-            "separate_async"
-        )
-    return found
+    if found := _CURRENT.get():
+        return found
+    raise ValueError(
+        f"algorithm.adv_estimator={estimator} needs the batch's log-probabilities, which this trainer does not offer; "
+        "run python -m verl.trainer.main_ppo with trainer.v1.trainer_mode=sync, colocate_async or separate_async"
+    )

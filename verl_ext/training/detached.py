@@ -1,6 +1,6 @@
 """The actor's worker for ``trainer.v1.trainer_mode=separate_async``, for all methods.
 
-Apart from the trainers, because the workers' processes import it.
+A module of its own, because the worker processes import it.
 """
 
 from verl.experimental.separation.engine_workers import DetachActorWorker
@@ -9,10 +9,10 @@ from verl.utils.device import get_torch_device
 
 
 class DetachedWorker(DetachActorWorker):
-    """verl's worker that keeps pi_old while it trains, and keeps it on a CPU, too.
+    """verl's worker that saves the weights of pi_old and restores them, made correct for CPUs and ``param_offload``.
 
-    With ``param_offload`` the weights lie in host memory, which a copy from the device may still be filling: verl
-    starts it and goes on. So saving and restoring wait for the device before they touch that memory.
+    With ``param_offload`` verl starts a copy from the device to host memory and does not wait for it, so saving and
+    restoring synchronize the device before they touch that memory.
     """
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -20,7 +20,7 @@ class DetachedWorker(DetachActorWorker):
         get_torch_device().synchronize()
         super().save_model_to_cpu(n)
         if self.config.actor.strategy == "fsdp2":
-            # verl's copy is ``.cpu()``. Of a parameter that lies on a CPU that is the parameter itself, which changes.
+            # verl copies by ``.cpu()``, which returns a parameter on a CPU itself, and training changes that.
             state, spec = self.cpu_saved_models[n]
             on_cpu = {name for name, p in self.actor.engine.module.named_parameters() if p.device.type == "cpu"}
             copied = {name: (x.clone() if name in on_cpu else x, s) for name, (x, s) in state.items()}

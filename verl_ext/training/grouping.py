@@ -1,8 +1,8 @@
-"""Deal a batch's sequences to mini-batches and data-parallel ranks, with all responses to a question in one mini-batch.
+"""Deal a batch's responses to mini-batches and data-parallel ranks, with whole groups in each mini-batch.
 
-Pure: sequences are known by their group and length alone. A question may span ranks, never mini-batches. Within each
-mini-batch every rank gets the same number of rows (verl slices by rows) and, as nearly as can be, the same number of
-tokens, longest rows first; padding rows fill what is missing.
+Pure functions of each response's group and length. A group may span ranks, never mini-batches. In each mini-batch every
+rank gets the same number of rows (verl slices by rows) and nearly the same number of tokens, longest rows first;
+padding rows fill the gaps.
 """
 
 import math
@@ -18,10 +18,10 @@ class Deal:
     """Where each row goes.
 
     Attributes:
-        order: rows in the order that verl's dispatch wants: rank 0's rows, all its mini-batches one after another,
-            then rank 1's. Row numbers >= the number of sequences dealt are padding rows.
+        order: rows in the order of verl's dispatch: rank 0's rows, mini-batch by mini-batch, then rank 1's, and so on.
+            Numbers from the number of sequences on are padding rows.
         mini_batch: the mini-batch of each entry of ``order``.
-        num_padding: padding rows needed.
+        num_padding: number of padding rows.
         partitions: rows by mini-batch and rank.
     """
 
@@ -32,25 +32,23 @@ class Deal:
 
 
 def split_evenly(items: Sequence, most: int) -> list[list]:
-    """Fewest parts of at most ``most`` items, sizes differing by at most one, order kept."""
+    """Split into as few parts of at most ``most`` items as possible, in order, with sizes differing by at most one."""
     parts = -(-len(items) // most)
     bounds = [round(i * len(items) / parts) for i in range(parts + 1)]
     return [list(items[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Split items into ``parts`` of equal size and nearly equal total length. Takes memory linear in the items.
+    """Split items into ``parts`` of equal size and nearly equal total length, in memory linear in the items.
 
-    The longest go first, one to each part, the longer ones to the parts with less so far. Then parts trade pairs of
-    items: in each round the fuller half with the emptier half, or where that gains nothing, the fullest with another.
+    Items go longest first, one to each part, the longer ones to the shorter parts. Then parts swap single items: the
+    longer half with the shorter half in each round, or if that gains nothing, the longest with one other.
 
     Args:
         lengths: length of each item; their number is a multiple of ``parts``.
     """
-    if len(lengths) == parts:
-        return [[i] for i in range(parts)]
-    if parts == 1:
-        return [list(range(len(lengths)))]
+    if parts in (1, len(lengths)):
+        return np.arange(len(lengths)).reshape(parts, -1).tolist()
     size = np.asarray(lengths)
     load = np.zeros(parts, dtype=size.dtype)
     dealt = []
@@ -80,18 +78,18 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def _best_trades(full: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each pair of parts, the trade of an item for an item that brings the two closest to their mean.
+    """Find for each pair of parts the swap of two items that brings both closest to their mean.
 
     Args:
         full, other: (pairs, items) lengths, sorted within each part.
 
     Returns:
-        How far from the mean both are then, and the item's place in ``full`` and in ``other``, (pairs,) each.
+        (pairs,) each: the distance from the mean after the swap, and the item's index in ``full`` and in ``other``.
     """
     pair, size = np.arange(len(full)), full.shape[1]
     half = (full.sum(1) - other.sum(1))[:, None] / 2
-    # The item of the other part that would be right for each of the full one, and its neighbours there. Shifted, all
-    # parts are one sorted sequence.
+    # For each item of the longer part, the items of the other part nearest to the length wanted in exchange. A shift
+    # per pair makes one sorted sequence of all parts.
     wanted, shift = full - half, pair[:, None] * (2.0 * max(full.max(), other.max()) + 1)
     found = np.searchsorted((other + shift).ravel(), (np.maximum(wanted, 0) + shift).ravel())
     found = found.reshape(full.shape) - pair[:, None] * size
@@ -116,16 +114,15 @@ def deal(
     Args:
         groups: group of each sequence, in any order; groups may be of any sizes.
         lengths: tokens of each sequence.
-        groups_per_mini_batch: most groups in a mini-batch; where it does not divide their number, mini-batches differ
-            by at most one group.
+        groups_per_mini_batch: upper limit; mini-batches differ by at most one group.
         ranks: data-parallel ranks.
-        micro_batches: fixed micro-batch sizes (of training and of measuring, say). Rows of a rank in a mini-batch are a
-            multiple of each of them that they exceed.
+        micro_batches: fixed micro-batch sizes (e.g. for training and for log-probabilities). A rank's rows per
+            mini-batch are a multiple of every size that they exceed.
         padding_length: tokens of a padding row.
-        shuffle_seed: deal groups in a random order instead of that of their first sequence.
+        shuffle_seed: deal groups in a random order; None for the order of their first sequences.
 
     Raises:
-        ValueError: for an empty batch or a size below 1.
+        ValueError: the batch is empty or a size is below 1.
     """
     if not len(groups) or min(groups_per_mini_batch, ranks, *micro_batches) < 1:
         raise ValueError(
@@ -154,7 +151,7 @@ def deal(
         filled = mini_batch + list(range(padding, padding + missing))
         padding += missing
         tokens = [lengths[row] if row < len(groups) else padding_length for row in filled]
-        # Rows of like length next to each other: a fixed micro-batch is padded to its longest.
+        # Sorted, because a fixed micro-batch is padded to its longest row.
         parts = [sorted(part, key=lambda i: -tokens[i]) for part in balance(tokens, ranks)]
         partitions.append([[filled[i] for i in part] for part in parts])
     order = [row for rank in range(ranks) for mini_batch in partitions for row in mini_batch[rank]]

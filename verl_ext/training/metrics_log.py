@@ -1,7 +1,7 @@
-"""``metrics.jsonl``: what a run logs, one JSON object per line, whole lines only.
+"""Write ``metrics.jsonl``: one JSON object per logged step, whole lines only.
 
-A step has one line; where a checkpoint is evaluated again, the evaluation has a line of its own, and
-:func:`verl_ext.runs.folder.read_metrics` joins the lines of a step.
+The evaluation of a checkpoint after its step was logged adds a second line for that step;
+:func:`verl_ext.runs.folder.read_metrics` joins the two.
 """
 
 import os
@@ -17,11 +17,11 @@ import torch
 from verl_ext.runs.files import write_new
 
 ROW_FILE = "metrics.json"
-"""In a checkpoint's folder: its step's row as far as it was known. verl logs a step only after it has evaluated it."""
+"""The step's metrics in its checkpoint's folder, because verl logs a step only after its evaluation."""
 
 
 class Row(NamedTuple):
-    """A line of the file."""
+    """A line of ``metrics.jsonl``."""
 
     step: int
     line: bytes
@@ -31,15 +31,15 @@ class Row(NamedTuple):
 def as_line(step: int, values: Mapping[str, Any]) -> bytes:
     """Write a step's metrics as one line; NaN and infinity become null."""
     numbers = {k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in values.items()}
-    # The step comes first: a row is found by it where the one before it was cut off.
+    # With the step first, a row is found behind one that was cut off.
     row = {"step": step} | numbers | {"step": step}
     return orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY, default=str) + b"\n"
 
 
 def read_rows(content: bytes) -> tuple[list[Row], int]:
-    """Read the rows that can be read, and count the lines with something else.
+    """Return the readable rows, and the number of lines with anything else.
 
-    A row that was cut off swallows the one behind it, which is found again by its beginning.
+    A row behind one that was cut off, on the same line, is found by its beginning.
     """
     rows, damaged = [], 0
     for line in filter(bytes.strip, content.split(b"\n")):
@@ -57,7 +57,7 @@ def _parse(line: bytes) -> Row | None:
     except orjson.JSONDecodeError:
         return None
     step = values.get("step") if isinstance(values, dict) else None
-    if not isinstance(step, int | float) or isinstance(step, bool) or step != step // 1 or step < 0:
+    if type(step) not in (int, float) or step != step // 1 or step < 0:
         return None
     return Row(int(step), line.rstrip(b"\r") + b"\n", values)
 
@@ -67,27 +67,29 @@ def _content(path: Path) -> bytes:
 
 
 def read_row(checkpoint: Path) -> dict[str, Any] | None:
-    """Read the row that lies in a checkpoint's folder, if there is one."""
+    """Read the metrics in a checkpoint's folder, if there are any."""
     rows, _ = read_rows(_content(checkpoint / ROW_FILE))
     return rows[0].values if rows else None
 
 
 def is_evaluated(path: Path, step: int) -> bool:
-    """Tell whether an evaluation of this step is logged."""
+    """Tell whether the file ``path`` has an evaluation of ``step``."""
     rows, _ = read_rows(_content(path))
     return any(name.startswith("val-") for row in rows if row.step == step for name in row.values)
 
 
 class MetricsLog:
-    """verl's ``Tracking``, and the file.
+    """verl's ``Tracking``, plus the metrics file.
 
-    A resumed run appends. Lines of steps that it runs again, or of an earlier run that is not resumed, and lines that
-    cannot be read are moved out of the way with the file that held them: ``metrics.jsonl.1``, ``.2`` and so on.
+    A resumed run appends to the file. If it has unreadable lines or steps that will run again, it is kept as
+    ``metrics.jsonl.1``, ``.2`` and so on, and a new file starts with the other lines.
 
     Args:
-        resumed_step: step of the checkpoint that the run starts from; 0 if it starts anew.
-        trains: False if it only evaluates: no step is run again, so all rows stay.
-        unlogged: row of the resumed step, for the case that the run was lost before it was logged.
+        tracking: verl's own logger.
+        path: the metrics file.
+        resumed_step: step of the checkpoint that the run starts from; 0 for a new run.
+        trains: False if the run only evaluates: no step runs again, so all rows stay.
+        unlogged: metrics of the resumed step, used if the run ended before it logged them.
     """
 
     def __init__(
@@ -106,20 +108,20 @@ class MetricsLog:
         kept = [row for row in rows if not trains or 0 < resumed_step and row.step <= resumed_step]
         lines = b"".join(row.line for row in kept)
         if lines != content:
-            # Only what is on the disk may take the old one's place.
+            # The new file is on the disk before it replaces the old one.
             new = write_new(self._path, lines)
             aside = self._put_aside()
             os.replace(new, self._path)
-            counts = {"rows of steps that are not resumed": len(rows) - len(kept), "lines that are no row": damaged}
-            found = "; ".join(f"{what}: {number}" for what, number in counts.items() if number)
-            print(f"verl-disco: {aside} is {self._path.name} as it was. {found}".rstrip(), flush=True)
+            counts = {"rows of steps to run again": len(rows) - len(kept), "unreadable lines": damaged}
+            found = "".join(f"; {what}: {number}" for what, number in counts.items() if number)
+            print(f"verl-disco: the old {self._path.name} is kept as {aside}{found}", flush=True)
         is_logged = any(row.step == resumed_step for row in kept)
         self._unlogged = {} if is_logged or unlogged is None else dict(unlogged) | {"step": resumed_step}
         self._waiting: list[bytes] = []
         self._file = open(self._path, "ab", buffering=0)
 
     def _put_aside(self) -> Path:
-        """Give the file a name with the next free number, without taking away its own where that is possible."""
+        """Give the file a second name with the next free number; where links are impossible, rename it."""
         aside = next(p for i in count(1) if not (p := Path(f"{self._path}.{i}")).exists())
         try:
             os.link(self._path, aside)
@@ -128,7 +130,7 @@ class MetricsLog:
         return aside
 
     def log(self, data: dict[str, Any], step: int, **kwargs: Any) -> None:
-        """Log a step's metrics, or those of an evaluation."""
+        """Log the metrics of a step or an evaluation."""
         before, self._unlogged = self._unlogged, {}
         if before and before["step"] != step:
             self._write(as_line(before["step"], before))
@@ -137,7 +139,7 @@ class MetricsLog:
         self._tracking.log(data=data, step=step, **kwargs)
 
     def _write(self, line: bytes = b"") -> None:
-        """Append the line, and those that could not be appended before."""
+        """Append ``line``, after those that could not be written earlier."""
         self._waiting += [line] if line else []
         try:
             while self._waiting:
@@ -154,7 +156,7 @@ class MetricsLog:
         """Close the file and verl's loggers.
 
         Raises:
-            OSError: rows could not be written.
+            OSError: some rows could not be written.
         """
         if self._unlogged:
             self._write(as_line(self._unlogged["step"], self._unlogged))
@@ -171,11 +173,7 @@ class MetricsLog:
 
 
 def append_whole(file: int, line: bytes) -> None:
-    """Append the line to an open file, or nothing of it.
-
-    Raises:
-        OSError: it does not fit.
-    """
+    """Append ``line`` to an open file as a whole, or raise OSError and leave the file unchanged."""
     size, rest = os.fstat(file).st_size, memoryview(line)
     try:
         while rest:

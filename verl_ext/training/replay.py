@@ -1,41 +1,41 @@
-"""What verl's replay buffers get besides: the questions' own order, and an end to replacing questions for ever."""
+"""Extend verl's replay buffers: take questions in their order, and stop when questions are replaced without end."""
 
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 TOLD_AFTER = 5
-"""Batches of questions replaced, and none kept, after which one line says so."""
+"""Batches of questions replaced in a row, with none kept, after which a warning is printed."""
 MOST_BATCHES = 20
-"""The same, after which the run stops."""
+"""The same number, after which the run stops."""
 
 
 class WatchedReplayBuffer:
-    """Mixin in front of a replay buffer of verl's."""
+    """Mixin in front of one of verl's replay buffers."""
 
     def watch(self, batch_size: int, most_batches: int, on_failure: Callable[[], None]) -> None:
-        """Say when to stop.
+        """Set the limits.
 
         Args:
-            batch_size: questions in a batch.
-            most_batches: batches of questions that may be replaced for one; 0 sets no limit as long as some are kept.
-            on_failure: called where questions are replaced because a response failed.
+            batch_size: questions per batch.
+            most_batches: batches of questions that may be replaced for one batch; 0: no limit while some are kept.
+            on_failure: called when questions are replaced because a response failed.
         """
         self._batch_size, self._most_batches, self._on_failure = batch_size, most_batches, on_failure
         self._replaced: Counter[float | None] = Counter()
         self._since_kept: Counter[float | None] = Counter()
-        """Questions by the value that all their responses have; None where a response failed."""
+        """Number of questions by the value that all their responses have; None: a response failed."""
         self._told = False
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
-        """Sample a batch."""
+        """Sample a batch, as verl does."""
         if partition_id != "val":
             self._replaced.clear()
         return super().sample(global_steps, partition_id, batch_size)
 
     def _select_prompt_uids(self, partition_id: str, sampleable_keys: set[str], batch_size: int) -> Any:
-        # verl sorts them by step alone. Their names are random, so that runs with equal seeds would choose differently
-        # where there are more than wanted. TransferQueue lists them in the order in which they were asked for.
+        # verl sorts by step alone, and uids are random: if there are more questions than needed, runs with equal seeds
+        # would choose differently. TransferQueue lists questions in the order in which they were requested.
         in_order = [uid for uid in self.prompt_global_steps[partition_id] if uid in sampleable_keys]
         return super()._select_prompt_uids(partition_id, in_order, batch_size)
 
@@ -56,11 +56,11 @@ class WatchedReplayBuffer:
         return result
 
     def _judge(self, step: int, complete: bool) -> None:
-        """Say that nothing is kept, and stop when there is no end in sight.
+        """Warn or stop if too many questions were replaced.
 
         Args:
-            step: of the training.
-            complete: whether the step has its questions already, and asks for no more.
+            step: the training step.
+            complete: whether the step has all its questions and will request no more.
 
         Raises:
             ValueError: too many questions were replaced; names the setting and the likely reasons.
@@ -68,8 +68,8 @@ class WatchedReplayBuffer:
         batch, without = self._batch_size, self._since_kept.total()
         if without >= MOST_BATCHES * batch:
             raise ValueError(
-                f"{self._reasons(step, self._since_kept)}. None was kept in {MOST_BATCHES} batches of questions: "
-                "the run stops"
+                f"{self._reasons(step, self._since_kept)}. The run stops: none was kept in {MOST_BATCHES} batches of "
+                "questions"
             )
         if complete:
             return
@@ -89,22 +89,22 @@ class WatchedReplayBuffer:
             most = sorted(alike, key=alike.__getitem__, reverse=True)[:3]
             values = ", ".join(f"{value:g} in {alike[value]}" for value in most)
             parts.append(
-                f"{sum(alike.values())} had responses with the same {self.filter_groups_metric} throughout ({values}; "
-                "algorithm.filter_groups). Likely: the reward function gives every response the same, or the questions "
-                "are too hard or too easy"
+                f"{sum(alike.values())} had the same {self.filter_groups_metric} for all their responses ({values}; "
+                "algorithm.filter_groups). Likely: the reward function gives every response the same reward, or the "
+                "questions are too hard or too easy"
             )
         if failed:
-            parts.append(f"{failed} had a response that failed (its error is further up)")
-        return f"step {step}: {replaced.total()} questions were replaced by others: {'; '.join(parts)}"
+            parts.append(f"{failed} had a response that failed (see its error above)")
+        return f"step {step}: {replaced.total()} questions were replaced: {'; '.join(parts)}"
 
 
 def watched(buffer: Any, *, batch_size: int, most_batches: int, on_failure: Callable[[], None]) -> Any:
-    """Put the mixin in front of the buffer that verl has built; a class of one's own that is none of verl's stays."""
-    # Not above: importing verl's trainers imports this module.
+    """Add the mixin to the buffer that verl has built; a user's class that extends none of verl's is left unchanged."""
+    # Imported here, because verl's trainers import this module.
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
     if isinstance(buffer, ReplayBuffer):
-        # verl builds it from fixed names: ReplayBuffer, or ReplayBufferAsync, or the user's subclass.
+        # verl has no setting for our class: it builds ReplayBuffer, ReplayBufferAsync or the user's subclass.
         buffer.__class__ = type(type(buffer).__name__, (WatchedReplayBuffer, type(buffer)), {})
         buffer.watch(batch_size, most_batches, on_failure)
     return buffer

@@ -1,8 +1,8 @@
-"""Which checkpoint a run resumes from, and which ones it keeps.
+"""Choose the checkpoint that a run resumes from, and remove old ones.
 
-verl removes old checkpoints before its tracker names the new one, so that a kill in between leaves a tracker without a
-checkpoint; and it knows only those that its own process wrote. Here the order is the other way round, and the folder is
-what counts.
+verl removes old checkpoints before its tracker file names the new one, so a kill in between leaves a tracker without
+its checkpoint; and verl knows only the checkpoints that its own process wrote. Here old ones are removed last, and
+found in the run's folder.
 """
 
 import shutil
@@ -17,33 +17,33 @@ from verl_ext.runs.folder import CHECKPOINT_FILE
 from verl_ext.training.metrics_log import ROW_FILE
 
 DATA_FILE = "data.pt"
-"""verl's: how far the questions are read."""
+"""verl's state of the data loader."""
 
 WITH_A_CHECKPOINT = (DATA_FILE, ROW_FILE, "transfer_queue")
-"""What lies beside the weights and goes with them."""
+"""Files and folders beside the weights that are removed with them."""
 
 STATES = {"optimizer": "optim", "extra": "extra_state"}
-"""How verl's FSDP engine names the files of what ``checkpoint.load_contents`` lists, besides the model's."""
+"""Entry of ``checkpoint.load_contents`` -> prefix of its files, as verl's FSDP engine names them."""
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Name the folder of a step's checkpoint."""
+    """Return the folder of a step's checkpoint."""
     return run / f"global_step_{step}"
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """List the steps with a checkpoint's folder, whole or not."""
+    """List the steps with a checkpoint folder, whole or not."""
     folders = run.iterdir() if run.is_dir() else ()
     return sorted(int(match[1]) for folder in folders if (match := STEP_FOLDER.fullmatch(folder.name)))
 
 
 def resume_fault(role: Path, *, megatron: bool, contents: Collection[str]) -> str:
-    """Tell why a run cannot go on from the folder ``actor`` or ``critic`` of a checkpoint; empty if it can.
+    """Say why a run cannot resume from a checkpoint's folder ``actor`` or ``critic``; empty if it can.
 
     Args:
         role: the folder.
         megatron: whether verl's Megatron engine wrote it, not its FSDP engine.
-        contents: what is loaded, as in ``checkpoint.load_contents``.
+        contents: what will be loaded, as in ``checkpoint.load_contents``.
     """
     if not role.is_dir():
         return f"{role.name}/ is missing"
@@ -60,15 +60,15 @@ def resume_fault(role: Path, *, megatron: bool, contents: Collection[str]) -> st
 
 
 def name_whole_checkpoint(run: Path, roles: Collection[str], *, megatron: bool, contents: Collection[str]) -> None:
-    """Let verl's tracker name the newest whole checkpoint where the one it names is gone or broken, and say so.
+    """Point verl's tracker to the newest whole checkpoint if the one it names is missing or broken, with a warning.
 
     Args:
         run: the run's folder.
-        roles: folders of a checkpoint that are loaded: actor, and critic where there is one.
+        roles: folders of a checkpoint that will be loaded: actor, and critic if the method has one.
         megatron, contents: as in :func:`resume_fault`.
 
     Raises:
-        ValueError: the tracker names no checkpoint that is there, and no other one is whole.
+        ValueError: the tracker names no existing checkpoint, and no checkpoint is whole.
     """
     tracker = run / CHECKPOINT_FILE
 
@@ -82,49 +82,49 @@ def name_whole_checkpoint(run: Path, roles: Collection[str], *, megatron: bool, 
     if not tracker.exists():
         if whole := [step for step in checkpoint_steps(run) if not fault(step)]:
             print(
-                f"verl-disco: warning: {run} holds checkpoints up to step {whole[-1]}, but no {CHECKPOINT_FILE}: the "
-                "run starts anew; to resume one, write its step into that file",
+                f"verl-disco: warning: starting from step 0, because {run} has no {CHECKPOINT_FILE}, although it holds "
+                f"checkpoints up to step {whole[-1]}; to resume from one, write its step into that file",
                 flush=True,
             )
         return
     text = tracker.read_text(errors="replace").strip()
     named = int(text) if STEP_FOLDER.fullmatch(f"global_step_{text}") else None
     if named is None:
-        problem = f"{tracker} holds {text[:20]!r}, which is no step"
+        problem = f"{tracker} holds {text[:20]!r}, which is not a step"
     elif not step_folder(run, named).exists():
-        problem = f"{tracker} names step {named}, whose checkpoint is gone"
+        problem = f"{tracker} names step {named}, whose checkpoint is missing"
     elif found := fault(named):
-        problem = f"{tracker} names step {named}, whose checkpoint is not whole ({found})"
+        problem = f"{tracker} names step {named}, whose checkpoint is broken ({found})"
     else:
         return
-    # Without verl's state of the data loader the run would start again with the first questions.
+    # Without data.pt the run would start again with the first questions.
     whole = sorted((s for s in checkpoint_steps(run) if not fault(s)), key=lambda step: (has_data(step), step))
     if whole:
         write_whole(tracker, str(whole[-1]).encode())
-        more = "" if has_data(whole[-1]) else f"; it has no {DATA_FILE}, so the questions start anew"
-        print(f"verl-disco: warning: {problem}: resumed from the newest whole one, step {whole[-1]}{more}", flush=True)
+        more = "" if has_data(whole[-1]) else f"; it has no {DATA_FILE}, so the data starts from the first question"
+        print(f"verl-disco: warning: {problem}; resuming from the newest whole one, step {whole[-1]}{more}", flush=True)
     elif named is not None and step_folder(run, named).exists():
-        # Other nodes may have disks of their own, with the shards that are missing here.
-        print(f"verl-disco: warning: {problem} on this node, and no other one is; verl will try it", flush=True)
+        # The missing shards may be on the local disks of other nodes.
+        print(f"verl-disco: warning: {problem} on this node, and none is whole; verl will try to load it", flush=True)
     else:
         raise ValueError(
-            f"{problem}, and {run} holds no other whole one; remove {CHECKPOINT_FILE} to start anew there, or choose "
+            f"{problem}, and {run} holds no whole one; to start from step 0, remove {CHECKPOINT_FILE}, or choose "
             "another trainer.default_local_dir"
         )
 
 
 def remove_old_checkpoints(run: Path, step: int, keep: Mapping[str, int | None]) -> list[int]:
-    """Remove all but the newest checkpoints up to ``step``, also those that an earlier process wrote.
+    """Remove all but the newest checkpoints up to ``step``, including those that an earlier process wrote.
 
-    Later ones belong to a run that was set back, and stay until this one gets there.
+    Later ones stay: the run was set back to an earlier step and will overwrite them.
 
     Args:
         run: the run's folder.
-        step: the one just written.
+        step: step of the checkpoint just written.
         keep: how many to keep, by folder (``actor``, ``critic``); None or 0 keeps all.
 
     Returns:
-        The steps of which something was removed.
+        The steps with a removed folder.
     """
     removed = set()
     for role, number in keep.items():
@@ -139,7 +139,7 @@ def remove_old_checkpoints(run: Path, step: int, keep: Mapping[str, int | None])
                 shutil.rmtree(folder / name, ignore_errors=True)
                 with suppress(OSError):
                     (folder / name).unlink(missing_ok=True)
-            # Not where there is something else in it.
+            # Fails, as it should, if the folder holds anything else.
             with suppress(OSError):
                 folder.rmdir()
     return sorted(removed)

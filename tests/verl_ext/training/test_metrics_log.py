@@ -63,7 +63,7 @@ def test_a_resumed_run_appends_and_drops_steps_that_it_runs_again(path, capsys):
     expected = [{"step": s, "a": a} for s, a in ((0, 0), (1, 1), (2, 2), (3, 30))]
     assert logged(path, (3, {"a": 30}), resumed_step=2) == expected
     assert (path.parent / "metrics.jsonl.1").read_bytes() == before
-    assert "as it was. rows of steps that are not resumed: 2; lines that are no row: 1" in capsys.readouterr().out
+    assert f"kept as {path}.1; rows of steps to run again: 2; unreadable lines: 1" in capsys.readouterr().out
 
 
 def test_a_fresh_run_starts_the_file_anew_and_keeps_the_old_ones(path):

@@ -84,14 +84,14 @@ def test_equal_rewards_for_ever_are_told_and_end_the_run(sample, capsys):
         sample(lambda number: (0.0, 0.0))
     for part in (
         "step 1: ",
-        "had responses with the same reward throughout (0 in ",
+        "had the same reward for all their responses (0 in ",
         "algorithm.filter_groups",
-        "the reward function gives every response the same, or the questions are too hard or too easy",
-        f"None was kept in {MOST_BATCHES} batches of questions: the run stops",
+        "the reward function gives every response the same reward, or the questions are too hard or too easy",
+        f"The run stops: none was kept in {MOST_BATCHES} batches of questions",
     ):
         assert part in str(error.value)
     out = capsys.readouterr().out
-    assert out.count("questions were replaced by others") == 1
+    assert out.count("questions were replaced") == 1
     told = int(out.split("step 1: ")[1].split()[0])
     assert TOLD_AFTER * BATCH <= told < (TOLD_AFTER + 3) * BATCH
 
@@ -122,7 +122,7 @@ def test_a_batch_that_is_complete_asks_for_no_more_and_ends_nothing():
 
 def test_failed_responses_for_ever_end_the_run(sample):
     looks = []
-    with pytest.raises(ValueError, match=r"80 questions were replaced by others: 80 had a response that failed"):
+    with pytest.raises(ValueError, match=r"80 questions were replaced: 80 had a response that failed"):
         sample(lambda number: (None, None), filtered=False, on_failure=lambda: looks.append(1))
     assert looks
 

@@ -61,8 +61,8 @@ def test_a_whole_checkpoint_is_left_alone(run, capsys):
 @pytest.mark.parametrize(
     "damage, reason",
     [
-        (lambda last: remove(last.parent), "names step 10, whose checkpoint is gone"),
-        (lambda last: remove(last), "names step 10, whose checkpoint is not whole (actor/ is missing)"),
+        (lambda last: remove(last.parent), "names step 10, whose checkpoint is missing"),
+        (lambda last: remove(last), "names step 10, whose checkpoint is broken (actor/ is missing)"),
         (lambda last: cut(last / "model_world_size_2_rank_1.pt"), "actor: model_world_size_2_rank_1.pt is cut off"),
         (lambda last: cut(last / "optim_world_size_2_rank_0.pt"), "actor: optim_world_size_2_rank_0.pt is cut off"),
         (lambda last: (last / "optim_world_size_2_rank_1.pt").unlink(), "optim_world_size_2_rank_1.pt is missing"),
@@ -74,14 +74,14 @@ def test_the_newest_whole_one_is_resumed_where_the_tracker_names_none(run, capsy
     damage(run / "global_step_10/actor")
     assert named(run) == "4"
     out = capsys.readouterr().out
-    assert reason in out and "resumed from the newest whole one, step 4" in out
+    assert reason in out and "resuming from the newest whole one, step 4" in out
 
 
 @pytest.mark.parametrize("text", ["", "ten", "-1", "1.5", "\x00\x00", "1_0", " ", "9" * 30])
 def test_a_tracker_that_holds_no_step_is_named_and_fixed(run, capsys, text):
     (run / CHECKPOINT_FILE).write_text(text)
     assert named(run) == "10"
-    assert "which is no step" in capsys.readouterr().out
+    assert "which is not a step" in capsys.readouterr().out
 
 
 def test_a_kill_while_verl_rotates_with_one_to_keep_resumes_from_the_new_one(tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_a_kill_while_verl_rotates_with_one_to_keep_resumes_from_the_new_one(tmp
     (tmp_path / "global_step_2/data.pt").write_bytes(b"x")
     (tmp_path / CHECKPOINT_FILE).write_text("2")
     assert named(tmp_path) == "4"
-    assert "it has no data.pt, so the questions start anew" in capsys.readouterr().out
+    assert "it has no data.pt, so the data starts from the first question" in capsys.readouterr().out
 
 
 def test_one_with_the_state_of_the_questions_is_preferred(run):
@@ -126,7 +126,7 @@ def test_megatrons_checkpoints_are_told_by_their_manifest(tmp_path):
 
 def test_no_whole_one_at_all_is_refused_with_two_ways_out(tmp_path):
     (tmp_path / CHECKPOINT_FILE).write_text("4")
-    with pytest.raises(ValueError, match="names step 4, whose checkpoint is gone.* remove latest_.* or choose another"):
+    with pytest.raises(ValueError, match="whose checkpoint is missing.* remove latest_.* or choose another"):
         named(tmp_path)
 
 
@@ -142,7 +142,7 @@ def test_checkpoints_without_a_tracker_are_told(run, capsys):
     (run / CHECKPOINT_FILE).unlink()
     name_whole_checkpoint(run, ["actor"], megatron=False, contents=CONTENTS)
     assert not (run / CHECKPOINT_FILE).exists()
-    assert "holds checkpoints up to step 10, but no latest" in capsys.readouterr().out
+    assert "although it holds checkpoints up to step 10; to resume" in capsys.readouterr().out
     name_whole_checkpoint(run / "nowhere", ["actor"], megatron=False, contents=CONTENTS)
 
 
