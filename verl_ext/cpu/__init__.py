@@ -1,8 +1,8 @@
 """verl on a CPU: a platform, engines for the device "cpu", the light rollout ``actor_rollout_ref.rollout.name=hf``, and
 verl's vLLM rollout on a CPU build of vLLM.
 
-Nothing here needs an environment variable: the platform is found by verl's own detection when there is no accelerator
-(:mod:`verl_ext.cpu.platform`), and what only some processes need is registered when verl imports what it belongs to.
+No environment variable is needed: verl's own detection finds the platform when there is no accelerator
+(:mod:`verl_ext.cpu.platform`). The other parts are registered when verl imports the module that they extend.
 """
 
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Register all of it, cheaply: verl's plugin entry point calls this in every process."""
+    """Register all parts; cheap, because verl's plugin entry point calls it in every process."""
     from verl_ext.cpu import patches, platform, vllm
 
     platform.register()
@@ -27,9 +27,9 @@ def register() -> None:
 
 
 def request() -> None:
-    """Choose the CPU platform although an accelerator may be present (what ``trainer.device=cpu`` means).
+    """Choose the CPU platform even if an accelerator is present (``trainer.device=cpu``).
 
-    It holds for this process and for the local Ray cluster that it starts. Workers of a cluster that already runs need
+    The choice holds for this process and for the local Ray cluster that it starts. Workers of a running cluster need
     ``+ray_kwargs.ray_init.runtime_env.env_vars.VERL_PLATFORM=cpu``.
     """
     from verl.plugin.platform import get_platform, set_platform
@@ -43,10 +43,10 @@ def request() -> None:
 
 
 def check(config: "DictConfig") -> None:
-    """Refuse settings that a CPU cannot do, as far as they are known before a model is loaded.
+    """Refuse settings that a CPU does not support, as far as they are known before a model is loaded.
 
     Raises:
-        ValueError: names the setting, what was found and what would be right.
+        ValueError: the setting, what was found and what would be right.
     """
     from verl_ext.cpu import vllm
 

@@ -1,24 +1,24 @@
-"""A checkpoint engine for verl, "ray": weights reach separate rollout servers through Ray's object store.
+"""verl's checkpoint engine "ray": sends weights to separate rollout servers through Ray's object store.
 
-verl's own (nccl, nixl, ...) need accelerators. This one lets ``trainer.v1.trainer_mode=separate_async`` run on a CPU;
-for large models it is slow::
+verl's own engines (nccl, nixl, ...) need accelerators. This one lets ``trainer.v1.trainer_mode=separate_async`` run on
+a CPU; for large models it is slow::
 
     actor_rollout_ref.rollout.checkpoint_engine.backend=ray
     actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_ext.cpu.checkpoint_engine
 """
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import ray
 import torch
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 
-from verl_ext.cpu.rollout.buckets import in_buckets
+from verl_ext.cpu.rollout.buckets import NamedTensor, Weights, in_buckets
 
 BUCKETS_UNDER_WAY = 2
-"""How many buckets wait for the slowest reader before the trainer does."""
+"""Buckets that wait for the slowest reader before the trainer waits too."""
 
 
 class Mailbox:
@@ -27,21 +27,21 @@ class Mailbox:
     async def open(self, readers: int) -> None:
         self._queues = [asyncio.Queue(BUCKETS_UNDER_WAY) for _ in range(readers)]
 
-    async def put(self, bucket: list[tuple[str, torch.Tensor]] | None) -> None:
+    async def put(self, bucket: list[NamedTensor] | None) -> None:
         for queue in self._queues:
             await queue.put(bucket)
 
-    async def get(self, reader: int) -> list[tuple[str, torch.Tensor]] | None:
+    async def get(self, reader: int) -> list[NamedTensor] | None:
         return await self._queues[reader].get()
 
 
 @CheckpointEngineRegistry.register("ray")
 class RayCheckpointEngine(CheckpointEngine):
-    """One in each training worker and each rollout worker; the first training rank sends, all rollout workers receive.
+    """One end of the transfer: the first training rank sends, all rollout workers receive.
 
     Args:
         bucket_size: bytes of weights in one message.
-        is_master: whether this is the training rank that sends.
+        is_master: this is the training rank that sends.
     """
 
     def __init__(self, bucket_size: int, is_master: bool = False):
@@ -65,21 +65,16 @@ class RayCheckpointEngine(CheckpointEngine):
         self._mailbox, self._reader = mailbox, reader
 
     def finalize(self) -> None:
-        # With the last handle the actor goes.
-        self._mailbox = None
+        self._mailbox = None  # Ray ends the actor with its last handle
 
     @torch.no_grad()
-    async def send_weights(
-        self,
-        weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
-        global_steps: int | None = None,
-    ) -> None:
+    async def send_weights(self, weights: Weights, global_steps: int | None = None) -> None:
         async for bucket, _ in in_buckets(weights, self.bucket_size, wanted=self.is_master):
             await self._mailbox.put.remote(bucket)
         if self.is_master:
             await self._mailbox.put.remote(None)
 
-    async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, torch.Tensor]]:
+    async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[NamedTensor]:
         while (bucket := await self._mailbox.get.remote(self._reader)) is not None:
             for name_and_tensor in bucket:
                 yield name_and_tensor

@@ -1,35 +1,29 @@
-"""verl's FSDP2 engines for the device "cpu".
+"""verl's FSDP2 engines for the device "cpu": actor, reference policy and critic.
 
-They are verl's own, for actor, reference and critic, with the defaults that a CPU needs where the user set none
-(float32, SDPA, nothing compiled), and three things refused that cannot work.
+They are verl's own engines with the defaults that a CPU needs where the user set none (float32, SDPA, no compilation).
+Three settings that cannot work are refused.
 """
 
 import copy
-import logging
 from typing import Any
 
 import verl.utils.model
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
-logger = logging.getLogger(__name__)
-
 FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
 def default_attention(model_config: Any) -> str:
-    """The attention to use: what ``override_config.attn_implementation`` says, else SDPA.
-
-    verl's default, FlashAttention 2, does not exist on a CPU.
-    """
+    """Read ``override_config.attn_implementation``; by default SDPA, because FlashAttention 2 needs a GPU."""
     return model_config.override_config.get("attn_implementation", "sdpa")
 
 
 def settings_for_cpu(engine_config: Any, attention: str) -> Any:
-    """A copy of verl's ``FSDPEngineConfig`` that runs on a CPU.
+    """Copy verl's ``FSDPEngineConfig`` with settings that run on a CPU.
 
     Raises:
-        ValueError: names a setting that cannot work, what was found and what would be right.
+        ValueError: the setting that cannot work, what was found and what would be right.
     """
     if engine_config.strategy != "fsdp2":
         raise ValueError(
@@ -41,8 +35,8 @@ def settings_for_cpu(engine_config: Any, attention: str) -> Any:
     if engine_config.ulysses_sequence_parallel_size > 1 and attention != "flash_attention_2":
         raise ValueError(
             f"ulysses_sequence_parallel_size={engine_config.ulysses_sequence_parallel_size} with "
-            f"attn_implementation={attention}: verl parallelises FlashAttention 2 alone, any other attention would see "
-            "its own rank's part of each sequence; set ulysses_sequence_parallel_size=1"
+            f"attn_implementation={attention}: verl parallelises FlashAttention 2 only, and any other attention would "
+            "see just its own rank's part of each sequence; set ulysses_sequence_parallel_size=1"
         )
     config = copy.copy(engine_config)
     if config.use_torch_compile:
@@ -53,10 +47,10 @@ def settings_for_cpu(engine_config: Any, attention: str) -> Any:
 
 
 class _AlreadyThere:
-    """A micro-batch that answers verl's ``.to(device)`` with itself.
+    """A micro-batch whose ``.to(device)`` returns it as it is.
 
-    On a CPU nothing moves, but TensorDict walks through every string and dict of every row for it: a tenth of a second
-    for 128 rows, a third of a small model's forward pass.
+    On a CPU nothing moves, but TensorDict would visit every string and dict of every row: 0.1 s for 128 rows, a third
+    of a small model's forward pass.
     """
 
     def __init__(self, micro_batch):
@@ -73,8 +67,8 @@ class _OnCPU:
         super().__init__(model_config, settings_for_cpu(engine_config, attention), optimizer_config, checkpoint_config)
 
     def _build_fsdp_module(self, module):
-        # For a forward-only engine (the reference policy) verl forces an offload to pinned memory, which needs an
-        # accelerator. The configuration is this engine's own copy.
+        # verl offloads a forward-only engine (the reference policy) to pinned memory, which needs an accelerator.
+        # The configuration is this engine's own copy.
         forward_only, self.engine_config.forward_only = self.engine_config.forward_only, False
         try:
             return super()._build_fsdp_module(module)
@@ -93,8 +87,7 @@ class CPUEngineWithValueHead(_OnCPU, FSDPEngineWithValueHead):
     """The critic."""
 
     def _build_module(self):
-        # verl's loader names FlashAttention 2 in its code. It is looked up when called, so it can be exchanged for as
-        # long as this call takes.
+        # verl's loader hard-codes FlashAttention 2. verl looks it up when called, so it can be replaced for this call.
         original = verl.utils.model.load_valuehead_model
         verl.utils.model.load_valuehead_model = _load_value_model
         try:
@@ -116,7 +109,7 @@ def _load_value_model(local_path, torch_dtype, model_config, trust_remote_code):
 
 
 def register() -> None:
-    """Register the engines, unless this verl has some for "cpu" already."""
+    """Register the engines, unless verl already has engines for "cpu"."""
     for model_type, engine in {"language_model": CPUEngineWithLMHead, "value_model": CPUEngineWithValueHead}.items():
         for backend in ("fsdp", "fsdp2"):
             if "cpu" not in EngineRegistry._engines[model_type][backend]:

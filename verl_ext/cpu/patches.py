@@ -1,7 +1,7 @@
-"""The two functions of verl that do not work, or hardly, on a CPU, and an import that no CPU needs.
+"""Patches of two functions of verl that fail or are very slow on a CPU, and of an import that no CPU needs.
 
-The patches of functions act only there. Each checks what it replaces; on another verl than it knows it leaves verl
-alone and says so, and ``tests/verl_ext/cpu/test_patches.py`` fails.
+The patched functions behave differently on a CPU only. A patch that does not know verl's function leaves it alone and
+prints a warning, and ``tests/verl_ext/cpu/test_patches.py`` fails.
 """
 
 import functools
@@ -21,16 +21,16 @@ def register() -> None:
 
 
 def skip_ascend_engine() -> None:
-    """verl's weight transfer for Ascend NPUs imports vLLM before it says that there is no NPU.
+    """Block verl's weight transfer for Ascend NPUs, which imports vLLM before it finds that there is no NPU.
 
-    Where vLLM is installed, that takes seconds in each of a run's processes. verl takes the ImportError either way.
+    With vLLM installed, that takes seconds in each process of a run. verl handles the ImportError either way.
     """
     if importlib.util.find_spec("torch_npu") is None:
         sys.modules.setdefault("verl.checkpoint_engine.hccl_checkpoint_engine", None)
 
 
 def patch_process_group(module: ModuleType) -> None:
-    """verl names the backend ``cpu:gloo,{device}:{backend}``; torch refuses "cpu:gloo,cpu:gloo" as a duplicate."""
+    """Name gloo once: of verl's ``cpu:gloo,{device}:{backend}`` torch refuses "cpu:gloo,cpu:gloo" as a duplicate."""
     original = module.initialize_global_process_group_ray
     if not _known(original, ["timeout_second", "backend"]):
         return
@@ -45,7 +45,7 @@ def patch_process_group(module: ModuleType) -> None:
 
 
 def patch_log_probs(module: ModuleType) -> None:
-    """Without flash-attn verl's log-probabilities are a Python loop over the rows of the logits: over every token."""
+    """Compute log-probabilities in one call: without flash-attn verl loops in Python over the logits of every token."""
     original = module.logprobs_from_logits_v2
     if not _known(original, ["logits", "labels"]):
         return
@@ -61,7 +61,7 @@ def patch_log_probs(module: ModuleType) -> None:
 
 
 def _known(function, parameters: list[str]) -> bool:
-    """Whether verl's function still takes ``parameters`` and is not patched yet."""
+    """Tell whether verl's function still takes ``parameters`` and is not patched yet."""
     if list(inspect.signature(function).parameters) == parameters:
         return not hasattr(function, "__wrapped__")
     name = f"{function.__module__}.{function.__name__}"

@@ -1,8 +1,8 @@
 """The platform "cpu" in verl's platform registry: gloo, and Ray scheduling by a declared number of "GPUs".
 
-verl asks the registered platforms one after another whether they are available and caches the answer at the first
-``get_platform()``; plugins are loaded before that. "cpu" says yes only as the last resort, see
-:func:`accelerator_present`. Setting ``VERL_PLATFORM=cpu`` or calling :func:`verl_ext.cpu.request` chooses it anyway.
+At the first ``get_platform()``, after plugins are loaded, verl asks the registered platforms in turn whether they are
+available and caches the answer. "cpu" is available only as a last resort (:func:`accelerator_present`), unless
+``VERL_PLATFORM=cpu`` is set or :func:`verl_ext.cpu.request` is called.
 """
 
 import glob
@@ -19,17 +19,17 @@ NAME = "cpu"
 
 
 def accelerator_present() -> str | None:
-    """What shows that this run has an accelerator that this torch can use, or None.
+    """Find evidence of an accelerator that this torch can use; None if there is none.
 
-    ``torch.cuda.is_available()`` alone would not do: Ray hides the GPUs from actors that ask for none (the TaskRunner,
-    the agent loops), on GPU machines and on the CPU-only head node of a GPU cluster, and verl's own check is negative
-    there when ``nvidia-smi`` is not installed. So a torch that is built for CUDA or ROCm also looks for device files,
-    which no environment variable hides, and asks Ray for accelerators anywhere in the cluster. (A declared
-    ``num_gpus`` does not count: Ray writes the type only of those that it detected.)
+    ``torch.cuda.is_available()`` is not enough: Ray hides the GPUs from actors that ask for none (the TaskRunner, the
+    agent loops), on GPU machines and on the CPU-only head node of a GPU cluster, where verl's own check fails too if
+    ``nvidia-smi`` is missing. So with a CUDA or ROCm build of torch this also looks for device files, which no
+    environment variable hides, and asks Ray for accelerators anywhere in the cluster. A declared ``num_gpus`` does not
+    count: Ray reports a type only for accelerators that it detected.
     """
     if torch.cuda.is_available():
         return "torch.cuda.is_available()"
-    # Other kinds (xpu, hpu ...); verl has no platform for Apple's.
+    # xpu, hpu ...; verl has no platform for Apple's mps
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is not None and kind.type not in ("cpu", "mps"):
         return f"torch.accelerator: {kind}"
@@ -58,14 +58,10 @@ def _nothing(*args, **kwargs) -> None:
     return None
 
 
-def _zero(*args, **kwargs) -> int:
-    return 0
-
-
 class _DeviceModule(types.ModuleType):
-    """``torch.cpu`` plus those functions of ``torch.cuda`` that verl calls on any device.
+    """``torch.cpu`` plus the functions of ``torch.cuda`` that verl calls on any device.
 
-    ``is_available()`` is False: verl asks it before managing device memory, and there is none.
+    ``is_available()`` is False: verl asks it before it manages device memory, and there is none.
     """
 
     def __init__(self):
@@ -73,7 +69,7 @@ class _DeviceModule(types.ModuleType):
         for name in ("empty_cache", "ipc_collect", "manual_seed", "manual_seed_all", "reset_peak_memory_stats"):
             setattr(self, name, _nothing)
         for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
-            setattr(self, name, _zero)
+            setattr(self, name, lambda *args: 0)
         self.is_available = lambda: False
         self.mem_get_info = lambda *args: (0, 0)
         self.get_device_name = lambda *args: "CPU"
@@ -88,25 +84,20 @@ _device_module = _DeviceModule()
 
 
 class CPUPlatform(PlatformBase):
-    """One process of a CPU run. A rank is one process; the number of ranks is ``trainer.n_gpus_per_node``."""
+    """A CPU run: each rank is a process, and ``trainer.n_gpus_per_node`` is the number of ranks per node."""
 
-    @property
-    def device_name(self) -> str:
-        return NAME
+    device_name = vendor_name = NAME
+    device_module = _device_module
 
-    @property
-    def vendor_name(self) -> str:
-        return NAME
-
-    @property
-    def device_module(self) -> types.ModuleType:
-        return _device_module
+    # Nothing to do or to return on a CPU.
+    set_device = synchronize = set_allocator_settings = empty_cache = _nothing
+    profiler_start = profiler_stop = cudart = _nothing
 
     def is_available(self) -> bool:
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        # Platforms that other plugins registered after this one have not been asked yet.
+        # verl has not asked the platforms that other plugins registered later.
         names = PlatformRegistry.registered_names()
         later = names[names.index(NAME) + 1 :] if NAME in names else ()
         return accelerator_present() is None and not any(
@@ -119,23 +110,10 @@ class CPUPlatform(PlatformBase):
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None:
-        pass
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        pass
-
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
+    manual_seed_all = manual_seed
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None
@@ -144,21 +122,15 @@ class CPUPlatform(PlatformBase):
         return "gloo"
 
     def visible_devices_envvar(self) -> str:
-        return "VERL_CPU_VISIBLE_DEVICES"  # read by nobody; verl writes Ray's made-up ids into it
+        return "VERL_CPU_VISIBLE_DEVICES"  # never read; verl writes Ray's invented ids into it
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:
         yield
 
-    def profiler_start(self) -> None:
-        pass
-
-    def profiler_stop(self) -> None:
-        pass
-
     def ray_resource_name(self) -> str:
-        # verl's resource check knows only "GPU" and "NPU". A number of GPUs declared to Ray
-        # (ray_kwargs.ray_init.num_gpus = ranks on this node) satisfies it without a patch; Ray does not look for them.
+        # verl's resource check knows only "GPU" and "NPU". GPUs declared to Ray (ray_kwargs.ray_init.num_gpus = ranks
+        # on this node) satisfy it without a patch; Ray does not look for them.
         return "GPU"
 
     def ray_noset_envvars(self) -> list[str]:
@@ -172,11 +144,8 @@ class CPUPlatform(PlatformBase):
         defaults = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
-    def cudart(self) -> Any:
-        return None
-
 
 def register() -> None:
-    """Put the platform into verl's registry, once."""
+    """Register the platform with verl, once."""
     if PlatformRegistry.get(NAME) is None:
         PlatformRegistry.register(platform=NAME)(CPUPlatform)

@@ -5,21 +5,19 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable
 import torch
 from verl.workers.rollout.utils import ensure_async_iterator
 
+NamedTensor = tuple[str, torch.Tensor]
+Weights = Iterable[NamedTensor] | AsyncIterable[NamedTensor]
+
 
 async def in_buckets(
-    weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
-    limit: int,
-    *,
-    wanted: bool,
-    dtype: torch.dtype | None = None,
-) -> AsyncIterator[tuple[list[tuple[str, torch.Tensor]], bool]]:
-    """The weights on the CPU, at most ``limit`` bytes at a time unless one alone is larger, and whether it is the last.
-
-    Every rank runs through all weights, because gathering one from its shards is a collective; a rank on which they are
-    not ``wanted`` gets no bucket.
+    weights: Weights, limit: int, *, wanted: bool, dtype: torch.dtype | None = None
+) -> AsyncIterator[tuple[list[NamedTensor], bool]]:
+    """Yield buckets of weights on the CPU, each with a flag that is True for the last one.
 
     Args:
-        dtype: to convert them to; None leaves them as they are.
+        limit: bytes per bucket, at most, unless one tensor alone is larger.
+        wanted: False: the weights are read, because gathering a shard is a collective of all ranks, but not yielded.
+        dtype: to convert the weights to; None leaves them as they are.
     """
     bucket, size = [], 0
     async for name, tensor in ensure_async_iterator(weights):
