@@ -1,7 +1,7 @@
-"""verl's reward workers, which count the rewards that fail and name the function that gave them.
+"""Extend verl's reward workers to count failed rewards and name the function that failed.
 
-A response whose reward fails is left out of the batch by verl: the others of its question are trained on as if nothing
-had happened. The trainer asks for the counts once per step (:mod:`verl_ext.training.trainer`).
+verl silently leaves a response whose reward fails out of the batch and trains on the rest of its group. The trainer
+asks for the counts once per step.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import inspect
 import numbers
 import os
 import reprlib
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,18 +23,19 @@ from verl.experimental.reward_loop.reward_manager.limited import RateLimitedRewa
 from verl.protocol import DataProto
 
 LONGEST_TEXT = 500
+"""Characters of an error's text that are shown."""
 
 GIVEN_UP = ({"acc", "error"}, {"acc", "timeout"})
-"""All that verl's "rate_limited" manager says of a reward that failed."""
+"""Names in ``reward_extra_info`` by which verl's "rate_limited" manager marks a failed reward, graded 0."""
 
 
 class RewardError(Exception):
-    """A response without a reward: which function should have given it, and what happened."""
+    """A failed reward: the reward function's name and its error."""
 
 
 @dataclass
 class Tally:
-    """Rewards asked for, how many of them failed, and the first failure's text."""
+    """Number of rewards requested and failed, and the text of the first failure."""
 
     asked: int = 0
     failed: int = 0
@@ -43,12 +45,12 @@ class Tally:
         return Tally(self.asked + other.asked, self.failed + other.failed, self.first or other.first)
 
     def text(self, where: str) -> str:
-        """Say what failed, in the step or evaluation ``where``."""
+        """Describe the failures in ``where``, a step or an evaluation."""
         return f"{self.failed} of {self.asked} rewards of {where} failed, the first with {self.first}"
 
 
 def reward_function(config: DictConfig) -> str:
-    """Name what gives the rewards, by the settings that choose it."""
+    """Name the reward function or model by the setting that chooses it."""
     custom = config.reward.get("custom_reward_function") or {}
     if path := custom.get("path"):
         return f"reward.custom_reward_function={path}:{custom.get('name')}"
@@ -60,33 +62,32 @@ def reward_function(config: DictConfig) -> str:
 
 
 def as_number(value: Any) -> float:
-    """Read a reward: a number of Python, numpy or torch, a truth value, or an array that holds one of these.
+    """Convert a reward to float: a number or truth value of Python, numpy or torch, or an array with one such value.
 
     Raises:
-        TypeError: it is something else; shows what.
+        TypeError: ``value`` is anything else.
     """
     value = plain(value)
     if not isinstance(value, numbers.Real):
-        raise TypeError(f"it returned {reprlib.repr(value)} ({type(value).__name__}), which is no number")
+        raise TypeError(f"it returned {reprlib.repr(value)} ({type(value).__name__}), which is not a number")
     return float(value)
 
 
 def plain(value: Any) -> Any:
-    """Turn a scalar of numpy or torch, or an array of one value, into Python's; anything else stays."""
+    """Convert a numpy or torch array with a single value to a Python scalar; return anything else unchanged."""
     if isinstance(value, np.generic | np.ndarray | torch.Tensor) and np.prod(value.shape) == 1:
         return value.item()
     return value
 
 
 def describe(error: BaseException) -> str:
-    """Say in one line what was raised, and where."""
-    # verl's "remote" reward manager grades in another process.
+    """Describe an error in one line, with the place that raised it."""
+    # verl's "remote" reward manager wraps errors of another process.
     error = getattr(error, "cause", None) or error
-    frame, where = error.__traceback__, ""
-    while frame is not None:
-        file = frame.tb_frame.f_code.co_filename
-        where = "" if file == __file__ else f" ({os.path.basename(file)}:{frame.tb_lineno})"
-        frame = frame.tb_next
+    where = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        where = "" if file == __file__ else f" ({os.path.basename(file)}:{line})"
     try:
         text = one_line(str(error))
     except Exception:
@@ -95,13 +96,13 @@ def describe(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """Cut a text to the start of one line without control characters: it may quote a response."""
+    """Shorten a text to one line without control characters, because an error may quote a response."""
     line = " ".join(text[: 2 * LONGEST_TEXT].split())[:LONGEST_TEXT]
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def without_stop_iteration(score: Callable[..., Any]) -> Callable[..., Any]:
-    """A reward function whose StopIteration is another error: asyncio cannot hand it on, and would wait for ever."""
+    """Turn a reward function's StopIteration into RuntimeError: asyncio cannot pass it on and would wait for ever."""
 
     def compute_score(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -113,7 +114,7 @@ def without_stop_iteration(score: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CountingRewardWorker(RewardLoopWorker):
-    """verl's worker: rewards become numbers of Python, failures are counted and name the reward function."""
+    """verl's reward worker, plus: rewards become Python numbers, and failures are counted with the function's name."""
 
     def __init__(self, config: DictConfig, reward_router_address: str | None = None):
         super().__init__(config, reward_router_address)
@@ -126,40 +127,39 @@ class CountingRewardWorker(RewardLoopWorker):
         """Grade one response.
 
         Raises:
-            RewardError: the reward failed, or is no number.
+            RewardError: the reward failed or is not a number.
         """
         self._tally.asked += 1
         try:
             result = await super().compute_score(data)
             extra = {name: plain(value) for name, value in result.get("reward_extra_info", {}).items()}
             if isinstance(self.reward_manager, RateLimitedRewardManager) and extra.keys() in GIVEN_UP:
-                # This manager gives the reward 0 where the function failed.
                 why = extra.get("error", f"TimeoutError: no answer in {self.reward_manager.timeout} s")
                 self._tally += Tally(0, 1, f"{reward_function(self.config)}: {one_line(why)}")
             return result | {"reward_score": as_number(result["reward_score"]), "reward_extra_info": extra}
         except (Exception, SystemExit) as e:
             text = f"{reward_function(self.config)}: {describe(e)}"
             self._tally += Tally(0, 1, text)
-            # The text alone: another process may not be able to load the error.
+            # Only the text: another process may be unable to load the error's class.
             raise RewardError(text) from None
 
     async def compute_scores(self, data: DataProto) -> list[dict[str, Any] | BaseException]:
-        """Grade a batch: a result or an error per response."""
+        """Grade a batch; return a result or an error per response."""
         rows = (self.compute_score(data[i : i + 1]) for i in range(len(data)))
         return await asyncio.gather(*rows, return_exceptions=True)
 
     async def take_tally(self) -> Tally:
-        """Give the counts since the last call."""
+        """Return the counts since the last call."""
         tally, self._tally = self._tally, Tally()
         return tally
 
 
 SECONDS_TO_COUNT = 60.0
-"""What a worker gets to tell its counts: it may have more rewards in hand than Ray lets it run at a time."""
+"""Time for a worker to report its counts; it may have more rewards in progress than Ray runs at a time."""
 
 
 class CountingRewardManager(RewardLoopManager):
-    """verl's manager with these workers."""
+    """verl's manager of reward workers, with :class:`CountingRewardWorker`."""
 
     _asked: tuple | list = ()
 
@@ -168,7 +168,7 @@ class CountingRewardManager(RewardLoopManager):
         super()._init_reward_loop_workers()
 
     def take_tally(self) -> Tally:
-        """Give the counts of all workers since the last call; of one that is too busy to answer, at a later one."""
+        """Return the workers' counts since the last call; those of a busy worker come with a later call."""
         asked = [*self._asked, *(worker.take_tally.remote() for worker in self.reward_loop_workers)]
         answered, self._asked = ray.wait(asked, num_returns=len(asked), timeout=SECONDS_TO_COUNT)
         return sum(ray.get(answered), Tally())

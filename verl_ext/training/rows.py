@@ -1,4 +1,4 @@
-"""What a batch carries for workers that train on whole questions: made by the trainer, read by the worker."""
+"""The typed contract of what a batch carries for workers that train on whole groups; written by the trainer."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -17,11 +17,11 @@ class Rows:
     """Facts about each row, columns of shape (B,).
 
     Attributes:
-        group_id: int, number of the question that the row answers; -1 for a padding row.
+        group_id: int, number of the row's question; -1 for a padding row.
         group_size: int, rows of that question in the whole batch; 0 for a padding row.
-        sample_index: int, number of the row in the batch before it was dealt.
+        sample_index: int, the row's index in the batch before it was dealt.
         sequence_reward: float, the summed reward, before any KL term.
-        mini_batch_id: int, the mini-batch that the row was dealt to.
+        mini_batch_id: int, the row's mini-batch.
     """
 
     group_id: Tensor
@@ -32,11 +32,12 @@ class Rows:
 
     @classmethod
     def dealt(cls, group: Sequence[Hashable], reward: Sequence[float], plan: Deal) -> "Rows":
-        """Make the rows of a batch in the order in which they were dealt, padding rows among them.
+        """Make the columns in the order of ``plan``, padding rows included.
 
         Args:
-            group: the question of each row, in the batch's order.
-            reward: the summed reward of each row.
+            group: question of each row, in the batch's own order.
+            reward: summed reward of each row, in the same order.
+            plan: where each row goes.
         """
         number = {name: i for i, name in enumerate(dict.fromkeys(group))}
         size, padding, order = Counter(group), plan.num_padding, torch.tensor(plan.order)
@@ -54,7 +55,7 @@ class Rows:
         return cls(**{f.name: data[f.name] for f in fields(cls)})
 
     def columns(self) -> TensorDict:
-        """The columns as they are stored."""
+        """Return the columns by name, as they are stored."""
         return TensorDict(asdict(self), batch_size=len(self.group_id))
 
 
@@ -63,13 +64,13 @@ ROW_FIELDS = tuple(f.name for f in fields(Rows))
 
 @dataclass(frozen=True)
 class BatchFacts:
-    """Facts about a batch as a whole, which travel beside the rows (``KVBatchMeta.extra_info``).
+    """Facts about a whole batch, which travel beside its rows (``KVBatchMeta.extra_info``).
 
     Attributes:
-        old_log_probs_fresh: old_log_probs are those of the policy that is about to be updated.
-        entropy_logged: verl's pass for old_log_probs has logged the policy's entropy.
-        local_step: which update between two weight synchronisations this is, from 0.
-        local_steps: how many there are.
+        old_log_probs_fresh: old_log_probs are those of the policy about to be updated.
+        entropy_logged: verl's forward pass for old_log_probs has logged the policy's entropy.
+        local_step: index of this update since the last weight synchronisation.
+        local_steps: number of updates between two synchronisations.
     """
 
     old_log_probs_fresh: bool
@@ -84,19 +85,20 @@ class BatchFacts:
 
     @classmethod
     def before(cls, local_step: int, local_steps: int, bypass_mode: bool) -> "BatchFacts":
-        """What holds before an update.
+        """Derive the facts before an update.
 
         Args:
-            bypass_mode: old_log_probs are the rollout's, so that verl makes no pass for them and logs no entropy.
+            local_step, local_steps: as above.
+            bypass_mode: old_log_probs are the rollout's; verl makes no forward pass for them and logs no entropy.
         """
         return cls(not bypass_mode and local_step == 0, not bypass_mode, local_step, local_steps)
 
     @property
     def at_rollout_weights(self) -> bool:
-        """Whether the policy is the one that generated the responses, but for the updates made on this batch."""
+        """Whether the policy generated the responses, apart from updates on this batch."""
         return self.local_step == 0
 
     @property
     def ends_step(self) -> bool:
-        """Whether no further update comes before the next weight synchronisation."""
+        """Whether this is the last update before the next weight synchronisation."""
         return self.local_step == self.local_steps - 1

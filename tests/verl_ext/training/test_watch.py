@@ -58,9 +58,9 @@ def test_a_single_response_per_question_is_never_mixed_and_not_told():
 @pytest.mark.parametrize(
     "over, fresh, words",
     [
-        (0.0, True, "never been above disco.delta=0.0001 in 20 steps"),
-        (0.75, True, "above disco.delta=0.0001 after every update for 20 steps"),
-        (1.0, False, "above disco.delta=0.0001 after every update for 20 steps"),
+        (0.0, True, "for 20 steps the KL has never been above disco.delta=0.0001"),
+        (0.75, True, "for 20 steps the KL has been above disco.delta=0.0001 after every update"),
+        (1.0, False, "for 20 steps the KL has been above disco.delta=0.0001 after every update"),
         (0.7500001, True, "after every update"),
     ],
 )
