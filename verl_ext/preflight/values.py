@@ -67,7 +67,7 @@ def wrong_type(setting: Setting, value: Any, before: Any) -> str:
     """What the setting wants instead, by its annotation or by the value ``before``; nothing if this will do."""
     kinds = _kinds(setting.annotation)
     if not kinds and before is not None:
-        kinds = {type(before)}
+        kinds = {list if OmegaConf.is_list(before) else type(before)}
     if value is None:
         nullable = not kinds or types.NoneType in kinds or before in (None, {}) or NULLABLE.fullmatch(setting.name)
         return "" if nullable or not kinds & {int, float, dict} else _said(kinds)

@@ -408,6 +408,11 @@ def test_a_value_that_verl_takes_is_no_finding(runs, override):
     assert wrong(runs["disco"], override) == []
 
 
+def test_a_file_in_place_of_a_list_that_was_followed_is_no_finding():
+    run = composition.compose(["+experiment=evaluate", "model=x", "data.train_files=x.parquet"])
+    assert [f.problem for f in check_values(run)] == []
+
+
 def test_a_choice_that_the_users_code_registers_is_no_finding(runs, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("@register('naive_mine')\nclass Mine: ...\n")
