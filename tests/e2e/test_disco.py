@@ -40,7 +40,7 @@ def test_a_resumed_run_continues_as_an_uninterrupted_one(main_ppo, tmp_path):
     rest = main_ppo(*common, folder=tmp_path / "parts")
     assert rest.returncode == 0, rest.output[-5000:]
     assert "whose checkpoint is missing; resuming from the newest whole one, step 2" in rest.output
-    assert "step 2 was not evaluated before the run ended; now" in rest.output
+    assert "evaluating step 2: its evaluation was not logged" in rest.output
     assert (tmp_path / "parts/metrics.jsonl.1").read_text() == cut[0] + cut[1][:50]
 
     expected, found = whole.metrics(), rest.metrics()

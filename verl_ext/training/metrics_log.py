@@ -57,7 +57,7 @@ def _parse(line: bytes) -> Row | None:
     except orjson.JSONDecodeError:
         return None
     step = values.get("step") if isinstance(values, dict) else None
-    if type(step) not in (int, float) or step != step // 1 or step < 0:
+    if not isinstance(step, int | float) or isinstance(step, bool) or step != step // 1 or step < 0:
         return None
     return Row(int(step), line.rstrip(b"\r") + b"\n", values)
 

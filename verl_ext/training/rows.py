@@ -88,7 +88,6 @@ class BatchFacts:
         """Derive the facts before an update.
 
         Args:
-            local_step, local_steps: as above.
             bypass_mode: old_log_probs are the rollout's; verl makes no forward pass for them and logs no entropy.
         """
         return cls(not bypass_mode and local_step == 0, not bypass_mode, local_step, local_steps)

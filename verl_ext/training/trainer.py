@@ -1,7 +1,7 @@
-"""verl's V1 trainers with whole-group mini-batches, a worker class of choice, and metrics in a JSONL file.
+"""Extend verl's V1 trainers: whole-group mini-batches, another worker class, metrics in a JSONL file.
 
-They stand in verl's ``TRAINER_REGISTRY`` under verl's own names, because verl asks for the mode "sync" by name in seven
-places. Without a ``verl_ext`` node in the configuration they do what verl's do, and write ``metrics.jsonl``.
+The extended trainers replace verl's in ``TRAINER_REGISTRY`` under the same names, because verl compares the mode with
+"sync" in seven places. Without a ``verl_ext`` node in the configuration they only add ``metrics.jsonl``.
 """
 
 import copy
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import verl  # noqa: F401  (first, whole: its plugins register this module's trainers while parts of it are imported)
+import verl  # noqa: F401  (first: its plugins import this module while parts of verl are being imported)
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from verl.trainer.ppo.padding_utils import SYNTHETIC_PADDING_SEQ_LEN, upsample_batch_to_divisible_size
@@ -40,32 +40,28 @@ from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows
 from verl_ext.training.transfer import Batch, RowKey, parse_key, read, write
 from verl_ext.training.watch import Watch
 
-TOTALS = ("training/failed_questions", "training/padding_rows")
-"""Metrics of which a step logs the sum, not the mean, over its local updates."""
+MOST_FAILED_REWARDS = 0.1
+"""Default of ``verl_ext.max_failed_rewards``."""
+
+UNREAD = {"rm_scores", "log_probs", "entropy"}
+"""Tensors that no model and no loss reads: verl copies them to other names, or uses them in the trainer only."""
 
 
 @functools.cache
 def totals() -> tuple[str, ...]:
-    """The metrics of which a step logs the sum, those of recipes among them."""
-    return (*TOTALS, *(name for recipe in installed() for name in recipe.totals))
-
-
-MOST_FAILED_REWARDS = 0.1
-"""Share of a step's rewards that may fail, unless ``verl_ext.max_failed_rewards`` says another."""
-
-UNREAD = {"rm_scores", "log_probs", "entropy"}
-"""Tensors of a batch that no model and no loss reads: verl copies them to other names, or uses them in the trainer."""
+    """Name the metrics that a step logs as a sum over its local updates, not as a mean."""
+    return ("training/failed_questions", "training/padding_rows", *(n for r in installed() for n in r.totals))
 
 
 def tensors_alone(method: Callable, without: Iterable[str] = ()) -> Callable:
-    """A trainer's step that sends ``batch`` to workers, made to send the tensors that they read and nothing else.
+    """Make a trainer's method that sends ``batch`` to workers send only the tensors that they read.
 
-    Texts, ground truths and the like are read by no engine and no loss, yet cost more time than a small model's forward
-    pass: to fetch, and to take apart and together for each mini- and micro-batch. With a processor (images) all goes.
+    No engine and no loss reads texts or ground truths, yet fetching, slicing and joining them for each mini- and
+    micro-batch costs more time than a small model's forward pass. With a processor (images) everything is sent.
 
     Args:
         method: (trainer, batch, metrics) -> batch.
-        without: names of tensors that this step does not read either, besides ``UNREAD``.
+        without: tensors that this method does not read, besides ``UNREAD``.
     """
     unread = UNREAD.union(without)
 
@@ -84,21 +80,21 @@ def tensors_alone(method: Callable, without: Iterable[str] = ()) -> Callable:
 
 
 def tensor_names(row: TensorDict, without: Collection[str]) -> list[str]:
-    """Names of the tensors of a row, but for those ``without``."""
+    """List the tensors of a row, except those in ``without``."""
     return [name for name, x in row.items() if isinstance(x, torch.Tensor) and name not in without]
 
 
 for_forward_passes = functools.partial(tensors_alone, without=(*ROW_FIELDS, "rollout_log_probs"))
-"""For steps that evaluate a model on the responses and train nothing."""
+"""For methods that run a model on the responses without training it."""
 
 
 class ExtendedTrainer:
-    """Mixin in front of a verl trainer. The ``verl_ext`` node says what it adds:
+    """Mixin in front of a verl trainer, set by the ``verl_ext`` node.
 
     - ``validator``: function (config) -> None that refuses wrong settings;
     - ``actor_worker_class``: subclass of verl's ``ActorRolloutRefWorker`` to use instead;
-    - ``whole_groups``: mini-batches of whole questions, tokens balanced over ranks within each;
-    - ``metrics``: the worker's metrics with this prefix are logged without verl's ``actor/`` before it;
+    - ``whole_groups``: each mini-batch holds whole groups, with its tokens balanced over ranks;
+    - ``metrics``: prefix of the worker's metrics that are logged without verl's ``actor/`` in front;
     - ``max_failed_rewards``: share of a step's rewards that may fail before the run stops.
     """
 
@@ -124,7 +120,7 @@ class ExtendedTrainer:
 
     @property
     def logger(self):
-        """What ``fit`` sets to verl's ``Tracking``, with the metrics file behind it."""
+        """verl's ``Tracking``, which ``fit`` sets, plus the metrics file."""
         return self._logger
 
     @logger.setter
@@ -143,19 +139,19 @@ class ExtendedTrainer:
         return Path(self.config.trainer.default_local_dir).absolute()
 
     def fit(self, agent_loop_manager: Any) -> None:
-        """Train, after the evaluation of the resumed checkpoint if the run was lost before it was logged."""
+        """Train; first evaluate the resumed checkpoint if the run ended before its evaluation was logged."""
         trainer = self.config.trainer
         if "verl_ext" in self.config and not trainer.get("val_before_train", True):
-            # verl looks at val_only nowhere else than after this evaluation, and would train.
+            # verl reads val_only only after this evaluation, and would train without it.
             if trainer.get("val_only", False):
                 trainer.val_before_train = True
             elif self._misses_evaluation():
-                print(f"verl-disco: step {self.global_steps} was not evaluated before the run ended; now", flush=True)
+                print(f"verl-disco: evaluating step {self.global_steps}: its evaluation was not logged", flush=True)
                 trainer.val_before_train = True
         super().fit(agent_loop_manager)
 
     def _misses_evaluation(self) -> bool:
-        """Whether the resumed checkpoint's evaluation is not logged, and should be."""
+        """Tell whether the resumed checkpoint's evaluation was due and is not logged."""
         trainer, step = self.config.trainer, self.global_steps
         if step == 0 or trainer.test_freq <= 0 or trainer.resume_mode != "auto":
             return False
@@ -174,23 +170,21 @@ class ExtendedTrainer:
         super()._load_checkpoint()
 
     def _save_checkpoint(self) -> None:
-        """Save as verl does; remove older checkpoints after that, when verl's tracker names the new one."""
+        """Save as verl does; remove older checkpoints afterwards, when verl's tracker names the new one."""
         if "verl_ext" not in self.config:
             return super()._save_checkpoint()
         try:
             self._keep_row()
         except Exception as e:
-            # A row that may be missing is no reason for a checkpoint to be.
-            print(
-                f"verl-disco: warning: the row of step {self.global_steps} is not in its checkpoint: {e!r}", flush=True
-            )
+            # The checkpoint matters more than the metrics in it.
+            print(f"verl-disco: warning: no metrics in the checkpoint of step {self.global_steps}: {e!r}", flush=True)
         later = OmegaConf.select(self.config, "actor_rollout_ref.actor.checkpoint.async_save", default=False)
         if later or self._checkpoints_are_elsewhere:
-            # verl's own engine counts them, where and when it writes them.
+            # Only verl's engine knows when and on which node they are written.
             return super()._save_checkpoint()
         with self._all_checkpoints_kept() as keep:
             super()._save_checkpoint()
-        # Without a shared disk the weights are on the nodes of the workers.
+        # Without a shared disk the weights are on the workers' nodes.
         self._checkpoints_are_elsewhere = bool(
             resume_fault(
                 step_folder(self._folder, self.global_steps) / "actor",
@@ -203,23 +197,19 @@ class ExtendedTrainer:
 
     @contextmanager
     def _all_checkpoints_kept(self) -> Iterator[dict[str, int | None]]:
-        """Keep verl from removing checkpoints meanwhile; gives how many are to be kept, by folder."""
+        """Keep verl from removing checkpoints inside the block; yields how many to keep, by folder."""
         trainer = self.config.trainer
         names = {role: f"max_{role}_ckpt_to_keep" for role in ("actor", "critic")}
-        before = {name: trainer.get(name) for name in (*names.values(), "remove_previous_ckpt_in_save")}
-        only_one = before["remove_previous_ckpt_in_save"]
+        before = {name: trainer[name] for name in (*names.values(), "remove_previous_ckpt_in_save") if name in trainer}
+        only_one = before.get("remove_previous_ckpt_in_save")
         try:
-            for name in before:
-                if name in trainer:
-                    trainer[name] = None
-            yield {role: 1 if only_one else before[name] for role, name in names.items()}
+            trainer.update(dict.fromkeys(before))
+            yield {role: 1 if only_one else before.get(name) for role, name in names.items()}
         finally:
-            for name, value in before.items():
-                if name in trainer:
-                    trainer[name] = value
+            trainer.update(before)
 
     def _keep_row(self) -> None:
-        """Put the step's row into its checkpoint: verl evaluates before it logs, and the run may be lost meanwhile."""
+        """Save the step's metrics in its checkpoint: verl evaluates before it logs, and the run may end in between."""
         batch, metrics, started = self._done
         metrics, timing = dict(metrics), self.timing_raw | {"step": time.perf_counter() - started}
         accumulator = self._rollout_moe_lb_metrics_accumulator
@@ -235,7 +225,7 @@ class ExtendedTrainer:
         write_whole(folder / ROW_FILE, as_line(self.global_steps, metrics))
 
     def _validate(self) -> dict[str, float]:
-        """Evaluate; failed rewards are counted apart from the step's, unless training goes on meanwhile."""
+        """Evaluate as verl does, with failed rewards counted apart from those of the training step."""
         if "verl_ext" not in self.config:
             return super()._validate()
         self._take_tally()
@@ -246,7 +236,7 @@ class ExtendedTrainer:
         except Exception:
             self._count_rewards(where)
             raise
-        # They stop a run only if all failed: a few of a small set are no tenth of what it trains on.
+        # An evaluation stops a run only if all its rewards failed: a small set can exceed the limit by a few.
         metrics["validation/failed_rewards"] = self._count_rewards(where, stops_at=1.0)
         self._rewards = before
         return metrics
@@ -255,14 +245,14 @@ class ExtendedTrainer:
         self._rewards += self.reward_loop_manager.take_tally()
 
     def _count_rewards(self, where: str, stops_at: float | None = None) -> int:
-        """Count the rewards that failed since the last call, and show the first one's error.
+        """Count the rewards that failed since the last call, and print the first error.
 
         Args:
-            where: of what they are.
-            stops_at: share that stops the run; None for what ``verl_ext.max_failed_rewards`` allows.
+            where: the step or evaluation, for the message.
+            stops_at: share from which the limit applies; None: always.
 
         Raises:
-            ValueError: as :meth:`_refuse_failures` does.
+            ValueError: as :meth:`_refuse_failures`.
         """
         self._take_tally()
         if stops_at is None or 0 < stops_at * self._rewards.asked <= self._rewards.failed:
@@ -273,19 +263,15 @@ class ExtendedTrainer:
         return tally.failed
 
     def _refuse_failures(self, where: str) -> None:
-        """Stop when too many rewards fail.
-
-        Raises:
-            ValueError: more than ``verl_ext.max_failed_rewards`` allows; names the reward function.
-        """
+        """Raise ValueError if more rewards failed than ``verl_ext.max_failed_rewards`` allows."""
         if self._rewards.failed > self._most_failed_rewards * self._rewards.asked:
             raise ValueError(
-                f"{self._rewards.text(where)}; verl_ext.max_failed_rewards={self._most_failed_rewards} is the share "
-                "that may fail"
+                f"{self._rewards.text(where)}; at most the share verl_ext.max_failed_rewards="
+                f"{self._most_failed_rewards} may fail"
             )
 
     def _on_failed_questions(self) -> None:
-        """Look at the rewards where verl replaces questions with failed responses, which it might do for ever."""
+        """Check the rewards when verl replaces questions with failed responses, which it might do for ever."""
         self._take_tally()
         if self._rewards.asked >= self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n:
             self._refuse_failures(f"step {self.global_steps}")
@@ -298,7 +284,7 @@ class ExtendedTrainer:
                     self.role_worker_mapping[role] = ray.remote(worker)
 
     def _actor_worker_class(self) -> type | None:
-        """What the actor's workers are, if not verl's own."""
+        """Return the class of the actor's workers; None for verl's own."""
         name = OmegaConf.select(self.config, "verl_ext.actor_worker_class")
         return load_class_from_fqn(name, "actor worker") if name else None
 
@@ -326,7 +312,7 @@ class ExtendedTrainer:
         )
         self._mini_batches += (max(plan.mini_batch) + 1) * actor.ppo_epochs
         padding = plan.num_padding
-        # To a multiple of the size wanted: adds exactly what is missing.
+        # Pads the batch to exactly this size, its smallest multiple.
         batch = upsample_batch_to_divisible_size(batch, len(group) + padding, self.tokenizer.eos_token_id)
         batch.reorder(plan.order)
         write(batch, Rows.dealt(group, reward, plan).columns())
@@ -346,11 +332,11 @@ class ExtendedTrainer:
         try:
             batch = super().step(metrics, timing_raw)
         except Exception:
-            # What verl says of a batch without responses does not name the reward.
+            # verl's error for a batch without responses does not mention failed rewards.
             if "verl_ext" in self.config:
                 self._count_rewards(f"step {self.global_steps}")
             raise
-        # verl averages over the step's local updates.
+        # verl has averaged these over the step's local updates.
         metrics.update(self._totals)
         if "verl_ext" in self.config:
             metrics["training/failed_rewards"] = self._count_rewards(f"step {self.global_steps}")
@@ -365,7 +351,7 @@ class ExtendedTrainer:
         return batch
 
     def _fixed_micro_batches(self) -> list[int]:
-        """Sizes of fixed micro-batches, for training and for log-probabilities, that must divide a rank's rows."""
+        """List the fixed micro-batch sizes, for training and log-probabilities, that must divide a rank's rows."""
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
         if actor.use_dynamic_bsz:
             return []
@@ -376,7 +362,7 @@ class ExtendedTrainer:
             return super()._compute_advantage(batch, metrics)
 
     def _bypass_mode(self) -> bool:
-        """Whether old_log_probs are the rollout's, so that verl makes no pass for them and logs no entropy."""
+        """Tell whether old_log_probs are the rollout's: verl makes no forward pass for them and logs no entropy."""
         return bool(OmegaConf.select(self.config, "algorithm.rollout_correction.bypass_mode", default=False))
 
     def _actor_data_parallel_size(self) -> int:
@@ -417,7 +403,7 @@ def most_failed_rewards(config: DictConfig) -> float:
     """Read the share of a step's rewards that may fail.
 
     Raises:
-        ValueError: it is no share.
+        ValueError: it is not a number from 0 to 1.
     """
     most = OmegaConf.select(config, "verl_ext.max_failed_rewards", default=MOST_FAILED_REWARDS)
     if type(most) not in (int, float) or not 0 <= most <= 1:
@@ -429,16 +415,15 @@ def sequence_rewards(scores: torch.Tensor, keys: Sequence[str], where: str) -> l
     """Sum each row's rewards, before any KL term.
 
     Args:
-        scores: jagged, a row per response.
-        keys: verl's names of the rows.
+        scores: jagged, one row per response.
+        keys: the rows' keys.
         where: the reward function and the step, for the message.
 
     Raises:
-        ValueError: a sum is NaN or infinite; names the row.
+        ValueError: a sum is NaN or infinite.
     """
     reward = [float(row.sum()) for row in scores.unbind()]
-    bad = [i for i, r in enumerate(reward) if not np.isfinite(r)]
-    if bad:
+    if bad := [i for i, r in enumerate(reward) if not np.isfinite(r)]:
         raise ValueError(
             f"{where}: the reward of sample {keys[bad[0]]} (row {bad[0]}) is {reward[bad[0]]}; {len(bad)} of "
             f"{len(reward)} samples have no finite reward"
@@ -447,7 +432,7 @@ def sequence_rewards(scores: torch.Tensor, keys: Sequence[str], where: str) -> l
 
 
 def shares(group: list[str], reward: list[float]) -> tuple[float, float]:
-    """Shares of the questions whose responses got different rewards, and of those that all got one above 0."""
+    """Return the shares of questions whose responses got different rewards, and the same reward above 0."""
     rewards: dict[str, set[float]] = {}
     for name, value in zip(group, reward, strict=True):
         rewards.setdefault(name, set()).add(value)
@@ -457,21 +442,13 @@ def shares(group: list[str], reward: list[float]) -> tuple[float, float]:
 
 
 def refuse_several_trajectories(rows: Iterable[RowKey], agent_loop: str) -> None:
-    """Refuse a batch in which one session has several rows.
-
-    Args:
-        rows: keys of the batch.
-        agent_loop: the default one's name.
-
-    Raises:
-        ValueError: names the setting.
-    """
+    """Refuse a batch with several rows for one session, with ValueError; it names ``agent_loop``, the default one."""
     (uid, session), number = Counter((row.uid, row.session) for row in rows).most_common(1)[0]
     if number > 1:
         raise ValueError(
-            f"an agent loop returned {number} trajectories for one session ({uid}_{session}), and each would count as "
-            "a response of its own, so that long sessions weigh more; use one that returns one trajectory: "
-            f"actor_rollout_ref.rollout.agent.default_agent_loop={agent_loop}, or agent_name in the data"
+            f"an agent loop returned {number} trajectories for one session ({uid}_{session}); each would count as a "
+            "response, so long sessions would weigh more. Use an agent loop that returns one trajectory per session: "
+            f"actor_rollout_ref.rollout.agent.default_agent_loop (here {agent_loop}), or agent_name in the data"
         )
 
 
@@ -492,14 +469,14 @@ class ExtendedTrainerSeparateAsync(ExtendedTrainer, PPOTrainerSeparateAsync):
 
 
 def register() -> None:
-    """Put the extended trainers, and the reward workers that count, in the place of verl's."""
+    """Replace verl's trainers and reward workers with the extended ones."""
     for cls in (ExtendedTrainerSync, ExtendedTrainerColocateAsync, ExtendedTrainerSeparateAsync):
         stock = cls.__mro__[2]
         name = next((n for n, c in TRAINER_REGISTRY.items() if c in (stock, cls)), None)
         if name is None:
             raise RuntimeError(f"verl no longer registers its trainer {stock.__name__}; verl-disco needs an update")
         TRAINER_REGISTRY[name] = cls
-    # verl builds its reward workers from this name alone.
+    # verl has no setting for this class.
     if not issubclass(CountingRewardManager, getattr(trainer_base, "RewardLoopManager", ())):
         raise RuntimeError("verl's trainer no longer uses its RewardLoopManager; verl-disco needs an update")
     trainer_base.RewardLoopManager = CountingRewardManager

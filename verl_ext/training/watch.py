@@ -62,8 +62,8 @@ class Watch:
         most = 1 - fresh / mini_batches
         if self._always.reaches(over > max(0, most - 0.5 / mini_batches)):
             yield (
-                f"for {CONSTRAINT_STEPS} steps the KL has been above {self._group}.delta={delta} after every update: the "
-                f"constraint always binds. Likely: actor_rollout_ref.actor.optim.lr={self._lr} is too high, or "
+                f"for {CONSTRAINT_STEPS} steps the KL has been above {self._group}.delta={delta} after each update: "
+                f"the constraint always binds. Likely: actor_rollout_ref.actor.optim.lr={self._lr} is too high, or "
                 f"{self._group}.delta is below what a mini-batch of this size can measure"
             )
 

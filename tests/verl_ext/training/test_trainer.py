@@ -43,9 +43,7 @@ def test_verls_trainers_build_the_reward_workers_that_count(monkeypatch):
     [["a_0_0", "a_0_1"], ["a-b_0_0", "c_0_0", "a-b_1_0", "c_1_0", "c_1_2"], ["a_0_3", "b_0_0", "a_0_0"]],
 )
 def test_several_trajectories_in_a_session_are_refused(keys):
-    message = (
-        r"2 trajectories for one session \((a_0|c_1)\).* actor_rollout_ref.rollout.agent.default_agent_loop=my_agent"
-    )
+    message = r"2 trajectories for one session \((a_0|c_1)\); .* actor_rollout_ref.rollout.agent.default_agent_loop"
     with pytest.raises(ValueError, match=message):
         trainer.refuse_several_trajectories([parse_key(key) for key in keys], "my_agent")
 
@@ -153,7 +151,7 @@ def test_a_run_with_too_many_failed_rewards_stops(bare, most, stops):
         this._most_failed_rewards = trainer.most_failed_rewards(this.config)
     if not stops:
         return this.step({}, {})
-    message = "5 of 20 rewards of step 7 failed, the first with r.py: KeyError; verl_ext.max_failed_rewards="
+    message = "5 of 20 rewards of step 7 failed, the first with r.py: KeyError; at most the share verl_ext"
     with pytest.raises(ValueError, match=message):
         this.step({}, {})
 

@@ -59,9 +59,9 @@ def test_a_single_response_per_question_is_never_mixed_and_not_told():
     "over, fresh, words",
     [
         (0.0, True, "for 20 steps the KL has never been above disco.delta=0.0001"),
-        (0.75, True, "for 20 steps the KL has been above disco.delta=0.0001 after every update"),
-        (1.0, False, "for 20 steps the KL has been above disco.delta=0.0001 after every update"),
-        (0.7500001, True, "after every update"),
+        (0.75, True, "for 20 steps the KL has been above disco.delta=0.0001 after each update"),
+        (1.0, False, "for 20 steps the KL has been above disco.delta=0.0001 after each update"),
+        (0.7500001, True, "after each update"),
     ],
 )
 def test_a_constraint_that_never_or_always_binds_is_told_once(over, fresh, words):
