@@ -17,7 +17,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 from verl.utils import tensordict_utils as tu
 from verl.workers.rollout import replica as verl_replica
 
-from verl_ext.cpu.rollout.batch_loop import BatchAgentLoopManager, _reward_batch
+from verl_ext.cpu.rollout.batch_loop import BatchAgentLoopManager, _reward_batch, _rows
 from verl_ext.cpu.rollout.server import TokenOutput
 
 QUESTIONS = ["1+2=?", "3+3+3=?", "4=?"]
@@ -168,9 +168,7 @@ def questions(texts=QUESTIONS, **columns) -> TensorDict:
     """A batch as verl's trainer makes it of the data set's columns."""
 
     def objects(values):
-        array = np.empty(len(values), dtype=object)
-        array[:] = values
-        return array
+        return np.fromiter(values, dtype=object)
 
     batch = {
         "dummy_tensor": torch.zeros(len(texts), 1, dtype=torch.uint8),
@@ -400,7 +398,7 @@ def test_other_agents_in_the_data_set_are_refused(make):
 def test_reward_workers_see_each_row_as_if_alone(make):
     """Padding of the batch must not reach what a reward manager takes out of it."""
     manager = make()
-    samples = manager._samples(_rows_of(questions()), validate=False)
+    samples = manager._samples(_rows(questions()), validate=False)
     outputs = [
         manager._agent_output(s, TokenOutput(respond(s.prompt_ids, s.stream[1]), extra_fields={})) for s in samples
     ]
@@ -408,9 +406,3 @@ def test_reward_workers_see_each_row_as_if_alone(make):
     for i in range(len(samples)):
         alone = _reward_batch(samples[i : i + 1], outputs[i : i + 1])
         assert score(together[i : i + 1]) == score(alone)
-
-
-def _rows_of(batch):
-    from verl_ext.cpu.rollout.batch_loop import _rows
-
-    return _rows(batch)

@@ -82,7 +82,7 @@ def test_on_an_accelerator_the_actors_attention_and_memory_release(make):
             "actor_rollout_ref.rollout.max_model_len=65",
             "max_model_len=65 exceeds the model.s max_position_embeddings=64",
         ),
-        ("actor_rollout_ref.rollout.engine_kwargs.hf.threads=2", "engine_kwargs.hf has no .'threads'"),
+        ("actor_rollout_ref.rollout.engine_kwargs.hf.threads=2", "engine_kwargs.hf has no option .'threads'"),
     ],
 )
 def test_refusals_name_setting_value_and_what_is_right(make, override, message):

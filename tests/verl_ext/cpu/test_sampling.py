@@ -152,9 +152,9 @@ def test_neutral_values_of_what_is_not_there_are_accepted():
     "setting, message",
     [
         ({"logit_bias": {3: 1}}, "no sampling parameter logit_bias"),
-        ({"n": 4}, "no n=4, only n=1 .the number of responses is rollout.n"),
-        ({"stop": ["\n"]}, "no stop="),
-        ({"min_p": 0.1}, "no min_p=0.1, only min_p=0"),
+        ({"n": 4}, "not support n=4, only n=1 .the number of responses is rollout.n"),
+        ({"stop": ["\n"]}, "not support stop="),
+        ({"min_p": 0.1}, "not support min_p=0.1, only min_p=0"),
         ({"temperature": -1}, "temperature=-1 must be >= 0"),
         ({"top_p": 0}, "top_p=0 must be in"),
         ({"top_k": -2}, "top_k=-2 must be -1"),

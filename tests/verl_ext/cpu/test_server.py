@@ -307,7 +307,7 @@ def test_weights_that_do_not_fit_are_named(spec, model, monkeypatch):
     left_out = {n: w for n, w in weights.items() if n != "model.norm.weight"}
     with pytest.raises(ValueError, match="leave out 1 parameters: .'model.norm.weight'"):
         run(sender.update_weights(iter(left_out.items())))
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM has not: .'visual.weight'"):
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM does not have: .'visual.weight'"):
         run(sender.update_weights(iter([("visual.weight", torch.zeros(3))])))
 
 
@@ -399,7 +399,7 @@ def test_sleep_takes_the_weights_off_and_wake_up_brings_them_back(spec, monkeypa
         return moves, asleep, awake
 
     moves, asleep, awake = run(go())
-    assert moves == ["cpu", spec.device] and "sleeps" in str(asleep) and awake.token_ids
+    assert moves == ["cpu", spec.device] and "is asleep" in str(asleep) and awake.token_ids
 
 
 def test_everything_that_verls_replica_calls_is_there(spec):

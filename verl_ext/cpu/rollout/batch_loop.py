@@ -1,13 +1,13 @@
-"""An agent-loop manager for small single-turn runs: per batch one request a server, one a reward worker, one put.
+"""An agent-loop manager for small single-turn runs: per batch one call per server and reward worker, and one put.
 
-verl's own starts processes that run every response as a task of its own, with its own calls to the server, the reward
-worker and TransferQueue: right for long responses and tools, most of the time of a small run. To choose this one::
+verl's own manager runs each response as a task with its own calls to the server, the reward worker and TransferQueue.
+That suits long responses and tools, but takes most of the time of a small run. To choose this one::
 
     actor_rollout_ref.rollout.name=hf
     +actor_rollout_ref.rollout.agent.agent_loop_manager_class=verl_ext.cpu.rollout.batch_loop.BatchAgentLoopManager
 
 It returns when all responses are in TransferQueue, so the trainer never waits for its replay buffer's next poll (2 s).
-What it writes is what verl's ``AgentLoopWorkerTQ`` with a ``SingleTurnAgentLoop`` writes (a test compares them).
+It writes the same rows as verl's ``AgentLoopWorkerTQ`` with a ``SingleTurnAgentLoop`` (a test compares them).
 """
 
 import logging
@@ -43,16 +43,16 @@ class Sample:
     """A pending generation request."""
 
     fields: dict[str, Any]
-    """The question's fields in the data set, and ``session_id``: which of its responses this is."""
+    """The question's fields in the data set, and ``session_id``, the number of this response to it."""
     prompt_ids: list[int]
     params: dict[str, Any]
     """Sampling settings."""
     stream: tuple
-    """What the server's random numbers are a function of, besides the prompt."""
+    """Determines the server's random numbers, together with the prompt."""
 
 
 class BatchAgentLoopManager:
-    """See the module. verl's trainer creates it with :meth:`create` and calls :meth:`generate_sequences`."""
+    """Generate, reward and store whole batches; verl's trainer calls :meth:`create` and :meth:`generate_sequences`."""
 
     def __init__(
         self,
@@ -64,12 +64,12 @@ class BatchAgentLoopManager:
         refuse_unsupported(config)
         self.rollout = config.actor_rollout_ref.rollout
         self.reward_workers = reward_loop_worker_handles
-        # For tokenizer, chat template and prompts as verl has them; neither ever runs a loop.
+        # For verl's tokenizer, chat template and prompts; neither object ever runs a loop.
         worker = AgentLoopWorker(config, llm_client, teacher_client, reward_loop_worker_handles)
         if worker.processor is not None:
             raise ValueError(
-                f"{type(self).__name__} is for text; the processor {type(worker.processor).__name__} needs verl's own "
-                "agent-loop manager: leave rollout.agent.agent_loop_manager_class empty"
+                f"{type(self).__name__} supports text only, and the model has a {type(worker.processor).__name__}; "
+                "leave rollout.agent.agent_loop_manager_class empty for verl's own manager"
             )
         self.agent = SingleTurnAgentLoop(
             trainer_config=DictConfigWrap(config),
@@ -92,7 +92,7 @@ class BatchAgentLoopManager:
         return cls(*args, **kwargs)
 
     def generate_sequences(self, prompts: TensorDict) -> None:
-        """Generate, reward and store all responses of a batch; questions with a failed one are marked as failures."""
+        """Generate, reward and store all responses of a batch; a question with a failed response counts as failed."""
         validate = bool(prompts["validate"]) if "validate" in prompts else False
         partition = "val" if validate else "train"
         questions = _rows(prompts)
@@ -102,10 +102,10 @@ class BatchAgentLoopManager:
         put(partition, uids, tags)
 
     def _run(self, samples: list[Sample], partition: str) -> set[str]:
-        """Store the responses; returns the uids of questions of which one failed.
+        """Store the responses; return the uids of questions with a failed response.
 
         Raises:
-            RuntimeError: every response failed, and verl is not set to put other questions in their place.
+            RuntimeError: every response failed, and verl is not set to replace failed questions.
         """
         started = perf_counter()
         outputs = self._generate(samples)
@@ -113,7 +113,6 @@ class BatchAgentLoopManager:
         outputs = [
             o if isinstance(o, Exception) else self._agent_output(s, o) for s, o in zip(samples, outputs, strict=True)
         ]
-
         good = [i for i, o in enumerate(outputs) if not isinstance(o, Exception)]
         started = perf_counter()
         rewards = self._rewards([samples[i] for i in good], [outputs[i] for i in good])
@@ -140,8 +139,8 @@ class BatchAgentLoopManager:
             keys.append(str(RowKey(uid, session_id, trajectory=0)))
             fields.append({name: _wrap(value, wrapped) for name, value in field.items()})
             tags.append(tag)
-        for alike in errors.values():
-            logger.error("%d of %d responses failed with this error", len(alike), len(samples), exc_info=alike[0])
+        for equal in errors.values():
+            logger.error("%d of %d responses failed with this error", len(equal), len(samples), exc_info=equal[0])
         if not keys and not self.refill_failed:
             raise RuntimeError(f"all {len(samples)} responses failed") from next(iter(errors.values()))[0]
         if keys:
@@ -167,7 +166,7 @@ class BatchAgentLoopManager:
                 raise ValueError(f"{type(self).__name__} runs agent_name={AGENT} only; the data set asks for {agent}")
             n = int(fields.pop("__rollout_n__", source.n))
             do_sample = fields.pop("__do_sample__", True)
-            # Which of the equal prompts of this step it is: the servers' random numbers follow from it.
+            # Count equal prompts within a step: the servers' random numbers depend on the count.
             now = (validate, int(fields["global_steps"]))
             if now != self._drawn_in:
                 self._drawn_in = now
@@ -191,7 +190,7 @@ class BatchAgentLoopManager:
         return [output for call, chunk in zip(calls, chunks, strict=True) for output in _get(call, len(chunk))]
 
     def _agent_output(self, sample: Sample, output: TokenOutput) -> AgentLoopOutput:
-        """What verl's single-turn agent loop makes of a server's answer."""
+        """Convert a server's output as verl's single-turn agent loop does."""
         length = self.rollout.response_length
         version = output.extra_fields.get("global_steps")
         return AgentLoopOutput(
@@ -215,7 +214,7 @@ class BatchAgentLoopManager:
         )
 
     def _rewards(self, samples: list[Sample], outputs: list[AgentLoopOutput]) -> list[dict | None | Exception]:
-        """A reward each, or None where a colocated reward model comes later."""
+        """Compute a reward per response; None if a colocated reward model does that later."""
         if self.reward_workers is None or not samples:
             return [None] * len(samples)
         chunks = _split(list(range(len(samples))), len(self.reward_workers))
@@ -225,7 +224,7 @@ class BatchAgentLoopManager:
 
 
 def refuse_unsupported(config: DictConfig) -> None:
-    """Raise ValueError naming the first setting for which verl's own agent-loop manager is needed."""
+    """Raise ValueError for the first setting that needs verl's own agent-loop manager."""
     rollout = config.actor_rollout_ref.rollout
     for name, found, right in (
         ("actor_rollout_ref.rollout.name", rollout.name, "hf"),
@@ -239,29 +238,26 @@ def refuse_unsupported(config: DictConfig) -> None:
     ):
         if found != right:
             raise ValueError(
-                f"BatchAgentLoopManager needs {name}={right}, found {found}; for anything else leave "
+                f"BatchAgentLoopManager needs {name}={right}, found {found}; for other values leave "
                 "actor_rollout_ref.rollout.agent.agent_loop_manager_class empty"
             )
 
 
 def _rows(batch: TensorDict) -> list[dict[str, Any]]:
-    """The fields of each question, as verl's agent-loop worker takes them apart."""
-    rows: list[dict[str, Any]] = [{} for _ in range(len(batch))]
-    for name, column in batch.items():
-        if name == "validate":
-            continue
-        for i, row in enumerate(rows):
-            if isinstance(column, NonTensorData):
-                row[name] = column.data
-            else:
-                row[name] = column[i].data if isinstance(column, NonTensorStack) else column[i]
-    return rows
+    """Split a batch into the fields of each question, as verl's agent-loop worker does."""
+
+    def at(column: Any, i: int) -> Any:
+        if isinstance(column, NonTensorData):
+            return column.data
+        return column[i].data if isinstance(column, NonTensorStack) else column[i]
+
+    columns = {name: column for name, column in batch.items() if name != "validate"}
+    return [{name: at(column, i) for name, column in columns.items()} for i in range(len(batch))]
 
 
 def _row(question: dict[str, Any], output: AgentLoopOutput) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields and tag of one response in TransferQueue."""
-    field = output.as_dict()
-    field.update(question)
+    """Make the fields and the tag of one response in TransferQueue."""
+    field = output.as_dict() | question
     field.pop("multi_modal_data", None)
     field["loss_mask"] = field["response_mask"]
     field["input_ids"] = torch.cat([field["prompts"], field["responses"]])
@@ -281,9 +277,9 @@ def _row(question: dict[str, Any], output: AgentLoopOutput) -> tuple[dict[str, A
 
 
 def _wrap(value: Any, wrapped: dict[int, tuple[Any, NonTensorData]]) -> Any:
-    """``value`` as a TensorDict holds it; what responses share is wrapped once, for wrapping is slower than storing.
+    """Wrap ``value`` for a TensorDict; values that responses share only once, because wrapping is slower than storing.
 
-    ``wrapped``: by identity; it keeps each value alive, so that no other takes over its id.
+    ``wrapped`` is keyed by identity and keeps each value alive, so that no other value gets its id.
     """
     if isinstance(value, torch.Tensor):
         return value
@@ -293,7 +289,7 @@ def _wrap(value: Any, wrapped: dict[int, tuple[Any, NonTensorData]]) -> Any:
 
 
 def _reward_batch(samples: list[Sample], outputs: list[AgentLoopOutput]) -> DataProto:
-    """Input of verl's reward workers: prompts padded on the left, responses on the right."""
+    """Make the input of verl's reward workers: prompts padded on the left, responses on the right."""
     prompts = [torch.tensor(o.prompt_ids) for o in outputs]
     responses = [torch.tensor(o.response_ids, dtype=torch.long) for o in outputs]
 
@@ -301,9 +297,8 @@ def _reward_batch(samples: list[Sample], outputs: list[AgentLoopOutput]) -> Data
         return pad_sequence(tensors, batch_first=True, padding_side=side)
 
     left, right = pad(prompts, "left"), pad(responses, "right")
-    mask = torch.cat(
-        [pad([torch.ones_like(t) for t in prompts], "left"), pad([torch.ones_like(t) for t in responses], "right")], 1
-    )
+    ones = pad([torch.ones_like(t) for t in prompts], "left"), pad([torch.ones_like(t) for t in responses], "right")
+    mask = torch.cat(ones, 1)
     tensors = {
         "prompts": left,
         "responses": right,
@@ -320,24 +315,18 @@ def _reward_batch(samples: list[Sample], outputs: list[AgentLoopOutput]) -> Data
     }
     return DataProto(
         batch=TensorDict(tensors, batch_size=len(samples)),
-        non_tensor_batch={name: _objects(values) for name, values in others.items()},
+        non_tensor_batch={name: np.fromiter(values, dtype=object) for name, values in others.items()},
     )
 
 
-def _objects(values: list[Any]) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
-
-
 def _split(items: list, parts: int) -> list[list]:
-    """``items`` in at most ``parts`` non-empty runs of nearly equal length."""
+    """Split ``items`` into at most ``parts`` non-empty runs of equal length; the last may be shorter."""
     size = -(-len(items) // parts)
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def _get(call: ray.ObjectRef, count: int) -> list:
-    """The ``count`` answers of a call, or its exception that many times."""
+    """Return the ``count`` results of a call, or its exception that many times."""
     try:
         return ray.get(call)
     except Exception as e:

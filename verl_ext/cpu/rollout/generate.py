@@ -1,4 +1,4 @@
-"""Decoding of one batch by a transformers model, with a KV cache."""
+"""Decode one batch by a transformers model with a KV cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from verl_ext.cpu.rollout.sampling import Sampler, SamplingParams, uniforms
 
 @dataclass
 class Request:
-    """A prompt (token ids, at least one), how to sample, and what its random numbers are a function of."""
+    """A prompt of at least one token, sampling settings, and the key that determines its random numbers."""
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -22,10 +22,10 @@ class Request:
 @dataclass
 class Response:
     token_ids: list[int]
-    """With the token that ended it, when one did."""
+    """Include the token that ended the response, if one did."""
     log_probs: list[float]
     aborted: bool = False
-    """Ended by ``should_stop``."""
+    """``should_stop`` ended it."""
 
 
 @torch.inference_mode()
@@ -38,10 +38,10 @@ def generate(
     logprobs_mode: str = "processed_logprobs",
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Response]:
-    """Decode all requests in one batch; each has its own settings and its own random numbers.
+    """Decode all requests in one batch, each with its own settings and random numbers.
 
-    A response depends on its request and the weights alone, but for floating point: not on the other requests.
-    Equal prompts are read once. Rows that have ended leave the batch when they are half of it.
+    Up to floating point, a response depends on its request and the weights only, not on the other requests.
+    Equal prompts are read once. Finished rows leave the batch when they are half of it.
     """
     if not requests:
         return []
@@ -49,7 +49,7 @@ def generate(
     total = len(requests)
     limit = max(r.params.max_tokens for r in requests)
 
-    # 1. Read the different prompts, left-padded. The cache then gets one row a request.
+    # 1. Read the distinct prompts, left-padded. Then the cache gets one row per request.
     prompts: dict[tuple, int] = {}
     owner = [prompts.setdefault(tuple(r.prompt_ids), len(prompts)) for r in requests]
     width = max(map(len, prompts))
@@ -57,17 +57,15 @@ def generate(
     mask = torch.zeros((len(prompts), width + limit), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1  # and of the response to come
+        mask[row, width - len(prompt) :] = 1  # the response's positions too
     ids, mask, owner = ids.to(device), mask.to(device), torch.tensor(owner, device=device)
     length = mask[:, :width].sum(-1)
     cache = DynamicCache(config=model.config)
 
     def forward(tokens: torch.Tensor, positions: torch.Tensor, until: int) -> torch.Tensor:
-        # Without padding no mask is needed, and none is faster.
-        attention_mask = mask[:, :until] if padded else None
         return model(
             input_ids=tokens,
-            attention_mask=attention_mask,
+            attention_mask=mask[:, :until] if padded else None,  # no mask is faster
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -125,7 +123,7 @@ def generate(
 
 
 def _enders(requests: Sequence[Request], eos_token_ids: Sequence[int]) -> torch.Tensor:
-    """Tokens that end each response, (requests, most of them) int64, filled up with -1."""
+    """List the tokens that end each response: (requests, tokens) int64, padded with -1."""
     rows = [[*r.params.stop_token_ids, *(() if r.params.ignore_eos else eos_token_ids)] for r in requests]
     most = max(map(len, rows))
     return torch.tensor([row + [-1] * (most - len(row)) for row in rows], dtype=torch.long).view(len(rows), most)

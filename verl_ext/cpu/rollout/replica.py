@@ -1,6 +1,5 @@
 """verl's handle of one rollout server, in the trainer's process."""
 
-from dataclasses import fields
 from typing import Any
 
 import ray
@@ -16,33 +15,36 @@ from verl_ext.cpu.rollout.server import HFServer, ServerSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINE_OPTIONS = ("num_threads", "window_ms", "attn_implementation")
+SAME_NAME = ("load_format", "prompt_length", "response_length", "max_num_seqs", "seed", "ignore_eos")
+SAME_NAME += ("repetition_penalty", "logprobs_mode")
+"""Settings of the server that have the same name in verl's ``RolloutConfig``."""
 
 
 def server_name(replica_rank: int, suffix: str = "") -> str:
-    """Name of a replica's Ray actor."""
+    """Name a replica's Ray actor."""
     return f"hf_server_{replica_rank}_0{suffix}"
 
 
 class HFReplica(RolloutReplica):
-    """One server for the ranks of a replica (``rollout.tensor_model_parallel_size``), on the first one's device.
+    """One server for the ranks of a replica (``rollout.tensor_model_parallel_size``), on the first rank's device.
 
-    The model is not split: more ranks to a replica make fewer servers, not smaller ones.
+    The model is not split: more ranks per replica make fewer servers, not smaller ones.
     """
 
     async def launch_servers(self) -> None:
         """Start the server beside the first worker of this replica.
 
         Raises:
-            ValueError: names a setting that this rollout cannot honour.
+            ValueError: a setting that this rollout does not support.
         """
         if self.is_reward_model or self.is_teacher_model:
-            raise ValueError("rollout.name=hf serves the actor only, no reward model and no teacher")
+            raise ValueError("rollout.name=hf serves the actor only; use another rollout for a reward model or teacher")
         platform = get_platform()
         on_accelerator = platform.device_name != "cpu"
         node_id, device_ids = await self.workers[0].__ray_call__.remote(_placement, platform.ray_resource_name())
         env_vars = {}
         if on_accelerator:
-            # As verl's vLLM rollout does it: share the worker's device without asking Ray for it.
+            # As in verl's vLLM rollout: share the worker's device without reserving it in Ray.
             env_vars = {name: "1" for name in platform.ray_noset_envvars()}
             env_vars[platform.visible_devices_envvar()] = device_ids[0]
         model: HFModelConfig = omega_conf_to_dataclass(self.model_config, dataclass_type=HFModelConfig)
@@ -60,27 +62,26 @@ class HFReplica(RolloutReplica):
         await server.ready.remote()
         self.servers = [server]
         self._server_handle = server
-        # A key for verl's load balancer: there is no HTTP.
+        # A key for verl's load balancer; there is no HTTP server.
         self._server_address = server_name(self.replica_rank, self.name_suffix)
 
 
 def _placement(worker: Any, resource: str) -> tuple[str, list[str]]:
-    """Ray node and accelerator ids of a worker; runs there."""
+    """Return a worker's Ray node and accelerator ids; runs in the worker."""
     context = ray.get_runtime_context()
     return context.get_node_id(), context.get_accelerator_ids().get(resource, [])
 
 
 def server_spec(rollout: Any, model: HFModelConfig, replica_rank: int, device: str) -> ServerSpec:
-    """The server's settings from verl's ``RolloutConfig`` and model configuration.
+    """Derive the server's settings from verl's ``RolloutConfig`` and model configuration.
 
     Raises:
-        ValueError: names a setting that this rollout cannot honour, what was found and what would be right.
+        ValueError: the setting that this rollout does not support, what was found and what would be right.
     """
     refuse_unsupported(rollout, model)
     options = dict((rollout.engine_kwargs or {}).get("hf") or {})
-    unknown = sorted(set(options) - set(ENGINE_OPTIONS))
-    if unknown:
-        raise ValueError(f"rollout.engine_kwargs.hf has no {unknown}; it has {sorted(ENGINE_OPTIONS)}")
+    if unknown := sorted(options.keys() - ENGINE_OPTIONS):
+        raise ValueError(f"rollout.engine_kwargs.hf has no option {unknown}; its options are {sorted(ENGINE_OPTIONS)}")
 
     max_positions = get_max_position_embeddings(model.hf_config)
     max_model_len = rollout.max_model_len or max_positions
@@ -105,19 +106,13 @@ def server_spec(rollout: Any, model: HFModelConfig, replica_rank: int, device: s
         max_model_len=max_model_len,
         replica_rank=replica_rank,
         release_memory=rollout.free_cache_engine and device != "cpu",
-        **{f.name: getattr(rollout, f.name) for f in fields(ServerSpec) if f.name in _SAME_NAME},
+        **{name: getattr(rollout, name) for name in SAME_NAME},
         **options,
     )
 
 
-_SAME_NAME = (
-    *("load_format", "prompt_length", "response_length", "max_num_seqs", "seed"),
-    *("ignore_eos", "repetition_penalty", "logprobs_mode"),
-)
-
-
 def refuse_unsupported(rollout: Any, model: HFModelConfig) -> None:
-    """Raise ValueError naming the first setting that this rollout cannot honour."""
+    """Raise ValueError for the first setting that this rollout does not support."""
     lora = model.lora_rank > 0 or model.lora.get("rank", 0) > 0 or model.lora_adapter_path is not None
     for name, found, right in (
         ("rollout.dtype", rollout.dtype, DTYPES),
@@ -132,4 +127,4 @@ def refuse_unsupported(rollout: Any, model: HFModelConfig) -> None:
         ("model.lora.merge", not lora or model.lora.get("merge", False), (True,)),
     ):
         if found not in right:
-            raise ValueError(f"rollout.name=hf cannot do {name}={found}; possible: {', '.join(map(str, right))}")
+            raise ValueError(f"rollout.name=hf does not support {name}={found}; possible: {', '.join(map(str, right))}")

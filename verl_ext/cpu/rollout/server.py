@@ -1,4 +1,4 @@
-"""The generation server: a Ray actor around one transformers model. It imports torch and transformers, not verl."""
+"""The generation server: a Ray actor around one transformers model. Imports torch and transformers, but not verl."""
 
 import asyncio
 import threading
@@ -17,7 +17,7 @@ from verl_ext.cpu.rollout.sampling import SamplingParams
 
 @dataclass
 class ServerSpec:
-    """All that a server needs to know; ``replica`` fills it in from verl's configuration."""
+    """A server's settings; ``replica`` derives them from verl's configuration."""
 
     model_path: str
     hf_config: PretrainedConfig
@@ -25,32 +25,32 @@ class ServerSpec:
     dtype: str
     device: str
     load_format: str
-    """"dummy": wait for the trainer's weights; anything else: begin with those of ``model_path``."""
+    """"dummy": wait for the trainer's weights; otherwise start with those of ``model_path``."""
     trust_remote_code: bool
     eos_token_ids: list[int]
     vocab_size: int
-    """Number of tokens that the tokenizer knows."""
+    """The tokenizer's number of tokens."""
     prompt_length: int
     response_length: int
     max_model_len: int
     max_num_seqs: int
-    """Most responses that are decoded together."""
+    """Responses that are decoded together, at most."""
     seed: int
     replica_rank: int
     ignore_eos: bool
     repetition_penalty: float
     logprobs_mode: str
     release_memory: bool
-    """Whether ``sleep`` takes the weights off the accelerator."""
+    """``sleep`` moves the weights off the accelerator."""
     num_threads: int | None = None
     """Threads of torch; None leaves them as Ray set them."""
     window_ms: float = 4.0
-    """How long to wait for one more request before a batch starts."""
+    """Milliseconds to wait for one more request before a batch starts."""
 
 
 @dataclass
 class TokenOutput:
-    """What verl's client reads of its own ``TokenOutput``."""
+    """The fields of verl's ``TokenOutput`` that verl's client reads."""
 
     token_ids: list[int]
     log_probs: list[float] | None = None
@@ -65,10 +65,10 @@ class HFServer:
 
     Requests that arrive within a few milliseconds are decoded as one batch, at most ``max_num_seqs`` at a time.
 
-    Random numbers are a function of the seed, the weights' version (the global step that verl gives them), the prompt,
-    and which of the equal prompts this one is. So a run repeats itself, and a resumed one continues as if it had not
-    stopped, whatever the order in which requests arrive; among several servers only if the client says which of the
-    equal prompts it asks for (``generate_batch``), because verl's load balancer deals requests out at random.
+    Random numbers depend on the seed, the version of the weights (verl's global step), the prompt, and a counter of
+    equal prompts. So a run is reproducible, and a resumed run continues as if it had not stopped, in whatever order
+    requests arrive. With several servers the client has to give the counter (``generate_batch``), because verl's load
+    balancer distributes requests at random.
     """
 
     def __init__(self, spec: ServerSpec):
@@ -85,7 +85,7 @@ class HFServer:
         else:
             model = AutoModelForCausalLM.from_pretrained(spec.model_path, config=spec.hf_config, **options)
         self.model = model.requires_grad_(False).eval().to(spec.device)
-        # By every name: tied weights have several, and the trainer may send any of them.
+        # Under every name: tied weights have several, and the trainer may send any of them.
         self._tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(
             self.model.named_buffers(remove_duplicate=False)
         )
@@ -107,7 +107,7 @@ class HFServer:
         self._task: asyncio.Task | None = None
 
     def ready(self) -> int:
-        """Number of parameters, once the model is there."""
+        """Return the number of parameters, once the model is loaded."""
         return sum(p.numel() for p in self.model.parameters())
 
     # ---------------------------------------------------------------- generation
@@ -120,15 +120,15 @@ class HFServer:
         stream: tuple | None = None,
         **others: Any,
     ) -> TokenOutput:
-        """One response.
+        """Generate one response.
 
         Args:
-            stream: what the random numbers are a function of, besides seed, version and prompt; chosen by the client
-                so that no two requests of one version share it. None: the server counts equal prompts.
+            stream: determines the random numbers together with seed, version and prompt; the client chooses it so that
+                no two requests of one version share it. None: the server counts equal prompts.
 
         Raises:
-            ValueError: names a sampling parameter or an input that this rollout has not, or a prompt that is too long.
-            RuntimeError: there are no complete weights, or they are asleep.
+            ValueError: an unsupported sampling parameter or input, or a prompt that is too long.
+            RuntimeError: the weights are incomplete or asleep.
         """
         for name, value in others.items():
             if value:
@@ -148,7 +148,7 @@ class HFServer:
     async def generate_batch(
         self, requests: list[tuple[list[int], dict[str, Any], tuple | None]]
     ) -> list[TokenOutput | Exception]:
-        """Responses to (prompt_ids, sampling_params, stream), in order; what failed is an exception in its place."""
+        """Generate responses to (prompt_ids, sampling_params, stream), in order; a failed one is an exception."""
         return await asyncio.gather(
             *(self.generate(prompt, params, stream=stream) for prompt, params, stream in requests),
             return_exceptions=True,
@@ -159,7 +159,7 @@ class HFServer:
         room = spec.max_model_len - len(prompt_ids)
         if not prompt_ids or room < 1:
             raise ValueError(
-                f"a prompt of {len(prompt_ids)} tokens: it must have at least one and leave room for one within "
+                f"a prompt of {len(prompt_ids)} tokens: it must have at least one, and fewer than "
                 f"rollout.max_model_len={spec.max_model_len}"
             )
         params = dict(params)
@@ -169,9 +169,7 @@ class HFServer:
             left = spec.prompt_length + spec.response_length - len(prompt_ids)
             params["max_tokens"] = max(1, min(spec.response_length, left))
         params["max_tokens"] = min(params["max_tokens"], room)
-        defaults = {"ignore_eos": spec.ignore_eos, "repetition_penalty": spec.repetition_penalty}
-        parsed = SamplingParams.parse(params, **defaults)
-
+        parsed = SamplingParams.parse(params, ignore_eos=spec.ignore_eos, repetition_penalty=spec.repetition_penalty)
         prompt = tuple(prompt_ids)
         if parsed.seed is not None:
             key = ("request", parsed.seed, prompt)
@@ -191,12 +189,12 @@ class HFServer:
         )
 
     async def _serve(self) -> None:
-        """Decode what is in the queue, batch by batch, for ever."""
+        """Decode the queue, batch by batch, forever."""
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
             known = -1
-            while known < len(self._queue) < self.spec.max_num_seqs:  # as long as requests keep coming
+            while known < len(self._queue) < self.spec.max_num_seqs:  # while requests keep arriving
                 known = len(self._queue)
                 await asyncio.sleep(self.spec.window_ms / 1000)
             async with self._busy:
@@ -221,7 +219,7 @@ class HFServer:
         if not self._has_weights:
             raise RuntimeError("generate: the trainer has not sent this server all weights yet")
         if self._asleep:
-            raise RuntimeError("generate: this server sleeps; its weights are not on the accelerator")
+            raise RuntimeError("generate: this server is asleep; its weights are not on the accelerator")
         return generate(
             self.model,
             requests,
@@ -236,13 +234,13 @@ class HFServer:
     async def update_weights(
         self, names: list[str], shapes: list[tuple[int, ...]], data: np.ndarray, first: bool, last: bool
     ) -> None:
-        """One bucket of an update; all buckets together must hold every parameter.
+        """Write one bucket of an update; all buckets together must hold every parameter.
 
         Args:
-            data: uint8, the tensors back to back in this server's dtype.
+            data: uint8, the tensors one after another in this server's dtype.
 
         Raises:
-            ValueError: names parameters that this model has not, or that an update left out.
+            ValueError: parameters that the model does not have, or that the update left out.
         """
         async with self._busy:
             if first:
@@ -250,20 +248,17 @@ class HFServer:
             await asyncio.get_running_loop().run_in_executor(None, self._write, names, shapes, data)
         if last:
             missing = self._required - self._received
-            if missing:
-                left_out = [name for name, tensor in self._tensors.items() if id(tensor) in missing]
+            if left_out := [name for name, tensor in self._tensors.items() if id(tensor) in missing]:
                 raise ValueError(f"the trainer's weights leave out {len(left_out)} parameters: {left_out[:5]}")
             self._has_weights = True
 
     @torch.no_grad()
     def _write(self, names: list[str], shapes: list[tuple[int, ...]], data: np.ndarray) -> None:
-        unknown = [name for name in names if name not in self._tensors]
-        if unknown:
-            raise ValueError(
-                f"the trainer sent {len(unknown)} weights that {type(self.model).__name__} has not: {unknown[:5]}"
-            )
+        if unknown := [name for name in names if name not in self._tensors]:
+            model = type(self.model).__name__
+            raise ValueError(f"the trainer sent {len(unknown)} weights that {model} does not have: {unknown[:5]}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Ray's arrays are read-only; nothing writes to them
+            warnings.simplefilter("ignore")  # Ray's arrays are read-only, and nothing writes to them
             flat = torch.from_numpy(data).view(self.model.dtype)
         parts = flat.split([int(np.prod(shape)) for shape in shapes])
         for name, shape, part in zip(names, shapes, parts, strict=True):
@@ -271,16 +266,16 @@ class HFServer:
             self._received.add(id(self._tensors[name]))
 
     async def set_global_steps(self, global_steps: int | None) -> None:
-        """The version of the weights from now on."""
+        """Set the version of the weights."""
         self.global_steps = global_steps
         self._asked.clear()
 
     # ---------------------------------------------------------------- life cycle
 
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
-        """End what is being generated, with the tokens so far, and start nothing until ``resume_generation``.
+        """End all responses with the tokens so far, and start none until ``resume_generation``.
 
-        Requests that arrive meanwhile wait; with ``reject_request`` they come back aborted and empty at once.
+        Requests that arrive meanwhile wait; with ``reject_request`` they return at once, aborted and empty.
         """
         self._open.clear()
         self._rejecting = reject_request
@@ -303,7 +298,7 @@ class HFServer:
         self._open.set()
 
     async def sleep(self) -> None:
-        """Take the weights off the accelerator, after the batch that is being decoded."""
+        """Move the weights off the accelerator, after the current batch."""
         if not self.spec.release_memory or self._asleep:
             return
         async with self._busy:
@@ -312,20 +307,14 @@ class HFServer:
             torch.accelerator.empty_cache()
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Undo ``sleep``, when the weights are among what is to wake up."""
+        """Undo ``sleep`` if ``tags`` include the weights (None: everything)."""
         if not self._asleep or (tags is not None and "weights" not in tags):
             return
         async with self._busy:
             self.model.to(self.spec.device)
             self._asleep = False
 
-    # A KV cache lives as long as its batch, and there is no profiler: nothing to do in these.
-    async def clear_kv_cache(self) -> None: ...
+    # A KV cache lives as long as its batch, and there is no profiler.
+    async def _nothing(self, **kwargs: Any) -> None: ...
 
-    async def release_kv_cache(self) -> None: ...
-
-    async def resume_kv_cache(self) -> None: ...
-
-    async def start_profile(self, **kwargs: Any) -> None: ...
-
-    async def stop_profile(self) -> None: ...
+    clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _nothing

@@ -9,11 +9,11 @@ from verl.workers.rollout.vllm_rollout import ServerAdapter
 from verl_ext.cpu.vllm import check
 
 WAIT_SECONDS = 300
-"""How long vLLM may take to load one bucket of weights (of at most ``update_weights_bucket_megabytes``)."""
+"""Time limit for vLLM to load one bucket of weights (at most ``update_weights_bucket_megabytes``)."""
 
 
 class CPUServerAdapter(ServerAdapter):
-    """verl's, which refuses what a CPU cannot do and gives up where verl's would wait for ever."""
+    """verl's own adapter, plus refusals of what a CPU does not support, and a time limit where verl waits forever."""
 
     def __init__(self, config, model_config, device_mesh, replica_rank: int = -1):
         check(config, model_config.hf_config)
@@ -27,10 +27,10 @@ class CPUServerAdapter(ServerAdapter):
         """Send new weights to vLLM.
 
         Raises:
-            TimeoutError: when vLLM's worker does not answer; the cause is its own error, where it had one.
+            TimeoutError: vLLM's worker does not answer; the cause is its own error, if it had one.
         """
-        # verl waits for the answer to each bucket without a limit, and for a dead process before the first one. Its
-        # socket is made within this call, with the defaults of this context. LINGER: nor may closing it wait.
+        # verl waits for the answer to each bucket without a limit, even if the process is dead. Its socket is made
+        # within this call, with the defaults of this context. LINGER: closing it must not wait either.
         limit = int(WAIT_SECONDS * 1000)
         options = {zmq.SNDTIMEO: limit, zmq.RCVTIMEO: limit, zmq.LINGER: 0}
         context = zmq.Context.instance()
@@ -40,8 +40,8 @@ class CPUServerAdapter(ServerAdapter):
             await super().update_weights(weights, *args, **kwargs)
         except zmq.Again:
             raise TimeoutError(
-                f"vLLM replica {self.replica_rank} did not take new weights within {WAIT_SECONDS} s. Either its "
-                "process is dead (look for its output above), or one bucket takes it longer: then lower "
+                f"vLLM replica {self.replica_rank} did not load new weights within {WAIT_SECONDS} s. If its process "
+                "died, see its output above; if one bucket takes longer, lower "
                 "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
             ) from await self._error_of_vllm()
         finally:
@@ -49,7 +49,7 @@ class CPUServerAdapter(ServerAdapter):
             context.sockopts.update(before)
 
     async def _error_of_vllm(self) -> Exception | None:
-        """What ended the call that should have received the weights; None while it still runs."""
+        """Return the error of the call that should have received the weights; None while it still runs."""
         try:
             await asyncio.wait_for(self._last_call, timeout=1)
         except asyncio.TimeoutError:

