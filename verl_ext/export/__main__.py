@@ -1,10 +1,10 @@
-"""A checkpoint as a Hugging Face folder, with a model card that tells how it was made.
+"""Export a checkpoint as a Hugging Face folder with a model card.
 
     python -m verl_ext.export RUN_DIR [--step N] [--out DIR] [--dtype TYPE]
 
 RUN_DIR is ``trainer.default_local_dir`` of a run. Without ``--step``, the whole checkpoint with the best pass@1 is
-taken, or the last. A LoRA adapter is merged into the weights. What was exported is compared with the checkpoint and the
-base model; then the card is written, from these figures, ``config.yaml`` and ``metrics.jsonl``.
+exported, or the last one. A LoRA adapter is merged into the weights. The export is compared with the checkpoint and the
+base model, and described in a card from these figures, ``config.yaml`` and ``metrics.jsonl``.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SHOWN = (
     "actor_rollout_ref.actor.strategy",
     "seed",
 )
-"""Settings that the card shows, besides the method's own."""
+"""Settings on the card, besides the method's own settings."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["checkpoint", *DTYPES], default="checkpoint", help="of the weights")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code, as in training")
     args = parser.parse_args(arguments)
-    # torch remarks on each of a shard's tensors that no process group is there.
+    # torch warns at each tensor of a shard that there is no process group.
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
     try:
         out = export(args.run, args.step, args.out, args.trust_remote_code, args.dtype)
@@ -62,12 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
 def export(
     run: Path, step: int | None, out: Path | None, trust_remote_code: bool = False, dtype: str = "checkpoint"
 ) -> Path:
-    """Write a checkpoint's model into ``out``, check it and write its card; returns ``out``.
+    """Write a checkpoint's model into ``out``, check it, write its card, and return ``out``.
 
-    The model is in ``OUT.unfinished`` until it has been checked, and removed if it fails.
+    The model is in ``OUT.unfinished`` until it is checked, and removed if the check fails.
 
     Raises:
-        ExportError: there is no such run or whole checkpoint, ``out`` cannot be used, or what was written is not the
+        ExportError: there is no such run or whole checkpoint, ``out`` cannot be used, or the export differs from the
             trained model.
     """
     try:
@@ -77,9 +77,7 @@ def export(
         raise ExportError(e) from None
     for name in ("actor_rollout_ref.model.path", "actor_rollout_ref.actor.strategy"):
         if not isinstance(settings.get(name), str):
-            raise ExportError(
-                f"{run / CONFIG_FILE} has {name}={settings.get(name)}; a run's settings have a text there"
-            )
+            raise ExportError(f"{run / CONFIG_FILE} has {name}={settings.get(name)}, which must be a text")
     for fault in found.faults if found else ():
         print(f"note: {fault}", file=sys.stderr)
     evaluations = found.pass_at.get(1, pd.DataFrame()) if found else pd.DataFrame()
@@ -89,7 +87,7 @@ def export(
     except (OSError, RuntimeError) as e:  # no right to read, a loop of links
         raise ExportError(f"a folder cannot be read: {one_line(e)}") from None
     if out.is_relative_to(checkpoint.folder.parent.resolve()):
-        raise ExportError(f"--out={out} is inside a checkpoint, which verl may remove; choose another folder")
+        raise ExportError(f"--out={out} is inside a checkpoint, which verl may delete; choose another folder")
     unfinished = out.with_name(out.name + ".unfinished")
     make_folder(out, unfinished)
     try:
@@ -107,14 +105,14 @@ def export(
 
 
 def choose(run: Path, megatron: bool, evaluations: pd.DataFrame, step: int | None) -> Checkpoint:
-    """Choose the checkpoint of ``step``, or the best of the whole ones. Others are named on stderr.
+    """Choose the checkpoint of ``step``, or the best whole one; report those that are not whole on stderr.
 
     Args:
         megatron: the run's engine is Megatron.
-        evaluations: as for :func:`best_step`.
+        evaluations: see :func:`best_step`.
 
     Raises:
-        ExportError: there is no whole one, or none of that step.
+        ExportError: there is no whole checkpoint, or none of that step.
     """
     checkpoints = {c.step: c for c in find_checkpoints(run, megatron)}
     if not checkpoints:
@@ -135,34 +133,34 @@ def choose(run: Path, megatron: bool, evaluations: pd.DataFrame, step: int | Non
     tracker = run / CHECKPOINT_FILE
     latest = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
     if latest and latest not in map(str, whole):
-        print(f"note: {tracker} names step {latest[:20]}, which is no whole checkpoint", file=sys.stderr)
+        print(f"note: {tracker} names step {latest[:20]}, which has no whole checkpoint", file=sys.stderr)
     return checkpoints[best_step(evaluations, whole)]
 
 
 def make_folder(out: Path, unfinished: Path) -> None:
-    """Make the folder ``unfinished``, where nothing is in the way of ``out``.
+    """Make the folder ``unfinished``, if ``out`` is free for it.
 
     Raises:
-        ExportError: something is, or the folder cannot be made.
+        ExportError: ``out`` or ``unfinished`` is in use, or the folder cannot be made.
     """
     try:
         if out.exists() and not out.is_dir():
-            raise ExportError(f"--out={out} is a file; give a folder that does not exist yet")
+            raise ExportError(f"--out={out} is a file; give a new folder")
         if out.exists() and any(out.iterdir()):
             raise ExportError(f"{out} is not empty; choose another --out, or remove it")
         if unfinished.exists():
-            raise ExportError(f"{unfinished} is of an export that is running or was stopped; if none is, remove it")
+            raise ExportError(f"{unfinished} belongs to a running or aborted export; remove it if none is running")
         unfinished.mkdir(parents=True)
     except OSError as e:
         raise ExportError(f"--out={out} cannot be written: {e.strerror} ({e.filename})") from None
 
 
 def best_step(evaluations: pd.DataFrame, steps: list[int]) -> int:
-    """Choose the checkpoint with the highest mean pass@1 over benchmarks, or the last where none was evaluated.
+    """Choose the step with the highest mean pass@1 over benchmarks, or the last one if none was evaluated.
 
     Args:
         evaluations: pass@1, one row per step, one column per benchmark.
-        steps: of the whole checkpoints, in order.
+        steps: the steps of the whole checkpoints, in order.
     """
     # A mean over fewer benchmarks is not comparable.
     mean = evaluations.dropna().mean(axis=1)
@@ -171,12 +169,11 @@ def best_step(evaluations: pd.DataFrame, steps: list[int]) -> int:
 
 
 def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, weights: list[str]) -> str:
-    """Write Markdown with the front matter that the hub reads.
+    """Write the card in Markdown, with front matter for the hub.
 
     Args:
-        settings: of the run, by full name.
-        evaluations: as for :func:`best_step`.
-        step: of the checkpoint.
+        settings: the run's settings by full name.
+        evaluations: see :func:`best_step`.
         weights: sentences on the exported weights, see :func:`~verl_ext.export.model.export_model`.
     """
     base = str(settings["actor_rollout_ref.model.path"])
@@ -205,7 +202,7 @@ def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, w
 
 
 def cell(value: Any) -> str:
-    """Write a setting's value as one cell of a Markdown table."""
+    """Format a setting's value for a cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
 

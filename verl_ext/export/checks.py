@@ -1,4 +1,4 @@
-"""Proof that an exported folder holds the trained model: its files, its weights, its log-probabilities."""
+"""Checks that an exported folder holds the trained model: its files, its weights, its log-probabilities."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from verl_ext.runs.checkpoints import ExportError, SafeTensors, name_of, one_line
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
-"""By how much a token's log-probability may be off, by the type that the weights are rounded to."""
+"""The largest allowed difference of a token's log-probability, by the type of the weights."""
 PROMPTS = (
     "12+34=",
     "Compute 17 * 23 and explain each step.",
@@ -26,7 +26,7 @@ class LogProbs:
 
     Args:
         values: one per token.
-        effect: by how much they change without the adapter, at most; None where there is none.
+        effect: the largest change without the adapter; None if there is no adapter.
     """
 
     values: torch.Tensor
@@ -34,23 +34,23 @@ class LogProbs:
 
 
 def tokens_of_prompts(folder: Path, trust_remote_code: bool) -> list[torch.Tensor]:
-    """Turn the prompts into batches of one row, by the tokenizer in ``folder``.
+    """Tokenize the prompts into batches of one row, by the tokenizer in ``folder``.
 
     Raises:
-        ExportError: there is none that can be loaded.
+        ExportError: the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return [torch.tensor([ids]) for p in PROMPTS if len(ids := tokenizer(p).input_ids) > 1]
-    except Exception as e:  # tokenizers raise what they meet
+    except Exception as e:  # tokenizers raise many kinds
         raise ExportError(f"the checkpoint's tokenizer cannot be loaded: {type(e).__name__}: {one_line(e)}") from e
 
 
 @torch.no_grad()
 def log_probs(model: Any, prompts: list[torch.Tensor]) -> torch.Tensor:
-    """Compute the log-probability of each token of the prompts but the first ones."""
+    """Compute the log-probability of each token of the prompts, except each first one."""
     model.eval()
     found = []
     for ids in prompts:
@@ -60,7 +60,7 @@ def log_probs(model: Any, prompts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def log_probs_of_checkpoint(model: Any, prompts: list[torch.Tensor]) -> tuple[LogProbs | None, str]:
-    """Compute the checkpoint's log-probabilities, or say why there are none.
+    """Compute the checkpoint's log-probabilities; None, with a reason, if the model does not run on a CPU.
 
     Raises:
         ExportError: they are not finite.
@@ -70,7 +70,7 @@ def log_probs_of_checkpoint(model: Any, prompts: list[torch.Tensor]) -> tuple[Lo
     except Exception as e:  # a model may need an accelerator's kernels
         return None, f"the model does not run on a CPU ({type(e).__name__}: {one_line(e)})"
     if not expected.isfinite().all():
-        raise ExportError("the checkpoint's log-probabilities are not finite: its training has diverged")
+        raise ExportError("the checkpoint's log-probabilities are not finite: training has diverged")
     if not hasattr(model, "peft_config"):
         return LogProbs(expected), ""
     with model.disable_adapter():
@@ -81,15 +81,15 @@ def compare_log_probs(expected: LogProbs, found: torch.Tensor, dtype: torch.dtyp
     """Say how far the exported model's log-probabilities are from the checkpoint's.
 
     Raises:
-        ExportError: too far.
+        ExportError: further than ``TOLERANCE``.
     """
     worst, effect = float((found - expected.values).abs().max()), expected.effect
     if not worst <= TOLERANCE[dtype]:
         raise ExportError(
-            f"the exported model's log-probabilities are off by {worst:.3g} from the checkpoint's; "
+            f"the exported model's log-probabilities differ by {worst:.3g} from the checkpoint's; "
             f"at most {TOLERANCE[dtype]} was expected in {name_of(dtype)}"
         )
-    told = f"Log-probabilities of {len(found)} tokens are the checkpoint's within {worst:.2g}, run by transformers"
+    told = f"Log-probabilities of {len(found)} tokens match the checkpoint's within {worst:.2g}, run by transformers"
     if effect is None:
         return [told + "."]
     told = [told + f"; without the adapter they change by up to {effect:.2g}."]
@@ -102,7 +102,7 @@ def compare_files(out: Path, model: Any, dtype: torch.dtype) -> str:
     """Read the files back and compare their tensors with the model's.
 
     Raises:
-        ExportError: they are not, or hold values that are not finite.
+        ExportError: they differ, or hold values that are not finite.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -116,8 +116,8 @@ def compare_files(out: Path, model: Any, dtype: torch.dtype) -> str:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ExportError(f"{name} has values that are not finite in {name_of(dtype)}")
         if name not in expected or tensor.dtype != expected[name].dtype or not torch.equal(tensor, expected[name]):
-            raise ExportError(f"{name} was not written as it is in the checkpoint")
-    return f"Each of the {len(written)} tensors in the files is the checkpoint's in {name_of(dtype)}, bit by bit."
+            raise ExportError(f"{name} in the files differs from the checkpoint")
+    return f"All {len(written)} tensors in the files equal the checkpoint's in {name_of(dtype)}, bit by bit."
 
 
 def compare_with_base(
@@ -131,17 +131,16 @@ def compare_with_base(
     """Say which tensors differ from the model that training started from.
 
     Args:
-        path: its name in the settings.
-        folder: where it is on this machine, if it is.
-        frozen: what the checkpoint has of its weights, for where its folder is not at hand.
-        rounding: the types that weights went through on their way to the export.
-        trained: weights that an adapter changes; empty where all were trained.
+        path: the model's name in the settings.
+        folder: the model's folder; None if it is not on this machine.
+        frozen: the model's weights in the checkpoint, used if the folder has none.
+        rounding: the types that weights were converted to, in order.
+        trained: weights that an adapter changes; empty if all weights were trained.
 
     Raises:
-        ExportError: none differs that training changed.
+        ExportError: no trained tensor differs.
     """
-    where, base = f"`{path}`", {}
-    unread = "is not on this machine"
+    where, base, unread = f"`{path}`", {}, "is not on this machine"
     if folder:
         unread = "holds no safetensors of these names"
         try:
@@ -164,14 +163,14 @@ def compare_with_base(
         elif not torch.equal(ours, theirs):
             changed.add(name)
             largest = max(largest, float((ours.float() - theirs.float()).abs().max()))
-    # An adapter on bare parameters changes tensors that have other names in its files.
+    # An adapter on bare parameters changes tensors that have other names in the files.
     named = trained if trained <= exported.keys() else set()
     if not changed or (named & common and not named & changed):
-        raise ExportError(f"no tensor that was trained differs from {where}: the export would be the base model")
+        raise ExportError(f"no trained tensor differs from {where}: the export would be the base model")
     told = f"{len(changed)} of {len(common)} tensors differ from {where}, by {largest:.3g} at most"
     if not named:
         return [told + "."]
     told = [told + f"; the adapter changes {len(named)}, of which {len(named & changed)} differ."]
     if strange := sorted(changed - named):
-        told.append(f"Warning: training left {', '.join(strange[:3])} alone: {where} is not what it started from.")
+        told.append(f"Warning: {', '.join(strange[:3])} differ, untrained: {where} is not where training started.")
     return told

@@ -1,7 +1,7 @@
-"""A checkpoint's model as a Hugging Face folder, and the proof that it is the trained one.
+"""Write a checkpoint's model as a Hugging Face folder, and check that it is the trained model.
 
-verl's merger drops a LoRA adapter from the weights and rounds them to bfloat16, so what the FSDP engine saved is put
-together here, by torch, peft and transformers.
+verl's merger drops a LoRA adapter from the weights and rounds them to bfloat16, so checkpoints of the FSDP engine are
+merged here, by torch, peft and transformers.
 """
 
 import gc
@@ -43,22 +43,22 @@ from verl_ext.runs.checkpoints import (
 
 MODEL = "actor_rollout_ref.model."
 LORA_NOTE = "lora_train_meta.json"
-"""What verl notes beside a checkpoint about the adapter that it trained."""
+"""verl's file beside a checkpoint with the adapter's rank and alpha."""
 FILE_SIZE = 5 * 10**9
-"""Bytes of weights in a file, at most. safetensors holds as much in memory while it writes."""
+"""Bytes of weights per file, at most; safetensors needs as much memory to write one."""
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 LORA_B = re.compile(r"base_model\.model\.(.+)\.lora_(?:B\.[^.]+\.weight|embedding_B\.[^.]+)")
 
 
 @dataclass
 class Source:
-    """A checkpoint's model in float32; an adapter is not merged yet.
+    """A checkpoint's model in float32, with its adapter not merged yet.
 
     Args:
         model: a transformers model, or a peft model around one.
-        dtypes: of the weights in the checkpoint.
+        dtypes: the types of the weights in the checkpoint.
         frozen: the weights under an adapter by name, as far as the checkpoint has them.
-        scratch: where tensors are held that do not fit into memory; None if all do.
+        scratch: holds the tensors if they do not fit into memory.
     """
 
     model: Any
@@ -68,7 +68,7 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that holds all of the checkpoint's values."""
+        """A type that holds all of the checkpoint's values."""
         return widest(self.dtypes)
 
 
@@ -78,16 +78,16 @@ def export_model(
     """Write a whole checkpoint's model and tokenizer into the empty folder ``out`` and check them.
 
     Args:
-        settings: of the run, by full name.
-        dtype: of the exported weights; None: as in the checkpoint.
+        settings: the run's settings by full name.
+        dtype: the type of the exported weights; None: as in the checkpoint.
         trust_remote_code: run the model's own code.
 
     Returns:
-        Sentences for the card: the type, the adapter, and what was checked, with figures.
+        Sentences for the card: the type, the adapter, and the checks with their figures.
 
     Raises:
-        ExportError: the checkpoint cannot be exported, or what was written is not the trained model.
-        ValueError, OSError, RuntimeError: a file cannot be read or written, or a library refuses what is in it.
+        ExportError: the checkpoint cannot be exported, or the export differs from the trained model.
+        ValueError, OSError, RuntimeError: a file cannot be read or written, or a library refuses its content.
     """
     with ExitStack() as stack:
         scratch = out / "scratch"
@@ -102,7 +102,7 @@ def export_model(
         told, expected = write(source, checkpoint, out, settings, dtype, trust_remote_code)
         if expected is None:
             return told
-        # Two models at a time would not fit.
+        # Two models at a time may not fit into memory.
         del source
         gc.collect()
         found = log_probs(load(out, trust_remote_code), tokens_of_prompts(out, trust_remote_code))
@@ -138,7 +138,7 @@ def read_fsdp(
         if adapter:
             model = get_peft_model(model, adapter)
     if any(hasattr(e, "base_layer") for e in (base.get_input_embeddings(), base.get_output_embeddings())):
-        # One of the two tables has an adapter, so they are no longer the same.
+        # An adapter on one of the two tables makes them different.
         base.config.tie_word_embeddings = False
     base.tie_weights()
     tied: dict[int, list[str]] = {}
@@ -165,7 +165,7 @@ def read_fsdp(
 
 
 def read_megatron(checkpoint: Checkpoint, settings: Mapping[str, Any], trust_remote_code: bool) -> Source:
-    """Read the model, and its adapter, from what verl's Megatron engine saves for others; see :func:`export_model`."""
+    """Read the model and its adapter from the Hugging Face files of the Megatron engine; see :func:`export_model`."""
     if not uses_adapter(checkpoint):
         saved = SafeTensors(checkpoint.huggingface)
         return Source(load(checkpoint.huggingface, trust_remote_code), floating_dtypes(saved.dtypes()))
@@ -174,15 +174,15 @@ def read_megatron(checkpoint: Checkpoint, settings: Mapping[str, Any], trust_rem
     folder = checkpoint.huggingface / "adapter"
     if not (folder / "adapter_config.json").is_file():
         raise ExportError(
-            f"{checkpoint.folder} holds an adapter as Megatron shards alone, which nothing here can merge; "
-            "train with actor_rollout_ref.actor.megatron.vanilla_mbridge=False, which saves it for peft as well"
+            f"{checkpoint.folder} holds an adapter as Megatron shards only, which cannot be merged; "
+            "train with actor_rollout_ref.actor.megatron.vanilla_mbridge=False, which also saves it for peft"
         )
     model = PeftModel.from_pretrained(load_base(settings, trust_remote_code), str(folder))
     return Source(model, floating_dtypes(SafeTensors(folder, "adapter_model").dtypes()))
 
 
 def uses_adapter(checkpoint: Checkpoint) -> bool:
-    """Tell whether a Megatron checkpoint is of a run with an adapter."""
+    """Tell whether a Megatron checkpoint has an adapter."""
     backend = read_json(checkpoint.folder / MEGATRON_MANIFEST).get("backend")
     return isinstance(backend, dict) and backend.get("peft") is True
 
@@ -194,7 +194,7 @@ def merge_megatron(
     trained = settings.get("actor_rollout_ref.actor.megatron.dtype", "bfloat16")
     if dtype not in (None, torch.bfloat16) or (dtype is None and trained != "bfloat16"):
         raise ExportError(
-            f"verl's merger writes Megatron's shards in bfloat16 alone (trained in {trained}); give --dtype bfloat16"
+            f"verl's merger writes Megatron's shards in bfloat16 only (trained in {trained}); give --dtype bfloat16"
         )
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "megatron"]
     command += ["--local_dir", str(checkpoint.folder), "--target_dir", str(out)]
@@ -218,10 +218,10 @@ def write(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> tuple[list[str], LogProbs | None]:
-    """Merge, round and save the model of a checkpoint, and compare the tensors in the files.
+    """Merge, convert and save the model of a checkpoint, and compare the tensors in the files.
 
     Returns:
-        Sentences for the card, and the checkpoint's log-probabilities, unless a sentence says why there are none.
+        Sentences for the card, and the checkpoint's log-probabilities, or None with a sentence that says why.
     """
     not_these = shutil.ignore_patterns(*WEIGHT_FILES, "config.json", "adapter")
     shutil.copytree(checkpoint.huggingface, out, dirs_exist_ok=True, ignore=not_these)
@@ -235,8 +235,8 @@ def write(
 
     told = [f"{name_of(dtype)}, as in the checkpoint."]
     if source.dtypes != {dtype}:
-        why = "as asked for" if dtype != source.dtype else "which holds all values"
-        told = [f"{name_of(dtype)}, {why}; the checkpoint's are {' and '.join(sorted(map(name_of, source.dtypes)))}."]
+        why = "as requested" if dtype != source.dtype else "which holds all values"
+        told = [f"{name_of(dtype)}, {why}; the checkpoint has {' and '.join(sorted(map(name_of, source.dtypes)))}."]
     trained: set[str] = set()
     if hasattr(model, "peft_config"):
         trained = trained_by_adapter(model)
@@ -245,7 +245,7 @@ def write(
     for tensor in model.state_dict(keep_vars=True).values():
         tensor.data = hold(tensor.data, dtype, store)
     model.save_pretrained(out, max_shard_size=FILE_SIZE)
-    # transformers derives one from the model's configuration; the model's own says more.
+    # transformers wrote one from the model's configuration; the model's own has more settings.
     if (checkpoint.huggingface / "generation_config.json").is_file():
         shutil.copy(checkpoint.huggingface / "generation_config.json", out)
 
@@ -264,52 +264,50 @@ def adapter_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Any:
     """Make peft's configuration of the adapter that verl's FSDP engine trained.
 
     Raises:
-        ExportError: the adapter that training started from is not on this machine, or the settings contradict what
-            verl noted beside the checkpoint.
+        ExportError: the adapter that training started from is not on this machine, or the settings contradict verl's
+            file beside the checkpoint.
     """
     from peft import LoraConfig, PeftConfig
 
     start = settings.get(MODEL + "lora_adapter_path")
     if start:
         if not Path(start).is_dir():
-            raise ExportError(f"{MODEL}lora_adapter_path={start} is no folder here; it tells how the adapter is scaled")
+            raise ExportError(f"{MODEL}lora_adapter_path={start} is no folder here; it has the adapter's scale")
         config = PeftConfig.from_pretrained(start)
     else:
         for name in ("lora_rank", "lora_alpha"):
             value = settings.get(MODEL + name)
             if type(value) not in (int, float) or value <= 0:
-                raise ExportError(f"{MODEL}{name}={value}, and the checkpoint holds an adapter: it must be positive")
+                raise ExportError(f"{MODEL}{name}={value}, but the checkpoint holds an adapter: it must be positive")
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=settings[MODEL + "lora_rank"],
             lora_alpha=settings[MODEL + "lora_alpha"],
-            target_modules=settings.get(MODEL + "target_modules"),
-            target_parameters=settings.get(MODEL + "target_parameters"),
-            exclude_modules=settings.get(MODEL + "exclude_modules"),
             bias="none",
+            **{n: settings.get(MODEL + n) for n in ("target_modules", "target_parameters", "exclude_modules")},
         )
     if (checkpoint.folder / LORA_NOTE).exists():
         noted = read_json(checkpoint.folder / LORA_NOTE)
         if (config.r, int(config.lora_alpha)) != (noted.get("r"), noted.get("lora_alpha")):
             raise ExportError(
-                f"the settings say rank {config.r} and alpha {config.lora_alpha}, {LORA_NOTE} beside the checkpoint "
-                f"says rank {noted.get('r')} and alpha {noted.get('lora_alpha')}: config.yaml is not that of its run"
+                f"config.yaml has rank {config.r} and alpha {config.lora_alpha}, but {LORA_NOTE} beside the checkpoint "
+                f"has rank {noted.get('r')} and alpha {noted.get('lora_alpha')}: they are from different runs"
             )
     return config
 
 
 def model_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Read the configuration in ``folder`` and look up the class with which verl loads such models.
+    """Read the configuration in ``folder`` and look up verl's class for such models.
 
     Raises:
-        ExportError: it names no class.
+        ExportError: the configuration names no class.
     """
     from transformers import AutoConfig
     from verl.utils.model import get_hf_auto_model_class
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if not config.architectures:
-        raise ExportError(f"{folder / 'config.json'} names no class of models under architectures")
+        raise ExportError(f"{folder / 'config.json'} names no model class under architectures")
     return config, get_hf_auto_model_class(config)
 
 
@@ -317,11 +315,11 @@ def load(folder: Path, trust_remote_code: bool) -> Any:
     """Load the model in a Hugging Face folder, in float32.
 
     Raises:
-        ExportError: tensors are missing or unknown, or they do not fit into memory.
+        ExportError: tensors are missing or unknown, or do not fit into memory.
     """
     needed, available = 4 * sum(SafeTensors(folder).sizes().values()), available_memory()
     if needed > available:
-        raise ExportError(f"{folder} needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are free")
+        raise ExportError(f"{folder} needs {needed / 2**30:.1f} GiB of memory; {available / 2**30:.1f} GiB are free")
     config, auto_class = model_class(folder, trust_remote_code)
     model, info = auto_class.from_pretrained(
         folder, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -333,7 +331,7 @@ def load(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def base_folder(settings: Mapping[str, Any]) -> Path | None:
-    """Find the folder of the model that training started from; None where it is not on this machine."""
+    """Find the folder of the model that training started from; None if it is not on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -354,14 +352,13 @@ def load_base(settings: Mapping[str, Any], trust_remote_code: bool) -> Any:
     """
     folder = base_folder(settings)
     if folder is None:
-        raise ExportError(
-            f"the checkpoint holds an adapter alone, and {MODEL}path={settings[MODEL + 'path']} is not on this machine"
-        )
+        path = settings[MODEL + "path"]
+        raise ExportError(f"the checkpoint holds only an adapter, and {MODEL}path={path} is not on this machine")
     return load(folder, trust_remote_code)
 
 
 def check_names(expected: Mapping[str, torch.Tensor], found: Shards, tied: list[list[str]] | None = None) -> None:
-    """Raise ExportError unless the checkpoint has the model's tensors, one of those that are tied, and no others."""
+    """Raise ExportError unless the checkpoint has the model's tensors (of tied ones, any) and no others."""
     elsewhere = {n for names in tied or [] if any(n in found for n in names) for n in names}
     for what, names in (
         ("lacks", expected.keys() - found.keys() - elsewhere),
@@ -371,7 +368,7 @@ def check_names(expected: Mapping[str, torch.Tensor], found: Shards, tied: list[
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ExportError(
-                f"the checkpoint {what} tensors of the model that config.json and config.yaml describe: "
+                f"compared with the model of config.json and config.yaml, the checkpoint {what} tensors: "
                 f"{', '.join(sorted(names)[:3])}{more}"
             )
 
@@ -388,7 +385,7 @@ class Scratch:
 
     @classmethod
     def where_needed(cls, folder: Path, values: int, dtype: torch.dtype) -> "Scratch | None":
-        """Make a scratch folder, unless a model of so many values fits into memory in float32.
+        """Make a scratch folder, unless a model of ``values`` numbers fits into memory in float32.
 
         Raises:
             ExportError: it does not fit on the disk either.
@@ -400,8 +397,8 @@ class Scratch:
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
             raise ExportError(
-                f"the model does not fit into the {available / 2**30:.1f} GiB of memory that are free, nor on the disk "
-                f"of {folder.parent}: {needed / 2**30:.1f} GiB are needed there, {free / 2**30:.1f} are free"
+                f"the model does not fit into the {available / 2**30:.1f} GiB of free memory, nor on the disk of "
+                f"{folder.parent}: {needed / 2**30:.1f} GiB are needed there, {free / 2**30:.1f} GiB are free"
             )
         folder.mkdir()
         return cls(folder, available)
@@ -414,7 +411,7 @@ class Scratch:
 
 
 def hold(tensor: torch.Tensor, dtype: torch.dtype, scratch: Scratch | None) -> torch.Tensor:
-    """Copy a tensor, to ``dtype`` where it holds floating-point numbers, into ``scratch`` where there is one."""
+    """Copy a tensor, a floating-point one in ``dtype``, into ``scratch`` if there is one, else into memory."""
     dtype = dtype if tensor.is_floating_point() else tensor.dtype
     if scratch and tensor.numel():
         return scratch.copy(tensor, dtype)
@@ -422,7 +419,7 @@ def hold(tensor: torch.Tensor, dtype: torch.dtype, scratch: Scratch | None) -> t
 
 
 def available_memory() -> int:
-    """Count the bytes that this process may still take, of the machine and of its control group."""
+    """Return the bytes of memory that this process may still use on the machine and in its control group."""
     available, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())
@@ -437,7 +434,7 @@ def available_memory() -> int:
 
 
 def trained_by_adapter(model: Any) -> set[str]:
-    """List the weights that an adapter changes, by their names without it.
+    """List the weights that an adapter changes, by their names in the base model.
 
     Raises:
         ExportError: it changes none.
@@ -445,14 +442,13 @@ def trained_by_adapter(model: Any) -> set[str]:
     matrices = {match[1]: tensor for n, tensor in model.named_parameters() if (match := LORA_B.fullmatch(n))}
     trained = {f"{name}.weight" for name, tensor in matrices.items() if tensor.any()}
     if not trained:
-        raise ExportError(
-            f"the adapter's {len(matrices)} B matrices are zero, as before training: the export would be the base model"
-        )
+        zero = f"the adapter's {len(matrices)} B matrices are zero, as before training"
+        raise ExportError(f"{zero}: the export would be the base model")
     return trained
 
 
 def save_adapter(model: Any, base: str, folder: Path) -> str:
-    """Write the adapter alone, for peft and rollout engines; returns the sentence for the card."""
+    """Write the adapter on its own, for peft and rollout engines; return the sentence for the card."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -464,6 +460,6 @@ def save_adapter(model: Any, base: str, folder: Path) -> str:
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     kinds = sorted({name.rpartition(".")[2] for name in targets} | set(config.target_parameters or []))
     return (
-        f"The adapter (rank {config.r}, alpha {config.lora_alpha}, on {', '.join(kinds)}) is merged into them; "
-        f"it also stands alone in `{folder.name}/`."
+        f"The adapter (rank {config.r}, alpha {config.lora_alpha}, on {', '.join(kinds)}) is merged into the weights; "
+        f"`{folder.name}/` has it on its own."
     )

@@ -1,4 +1,4 @@
-"""The checkpoints in a run's folder: which of them are whole, and the tensors in what verl and transformers write."""
+"""The checkpoints in a run's folder: which of them are whole, and the tensors in their files."""
 
 import json
 import math
@@ -14,16 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor, Shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The types of weights, as ``--dtype`` names them."""
+"""The types of weights by their names in ``--dtype``."""
 STEP_FOLDER = re.compile(r"global_step_(0|[1-9][0-9]{0,17})")
 SHARD = re.compile(r"model_world_size_([1-9][0-9]*)_rank_([0-9]+)\.pt")
 FSDP_CONFIG = "fsdp_config.json"
 MEGATRON_MANIFEST = "ckpt_contents.json"
-"""verl's Megatron engine writes it last."""
+"""The file that verl's Megatron engine writes last."""
 
 
 class ExportError(Exception):
-    """What cannot be exported, and why."""
+    """A checkpoint cannot be exported; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,9 @@ class Checkpoint:
     """A checkpoint of the policy.
 
     Args:
-        step: its training step.
         folder: ``global_step_N/actor``.
-        megatron: written by verl's Megatron engine, not by its FSDP engine.
-        fault: why it is not whole; empty if it is.
+        megatron: verl's Megatron engine wrote it; otherwise its FSDP engine did.
+        fault: why the checkpoint is not whole; empty if it is.
     """
 
     step: int
@@ -49,7 +48,7 @@ class Checkpoint:
 
 
 def find_checkpoints(run: Path, megatron: bool) -> list[Checkpoint]:
-    """Find the checkpoints in ``run``, by step, whole or not. Folders with other names than verl's are left alone."""
+    """Find the checkpoints in ``run`` by verl's folder names, whole or not, in the order of their steps."""
     fault = megatron_fault if megatron else fsdp_fault
     return sorted(
         (
@@ -62,44 +61,45 @@ def find_checkpoints(run: Path, megatron: bool) -> list[Checkpoint]:
 
 
 def fsdp_fault(actor: Path) -> str:
-    """Tell why a checkpoint of verl's FSDP engine is not whole; empty if it is."""
+    """Say why a checkpoint of verl's FSDP engine is not whole; empty if it is."""
     try:
-        files = shard_files(actor)
+        for file in shard_files(actor):
+            if not file.is_file():
+                return f"{file.name} is missing"
+            # torch.save writes a zip archive, whose directory comes last.
+            if not zipfile.is_zipfile(file):
+                return f"{file.name} is cut off"
+        read_json(actor / "huggingface/config.json")
     except ValueError as e:
         return str(e)
-    for file in files:
-        if not file.is_file():
-            return f"{file.name} is missing"
-        # torch.save writes a zip archive, whose directory comes last.
-        if not zipfile.is_zipfile(file):
-            return f"{file.name} is cut off"
-    return _config_fault(actor / "huggingface")
+    return ""
 
 
 def megatron_fault(actor: Path) -> str:
-    """Tell why a checkpoint of verl's Megatron engine is not whole; empty if it is."""
+    """Say why a checkpoint of verl's Megatron engine is not whole; empty if it is."""
+    kinds = ("huggingface/*.safetensors", "huggingface/adapter/adapter_config.json", "dist_ckpt/.metadata")
     try:
         read_json(actor / MEGATRON_MANIFEST)
+        if not any(file for kind in kinds for file in (actor / "model").glob(kind)):
+            return "model/ holds no weights"
+        read_json(actor / "model/huggingface/config.json")
     except ValueError as e:
         return str(e)
-    kinds = ("huggingface/*.safetensors", "huggingface/adapter/adapter_config.json", "dist_ckpt/.metadata")
-    if not any(file for kind in kinds for file in (actor / "model").glob(kind)):
-        return "model/ holds no weights"
-    return _config_fault(actor / "model/huggingface")
+    return ""
 
 
 def shard_files(actor: Path) -> list[Path]:
-    """List the files that should hold a checkpoint's shards, by rank; they need not be there.
+    """List the files that a checkpoint's shards belong in, by rank, whether they exist or not.
 
     Raises:
-        ValueError: the number of ranks cannot be told.
+        ValueError: the number of ranks is unknown.
     """
     sizes = {int(match[1]) for file in actor.iterdir() if (match := SHARD.fullmatch(file.name))}
     if (actor / FSDP_CONFIG).exists():
-        # A restart on another number of ranks leaves the shards of the first one.
+        # A restart on another number of ranks leaves the earlier shards in the folder.
         size = read_json(actor / FSDP_CONFIG).get("world_size")
         if type(size) is not int or size < 1:
-            raise ValueError(f"world_size={size!r} in {FSDP_CONFIG} is no number of ranks")
+            raise ValueError(f"world_size={size!r} in {FSDP_CONFIG} is not a number of ranks")
     elif len(sizes) == 1:
         (size,) = sizes
     else:
@@ -108,37 +108,25 @@ def shard_files(actor: Path) -> list[Path]:
     return [actor / f"model_world_size_{size}_rank_{rank}.pt" for rank in range(size)]
 
 
-def _config_fault(huggingface: Path) -> str:
-    try:
-        read_json(huggingface / "config.json")
-    except ValueError as e:
-        return str(e)
-    return ""
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """Read the object in a JSON file.
 
     Raises:
-        ValueError: one sentence: there is no such file, or no such object in it.
+        ValueError: the file cannot be read, or holds no object.
     """
     try:
         value = json.loads(file.read_text())
     except OSError as e:
         raise ValueError(f"{file.name} is missing or cannot be read ({e.strerror})") from None
     except ValueError as e:
-        raise ValueError(f"{file.name} is no JSON ({e})") from None
+        raise ValueError(f"{file.name} is not JSON ({e})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file.name} holds no JSON object")
     return value
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
-    """Tensors by name, each read when asked for and not before.
-
-    Args:
-        places: where each tensor is.
-    """
+    """Tensors by name, each read when asked for and not before; ``places`` says where each one is."""
 
     def __init__(self, places: Mapping[str, Any]):
         self._places = places
@@ -150,15 +138,15 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         return len(self._places)
 
     def __contains__(self, name: object) -> bool:
-        # Mapping's would read the tensor.
+        # Mapping's own method would read the tensor.
         return name in self._places
 
 
 class Shards(LazyTensors):
-    """Full tensors by name, put together from all ranks' shards when asked for. The files stay on the disk.
+    """Full tensors by name, joined from all ranks' shards when asked for.
 
     Raises:
-        ValueError: a file cannot be read, or ranks do not hold the same tensors, or hold them in an unknown layout.
+        ValueError: a file cannot be read, or the ranks hold different tensors, or an unknown layout.
     """
 
     def __init__(self, actor: Path):
@@ -166,22 +154,22 @@ class Shards(LazyTensors):
         for rank, shard in enumerate(self._ranks):
             if odd := shard.keys() ^ self._ranks[0].keys():
                 names = ", ".join(sorted(odd)[:3])
-                raise ValueError(f"ranks 0 and {rank} of {actor} hold other tensors: {names}")
+                raise ValueError(f"ranks 0 and {rank} of {actor} hold different tensors: {names}")
         super().__init__(self._ranks[0])
 
     @staticmethod
     def _load(file: Path) -> dict[str, torch.Tensor]:
         try:
-            # Tensors and no other objects: an unpickled object could run code.
+            # weights_only: unpickling other objects could run code.
             shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as e:  # zip, pickle and torch each have their own.
+        except Exception as e:  # zip, pickle and torch each raise their own
             raise ValueError(f"{file} cannot be read: {one_line(e)}") from None
         if not isinstance(shard, dict) or not all(isinstance(t, torch.Tensor) for t in shard.values()):
-            raise ValueError(f"{file} holds something else than named tensors")
+            raise ValueError(f"{file} holds something other than named tensors")
         return shard
 
     def meta(self, name: str) -> torch.Tensor:
-        """Shape and type of a tensor, without its values."""
+        """Return a tensor's shape and type without its values."""
         tensor = self._ranks[0][name]
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
@@ -191,31 +179,31 @@ class Shards(LazyTensors):
         first = parts[0]
         if not isinstance(first, DTensor):
             if not all(torch.equal(first, part) for part in parts[1:]):
-                raise ValueError(f"{name} is not sharded, and yet not the same on all ranks")
+                raise ValueError(f"{name} is not sharded, but differs between ranks")
             return first
         ranks = first.device_mesh.mesh
         if int(ranks.max()) >= len(parts):
-            raise ValueError(f"{name} is laid out over {ranks.numel()} ranks, of which {len(parts)} have a shard")
+            raise ValueError(f"{name} is sharded over {ranks.numel()} ranks, of which {len(parts)} have a file")
         full = _join(parts, ranks, list(first.placements), name)
         if full.shape != first.shape:
-            raise ValueError(f"the shards of {name} make {tuple(full.shape)} instead of {tuple(first.shape)}")
+            raise ValueError(f"the shards of {name} have shape {tuple(full.shape)} together, not {tuple(first.shape)}")
         return full
 
 
 def _join(parts: list[DTensor], ranks: torch.Tensor, placements: list[Any], name: str) -> torch.Tensor:
-    """Join the tensor of which the ranks in ``ranks``, an array with a dimension per placement, hold parts."""
+    """Join the parts of a tensor; ``ranks`` is an array with a dimension per placement."""
     if not placements:
         return parts[int(ranks)].to_local()
     placement, *inner = placements
     if placement.is_replicate():
         return _join(parts, ranks[0], inner, name)
     if type(placement) is not Shard:
-        raise ValueError(f"{name} is laid out as {placement}; only Shard and Replicate can be put together")
+        raise ValueError(f"{name} is laid out as {placement}; only Shard and Replicate can be joined")
     return torch.cat([_join(parts, below, inner, name) for below in ranks], dim=placement.dim)
 
 
 class Renamed(LazyTensors):
-    """The tensors of another mapping under other names: ``names`` gives the other mapping's by ours."""
+    """The tensors of another mapping under new names; ``names`` maps the new names to the old ones."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], names: dict[str, str]):
         super().__init__(names)
@@ -226,10 +214,10 @@ class Renamed(LazyTensors):
 
 
 class SafeTensors(LazyTensors):
-    """The weights in a Hugging Face folder by name, each read when asked for; none where it has no safetensors.
+    """The weights in a Hugging Face folder by name, each read when asked for; empty without safetensors.
 
     Raises:
-        ValueError: one of its files cannot be read.
+        ValueError: a file cannot be read.
     """
 
     def __init__(self, folder: Path, stem: str = "model"):
@@ -257,16 +245,16 @@ class SafeTensors(LazyTensors):
         return {n: math.prod(f.get_slice(n).get_shape()) for n, f in self._places.items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Tell the type of each tensor."""
+        """Read the type of each tensor."""
         slices = {n: f.get_slice(n) for n, f in self._places.items()}
         return {n: (s[:0] if s.get_shape() else self[n]).dtype for n, s in slices.items()}
 
 
 def floating_dtypes(dtypes: Mapping[str, torch.dtype]) -> set[torch.dtype]:
-    """Pick the types of weights among those of these tensors.
+    """Select the floating-point types among those of these tensors.
 
     Raises:
-        ExportError: a tensor has a type that weights are not exported in.
+        ExportError: weights cannot be exported in one of them.
     """
     floating = {n: d for n, d in dtypes.items() if d.is_floating_point}
     for name, dtype in floating.items():
@@ -276,15 +264,15 @@ def floating_dtypes(dtypes: Mapping[str, torch.dtype]) -> set[torch.dtype]:
 
 
 def widest(dtypes: set[torch.dtype]) -> torch.dtype:
-    """Choose the type that holds the values of all of them."""
+    """Choose a type that holds the values of all ``dtypes``."""
     return next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
+    """Name a type: ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def one_line(error: Exception) -> str:
-    """Cut an error's text to the start of one line."""
+    """Shorten an error's text to one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all."""
 
 import os
 from contextlib import suppress
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def write_new(path: Path, content: bytes) -> Path:
-    """Put ``content`` beside ``path``, on the disk, under the name that is returned; ``os.replace`` makes it ``path``.
+    """Write ``content`` to a new file beside ``path``, flush it to the disk and return its name for ``os.replace``.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: the file cannot be written; nothing of it is left.
     """
     new = Path(f"{path}.new")
     try:
@@ -20,15 +20,15 @@ def write_new(path: Path, content: bytes) -> Path:
     except OSError as e:
         with suppress(OSError):
             new.unlink(missing_ok=True)
-        # A full disk is told without the file's name.
+        # The error of a full disk lacks the file's name.
         raise OSError(e.errno, e.strerror, str(new)) from None
     return new
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file by ``content`` in one move: a reader, or a restart after a kill, finds the old one or the new one.
+    """Replace a file atomically: a reader, or a restart after a kill, finds either the old or the new content.
 
     Raises:
-        OSError: it cannot be written; the old one is still there.
+        OSError: the file cannot be written; the old content is still there.
     """
     os.replace(write_new(path, content), path)

@@ -1,4 +1,4 @@
-"""What a run leaves in ``trainer.default_local_dir``, and what can be told from it."""
+"""The files of a run in ``trainer.default_local_dir``, and how to read them."""
 
 import json
 import reprlib
@@ -12,35 +12,34 @@ from yaml import MarkedYAMLError
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 FINISHED_FILE = "finished"
-"""There once the run has made all its steps and logged its last evaluation."""
+"""Exists once the run has made all its steps and logged its last evaluation."""
 LOG_FILE = "log.txt"
-"""What the job printed, where a sweep or the quickstart started it."""
+"""The job's output, if a sweep or the quickstart started it."""
 CHECKPOINT_FILE = "latest_checkpointed_iteration.txt"
-"""verl's, there as soon as there is a checkpoint."""
+"""verl's tracker, written with the first checkpoint."""
 
-
-HALF_A_LINE = ("is no JSON", "is no UTF-8: unexpected end of data")
-"""What is wrong with the beginning of a line; it may end within a character."""
+HALF_A_LINE = ("is not JSON", "is not UTF-8: unexpected end of data")
+"""Faults of a line that is cut off, possibly within a character."""
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[int, dict]]:
-    """Yield the objects of a JSONL file with their line numbers; a last line that is still being written is left out.
+    """Yield the objects of a JSONL file with their line numbers; an unfinished last line is left out.
 
     Raises:
-        ValueError: the file cannot be read, or a line is no JSON object; names file and line.
+        ValueError: the file cannot be read, or a line is not a JSON object.
     """
     try:
-        # By bytes: texts may hold characters that text mode or splitlines take for the end of a line.
+        # As bytes: text mode and splitlines also split at other characters, which texts may contain.
         with open(file, "rb") as f:
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
                 try:
-                    row, fault = json.loads(line.decode("utf-8-sig")), "is no JSON object"
+                    row, fault = json.loads(line.decode("utf-8-sig")), "is not a JSON object"
                 except UnicodeDecodeError as e:
-                    row, fault = None, f"is no UTF-8: {e.reason}"
+                    row, fault = None, f"is not UTF-8: {e.reason}"
                 except (ValueError, RecursionError):
-                    row, fault = None, "is no JSON"
+                    row, fault = None, "is not JSON"
                 if isinstance(row, dict):
                     yield number, row
                 elif line.startswith(b"{") and not line.endswith(b"\n") and fault in HALF_A_LINE:
@@ -52,16 +51,16 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict]]:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """Read a run's metrics: one row per step, in order. Of what is logged twice for a step, the last stands.
+    """Read a run's metrics: one row per step, in order; of a metric logged twice for a step, the last value.
 
     Raises:
-        ValueError: the file is damaged; names file, line and fault.
+        ValueError: the file is damaged; the message has file, line and fault.
     """
     file = run / METRICS_FILE
     rows: dict[int, dict] = {}
     for number, row in read_json_lines(file):
         step = row.get("step")
-        # The bound keeps it within an integer column.
+        # The bound: integers of a float64 column.
         if isinstance(step, bool) or not isinstance(step, int | float) or not (0 <= step < 2**53 and step == int(step)):
             found = f"step={reprlib.repr(step)}" if "step" in row else "no step"
             raise ValueError(f"{file}, line {number}, has {found}; it must be the whole number of the step")
@@ -70,10 +69,10 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """Read a run's settings, by their full names.
+    """Read a run's settings by their full names.
 
     Raises:
-        ValueError: the file cannot be read or holds none; names file and fault.
+        ValueError: the file cannot be read or holds no settings.
     """
     file = run / CONFIG_FILE
     try:
@@ -82,41 +81,41 @@ def read_settings(run: Path) -> dict[str, Any]:
     except OSError as e:
         raise ValueError(f"{file} cannot be read: {e.strerror or e}") from None
     except Exception as e:
-        # YAML's constructors and OmegaConf's resolvers raise whatever a value makes them raise.
+        # YAML's constructors and OmegaConf's resolvers raise many kinds of exceptions.
         marked = isinstance(e, MarkedYAMLError) and e.problem_mark
         fault = f"line {e.problem_mark.line + 1}: {e.problem}" if marked else str(e)
         raise ValueError(f"{file} cannot be read as settings: {' '.join(fault.split())}") from None
-    # Of an empty file there is {"": {}}, of a bare word {word: None}.
+    # An empty file gives {"": {}}, a single word {word: None}.
     if all(value in (None, {}) for value in settings.values()):
         raise ValueError(f"{file} holds no settings")
     return settings
 
 
 def is_run(folder: Path) -> bool:
-    """Tell whether a directory with a config file is a run's: Hydra, wandb and others write files of that name, too.
+    """Tell whether a folder with a config file is a run's, and not one of Hydra, wandb or others with that file name.
 
-    One that cannot be read counts, so that whoever reads it next names it.
+    A file that cannot be read counts as a run's, so that its reader reports it.
     """
     try:
         if (folder / METRICS_FILE).exists():
             return True
-        # Hydra's, whatever hydra.output_subdir calls the directory.
+        # Hydra's folder, whatever its name in hydra.output_subdir.
         if (folder / "overrides.yaml").exists():
             return False
         trainer = {name.split(".")[1] for name in read_settings(folder) if name.startswith("trainer.")}
     except (OSError, ValueError):
         return True
-    # wandb keeps each node below "value".
+    # wandb stores each node below "value".
     return bool(trainer - {"value", "desc"})
 
 
 def flatten(config: DictConfig) -> dict[str, Any]:
-    """Settings by their full names."""
+    """Map the full name of each setting to its value."""
     return full_names("", OmegaConf.to_container(config, resolve=True))
 
 
 def full_names(name: str, value: Any) -> dict[str, Any]:
-    """The leaves of nested dictionaries by their path below ``name``."""
+    """Map the path below ``name`` of each leaf of nested dictionaries to its value."""
     if not isinstance(value, dict) or not value:
         return {name: value}
     below = {f"{name}.{key}" if name else str(key): part for key, part in value.items()}
@@ -124,15 +123,15 @@ def full_names(name: str, value: Any) -> dict[str, Any]:
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
-    """The settings that the job itself sees: Hydra's own node has values that are not known before it runs."""
+    """Drop Hydra's own node, which has values that are unknown before the job runs."""
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
 
 
 def is_finished(run: Path, config: DictConfig) -> bool:
-    """Tell whether a run with these settings has ended in this directory.
+    """Tell whether a run with these settings has finished in this folder.
 
     Raises:
-        ValueError: its settings are damaged.
+        ValueError: the folder's settings are damaged.
     """
     if not ((run / FINISHED_FILE).exists() and (run / CONFIG_FILE).exists()):
         return False
@@ -140,9 +139,7 @@ def is_finished(run: Path, config: DictConfig) -> bool:
 
 
 def what_is_left(run: Path, config: DictConfig) -> str:
-    """Tell what a job that ended without an error has left to do in its folder; empty if nothing.
-
-    Where it wrote no metrics (verl's legacy trainer), nothing else tells.
+    """Say what a job that ended without an error did not do; empty if nothing, or without metrics (legacy trainer).
 
     Raises:
         ValueError: the metrics are damaged.
@@ -156,7 +153,7 @@ def what_is_left(run: Path, config: DictConfig) -> str:
     if trainer.get("val_only"):
         if not evaluated:
             return f"no evaluation is in {METRICS_FILE}"
-        # Of a run that does nothing but evaluate.
+        # A run that only evaluates has none of these metrics.
         if not any(name.startswith(("actor/", "training/", "timing_s/")) for row in rows for name in row):
             return ""
     total = trainer.get("total_training_steps")

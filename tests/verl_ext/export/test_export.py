@@ -139,9 +139,9 @@ def cut(file):
         (lambda a: cut(a / "model_world_size_2_rank_1.pt"), "model_world_size_2_rank_1.pt is cut off"),
         (lambda a: (a / "model_world_size_2_rank_0.pt").write_bytes(b""), "model_world_size_2_rank_0.pt is cut off"),
         (lambda a: (a / "huggingface/config.json").unlink(), "config.json is missing"),
-        (lambda a: (a / "huggingface/config.json").write_text('{"a'), "config.json is no JSON"),
-        (lambda a: (a / "huggingface/config.json").write_bytes(b"\xff\xfe"), "config.json is no JSON"),
-        (lambda a: (a / "fsdp_config.json").write_text(""), "fsdp_config.json is no JSON"),
+        (lambda a: (a / "huggingface/config.json").write_text('{"a'), "config.json is not JSON"),
+        (lambda a: (a / "huggingface/config.json").write_bytes(b"\xff\xfe"), "config.json is not JSON"),
+        (lambda a: (a / "fsdp_config.json").write_text(""), "fsdp_config.json is not JSON"),
         (lambda a: (a / "fsdp_config.json").write_text("[2]"), "fsdp_config.json holds no JSON object"),
         (lambda a: (a / "fsdp_config.json").write_text('{"world_size": "2"}'), "world_size='2' in fsdp_config.json"),
         (lambda a: (a / "fsdp_config.json").write_text('{"world_size": 4}'), "model_world_size_4_rank_0.pt is missing"),
@@ -170,7 +170,7 @@ def test_a_whole_one_counts_whatever_the_tracker_says(run, exported, capsys):
     for tracker in ("200", "x\n", "\xff"):
         (run / CHECKPOINT_FILE).write_text(tracker, encoding="latin-1")
         assert export.main([str(run), "--out", str(run / f"out{ord(tracker[0])}")]) == 0
-        assert "which is no whole checkpoint" in capsys.readouterr().err
+        assert "which has no whole checkpoint" in capsys.readouterr().err
 
 
 def test_the_best_one_is_not_taken_if_it_is_not_whole(run, exported):
@@ -241,7 +241,7 @@ def test_what_cannot_be_exported_is_one_sentence(run, exported, refused, tmp_pat
     assert "is not empty" in refused(run)
     for step in (10, 20, 100):
         (run / f"global_step_{step}/actor/fsdp_config.json").write_text("")
-    assert "has no whole checkpoint (step 10: fsdp_config.json is no JSON" in refused(run)
+    assert "has no whole checkpoint (step 10: fsdp_config.json is not JSON" in refused(run)
     for step in (10, 20, 100):
         (run / f"global_step_{step}").rename(run / f"old_{step}")
     assert "has no checkpoint; train with trainer.save_freq > 0" in refused(run)
@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(run, exported, refused,
     assert "is inside a checkpoint" in refused(run, "--out", run / "global_step_20/actor/huggingface/out")
     (tmp_path / "out.unfinished").mkdir()
     (tmp_path / "out.unfinished/mine").touch()
-    assert "out.unfinished is of an export that is running" in refused(run, "--out", tmp_path / "out")
+    assert "out.unfinished belongs to a running" in refused(run, "--out", tmp_path / "out")
     assert (tmp_path / "out.unfinished/mine").exists() and (tmp_path / "file").read_text() == "mine"
     assert not exported
 

@@ -15,9 +15,9 @@ from verl_ext.runs import folder as runs
 
 METRICS = {
     "no step": (b'{"critic/score/mean": 1}\n', "line 22, has no step"),
-    "null": (b"null\n", "line 22, is no JSON object"),
-    "number": (b"17\n", "line 22, is no JSON object"),
-    "list": (b'[{"step": 21}]\n', "line 22, is no JSON object"),
+    "null": (b"null\n", "line 22, is not a JSON object"),
+    "number": (b"17\n", "line 22, is not a JSON object"),
+    "list": (b'[{"step": 21}]\n', "line 22, is not a JSON object"),
     "text as step": (b'{"step": "21"}\n', "line 22, has step='21'"),
     "null as step": (b'{"step": null}\n', "line 22, has step=None"),
     "truth as step": (b'{"step": true}\n', "line 22, has step=True"),
@@ -26,13 +26,13 @@ METRICS = {
     "negative step": (b'{"step": -1}\n', "line 22, has step=-1"),
     "huge step": (b'{"step": 1' + 400 * b"0" + b"}\n", "line 22, has step=1000"),
     "infinite step": (b'{"step": 1e999}\n', "line 22, has step=inf"),
-    "no UTF-8": (b'{"step": 21, "a": "\xff\xfe"}\n', "line 22, is no UTF-8: invalid start byte"),
-    "no UTF-8, no line end": (b"\xff\xfe{", "line 22, is no UTF-8"),
-    "no UTF-8 in half a line": (b'{"step": 21, "\xff', "line 22, is no UTF-8"),
-    "zeros": (512 * b"\0", "line 22, is no JSON"),
-    "half a line, and others": (b'{"step": 21, "cri\n{"step": 22}\n', "line 22, is no JSON"),
-    "deep": (b'{"step":' + 100_000 * b"[" + b"\n", "line 22, is no JSON"),
-    "long number": (b'{"step": ' + 5000 * b"1" + b"}\n", "line 22, is no JSON"),
+    "no UTF-8": (b'{"step": 21, "a": "\xff\xfe"}\n', "line 22, is not UTF-8: invalid start byte"),
+    "no UTF-8, no line end": (b"\xff\xfe{", "line 22, is not UTF-8"),
+    "no UTF-8 in half a line": (b'{"step": 21, "\xff', "line 22, is not UTF-8"),
+    "zeros": (512 * b"\0", "line 22, is not JSON"),
+    "half a line, and others": (b'{"step": 21, "cri\n{"step": 22}\n', "line 22, is not JSON"),
+    "deep": (b'{"step":' + 100_000 * b"[" + b"\n", "line 22, is not JSON"),
+    "long number": (b'{"step": ' + 5000 * b"1" + b"}\n", "line 22, is not JSON"),
 }
 
 CONFIGS = {
@@ -62,9 +62,9 @@ DUMPS = {
     "list as score": (b'{"input": "a", "acc": [1]}\n', "line 9, has acc=[1]"),
     "no input": (b'{"score": 1.0}\n', "line 9, has no text as input"),
     "messages as input": (b'{"input": [{"role": "user"}], "score": 1.0}\n', "line 9, has no text as input"),
-    "null": (b"null\n", "line 9, is no JSON object"),
-    "no JSON": (b'{"input": "a", "sco\n', "line 9, is no JSON"),
-    "no UTF-8": (b'{"input": "\xe4", "score": 1.0}\n', "line 9, is no UTF-8"),
+    "null": (b"null\n", "line 9, is not a JSON object"),
+    "no JSON": (b'{"input": "a", "sco\n', "line 9, is not JSON"),
+    "no UTF-8": (b'{"input": "\xe4", "score": 1.0}\n', "line 9, is not UTF-8"),
 }
 
 
@@ -90,7 +90,7 @@ def damage(make):
             return folder, f"{runs.CONFIG_FILE} {CONFIGS[which][1]}"
         (folder / which).unlink()
         if kind == "missing":
-            return folder, f"is no run: it has no {which}; give trainer.default_local_dir of runs"
+            return folder, f"is not a run: it has no {which}; give trainer.default_local_dir of runs"
         (folder / which).mkdir()
         return folder, f"{which} cannot be read: Is a directory"
 
@@ -238,9 +238,9 @@ def test_with_no_run_left_the_status_is_1_and_each_is_named(make, tmp_path, caps
     (make("disco", 2, name="b") / runs.METRICS_FILE).write_text("null\n")
     with pytest.raises(SystemExit) as ended:
         report.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    assert ended.value.code == "nothing to report: no run is left"
+    assert ended.value.code == "nothing to report: no run is readable"
     error = capsys.readouterr().err
-    assert "a/config.yaml holds no settings" in error and "b/metrics.jsonl, line 1, is no JSON object" in error
+    assert "a/config.yaml holds no settings" in error and "b/metrics.jsonl, line 1, is not a JSON object" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -251,10 +251,10 @@ def test_folders_without_runs_are_named_and_the_others_reported(make, tmp_path, 
     status, text, _ = run_report(tmp_path, whole, empty, tmp_path / "missing", file)
     assert status == 0 and "1 runs." in text
     assert (
-        "| empty | left out: " in text and "empty holds no run: there is no config.yaml of one in or below it" in text
+        "| empty | left out: " in text and "empty holds no run: no config.yaml of a run is in or below it" in text
     )
     error = capsys.readouterr().err
-    assert "missing is no run: it has no config.yaml" in error and "file is no run: it has no config.yaml" in error
+    assert "missing is not a run: it has no config.yaml" in error and "file is not a run: it has no config.yaml" in error
 
 
 def test_a_folder_that_cannot_be_listed_is_named_and_the_others_reported(make, tmp_path, capsys, monkeypatch):
@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_listed_is_named_and_the_others_reported(make, t
     monkeypatch.setattr("os.scandir", refuse)
     status, text, _ = run_report(tmp_path, tmp_path, tmp_path / "loop")
     assert status == 0 and "1 runs." in text and "| closed | left out: " in text and "| loop | left out: " in text
-    assert "closed is no run" in capsys.readouterr().err
+    assert "closed is not a run" in capsys.readouterr().err
 
 
 def test_folders_of_wandb_hydra_and_checkpoints_are_no_runs(make, tmp_path, capsys):
@@ -339,7 +339,7 @@ def test_odd_values_of_settings_are_text_and_stop_nothing(make, tmp_path):
 def test_wrong_arguments_are_refused(make, tmp_path, capsys):
     run = make("disco", 1)
     (tmp_path / "file").touch()
-    for arguments, message in ((["--last", "0"], "--last 0: it must be at least 1"), (["--out", "file"], "is a file")):
+    for arguments, message in ((["--last", "0"], "--last 0 must be at least 1"), (["--out", "file"], "is a file")):
         arguments = [str(tmp_path / a) if a == "file" else a for a in arguments]
         with pytest.raises(SystemExit) as ended:
             report.main([str(run), *arguments])

@@ -67,7 +67,7 @@ def test_a_whole_checkpoint_is_left_alone(run, capsys):
         (lambda last: cut(last / "optim_world_size_2_rank_0.pt"), "actor: optim_world_size_2_rank_0.pt is cut off"),
         (lambda last: (last / "optim_world_size_2_rank_1.pt").unlink(), "optim_world_size_2_rank_1.pt is missing"),
         (lambda last: (last / "extra_state_world_size_2_rank_1.pt").unlink(), "extra_state_world_size_2_rank_1.pt is"),
-        (lambda last: (last / "huggingface/config.json").write_text("{"), "config.json is no JSON"),
+        (lambda last: (last / "huggingface/config.json").write_text("{"), "config.json is not JSON"),
     ],
 )
 def test_the_newest_whole_one_is_resumed_where_the_tracker_names_none(run, capsys, damage, reason):
