@@ -7,32 +7,31 @@ verl's training processes and rollout servers share the GPUs and take turns. Eac
 - generation: the engine has its share of the whole GPU, and training states that are not offloaded lie beside it. vLLM
   asks for its share when it starts, too, and refuses if that is not free.
 
-Weights, gradients, optimizer and logits are counted exactly, activations by the widths of a layer. What no setting
-says is in :data:`CONTEXT`, :data:`ASLEEP` and :data:`SERVER`. All sizes in bytes.
+Weights, gradients, optimizer and logits are counted exactly, activations by the widths of a layer; :data:`CONTEXT`,
+:data:`ASLEEP` and :data:`SERVER` are guesses. All sizes in bytes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 GIB = 2**30
 CONTEXT = 1 * GIB
-"""The training process's CUDA context and NCCL buffers, beside all that it allocates. A guess."""
+"""The training process's CUDA context and NCCL buffers, beside all that it allocates."""
 ASLEEP = 2 * GIB
-"""What a sleeping rollout engine keeps: its context, and CUDA graphs, which cannot be offloaded. A guess."""
+"""What a sleeping rollout engine keeps: its context, and CUDA graphs, which cannot be offloaded."""
 SERVER = 3 * GIB
-"""What a rollout engine takes out of its share for neither weights nor KV cache: its context, CUDA graphs, and the
-activations of ``max_num_batched_tokens``. A guess."""
+"""The rest of a rollout engine's share, beside weights and KV cache: context, CUDA graphs and activations."""
 
 HAS_SHARE = ("vllm", "sglang", "trtllm")
-"""Engines that take ``gpu_memory_utilization`` of the GPU, whatever they need."""
+"""Engines that reserve ``gpu_memory_utilization`` of the GPU, whatever they need."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's shape, under transformers' names."""
+    """A decoder's shape, under transformers' names; 0 where a size is unknown or does not apply."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -46,32 +45,26 @@ class Shape:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     max_position_embeddings: int = 0
-    """Longest sequence; 0 if not known."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
-        """From a model's ``config.json``.
+        """Read a model's ``config.json``.
 
         Raises:
-            KeyError: it lacks a size, as those of images or recurrent models may.
+            KeyError: a size is missing, as for image or recurrent models.
         """
         heads = config["num_attention_heads"]
-        values = {name: config[name] for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
-        values["num_attention_heads"] = heads
-        values["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-        values["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-        values["intermediate_size"] = config["intermediate_size"]
-        values["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
-        values["num_experts"] = config.get("num_experts") or config.get("n_routed_experts") or 0
-        values["num_experts_per_tok"] = config.get("num_experts_per_tok") or 0
-        values["moe_intermediate_size"] = config.get("moe_intermediate_size") or 0
-        values["max_position_embeddings"] = config.get("max_position_embeddings") or 0
-        return cls(**values)
+        derived = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
+        derived["num_experts"] = config.get("n_routed_experts") or 0
+        found = {f.name: config.get(f.name) or derived.get(f.name, f.default) for f in fields(cls)}
+        if missing := [name for name, value in found.items() if value is MISSING]:
+            raise KeyError(missing[0])
+        return cls(**found)
 
     @property
-    def embedding(self) -> int:
-        """Parameters of the embedding and the output layer."""
-        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+    def table(self) -> int:
+        """Parameters of the embedding, and of the output layer."""
+        return self.vocab_size * self.hidden_size
 
     @property
     def attention(self) -> int:
@@ -92,24 +85,26 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        return self.embedding + self.num_hidden_layers * (self.attention + self.dense + self.experts)
+        tables = 1 if self.tie_word_embeddings else 2
+        return tables * self.table + self.num_hidden_layers * (self.attention + self.dense + self.experts)
 
     @property
     def largest_tensor(self) -> int:
-        """Elements of the largest tensor: a table of the vocabulary, or two matrices of all experts of a layer."""
-        return max(self.vocab_size * self.hidden_size, 2 * self.experts // 3)
+        """Elements of the largest tensor: the embedding, or two matrices of all experts of a layer."""
+        return max(self.table, 2 * self.experts // 3)
 
     @property
     def active_width(self) -> int:
-        """Width of the feed-forward layer that a token passes."""
+        """Width of the feed-forward layer that a token passes through."""
         return self.num_experts_per_tok * self.moe_intermediate_size if self.num_experts else self.intermediate_size
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU: what each moment needs, by part."""
+    """The estimate for one GPU, in bytes."""
 
     phases: dict[str, dict[str, float]]
+    """Moment -> part -> bytes."""
     offloaded: float
     """What moves to the host while others use the GPU."""
     cache_tokens: float
@@ -121,20 +116,20 @@ class Memory:
 
 @dataclass(frozen=True)
 class Model:
-    """Bytes of one model that is trained, on one GPU."""
+    """What one trained model needs on one GPU, in bytes."""
 
     weights: float
     gradients: float
-    """A buffer as long as the weights: in float32 with Megatron, in the weights' own type with FSDP."""
+    """As many as the weights: in float32 with Megatron, in the weights' own type with FSDP."""
     optimizer: float
     whole: float
-    """Weights of FSDP's two layers at work and of the output layer, gathered in the forward pass's type."""
+    """FSDP's gathered weights in the forward pass's type: two layers and the output layer."""
     reduced: float
-    """Gradients of FSDP that are not sharded yet: a layer's, its float32 copy on the way, and the output layer's."""
+    """FSDP's gradients before they are sharded: a layer's, their float32 copy, and the output layer's."""
     kept: float
     """Inputs of all layers, for the backward pass."""
     inside: float
-    """Activations within one layer, or within all of them where none is recomputed."""
+    """Activations within one layer, or within all layers where none is recomputed."""
     logits: float
     resident: float
     """What stays on the GPU while others use it."""
@@ -145,38 +140,31 @@ class Model:
     @property
     def training(self) -> dict[str, float]:
         """Parts at the larger of two moments: the loss, which has the logits, and the backward pass of a layer."""
-        states = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
-        states |= {"gathered": self.whole}
+        states = dict(weights=self.weights, gradients=self.gradients, optimizer=self.optimizer, gathered=self.whole)
         loss = states | {"activations": self.kept, "logits": self.logits}
         layer = states | {"activations": self.kept + self.inside, "gradients": self.gradients + self.reduced}
         return max(loss, layer, key=lambda parts: sum(parts.values()))
 
 
 def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
-    """The memory of actor, critic and rollout engine on one of the run's GPUs.
-
-    Args:
-        config: the composed configuration of ``main_ppo``.
-        shape: of the model.
-        gpu: bytes of one GPU.
-    """
+    """Estimate the memory of actor, critic and rollout engine on one of the run's GPUs, which has ``gpu`` bytes."""
     from verl.trainer.ppo.utils import need_critic
 
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     world = config.trainer.n_gpus_per_node * config.trainer.nnodes
     if actor.use_dynamic_bsz:
-        # Of each GPU, however many share a sequence.
+        # Per GPU, however many share a sequence.
         tokens = actor.ppo_max_token_len_per_gpu
     else:
         longest = config.data.max_prompt_length + config.data.max_response_length
         tokens = longest * (actor.ppo_micro_batch_size_per_gpu or 1) / sequence_split(actor)
     models = {"actor": trained(actor, config.actor_rollout_ref.model, shape, world, tokens)}
     if need_critic(config):
-        # The V1 trainers cut the critic's micro-batches by this alone; 32768 is verl's own.
+        # The V1 trainers split the critic's micro-batches by this alone; 32768 is verl's default.
         tokens = config.critic.get("ppo_infer_max_token_len_per_gpu", 32768)
         models["critic"] = trained(config.critic, config.critic.model, shape, world, tokens, has_logits=False)
 
-    # Asynchronous training has servers on GPUs of their own, and unless told otherwise some beside training as well.
+    # Asynchronous training has rollout servers on GPUs of their own and, by default, on the training GPUs as well.
     shared = config.trainer.v1.trainer_mode != "separate_async" or config.actor_rollout_ref.get("hybrid_engine", True)
     sleeps = rollout.free_cache_engine and rollout.get("enable_sleep_mode", True)
     split = rollout.tensor_model_parallel_size
@@ -192,11 +180,10 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
     resident = sum(m.resident for m in models.values())
     # verl gathers whole tensors, one at a time, into a bucket; engines that send to other GPUs have two.
     buckets = 1 if rollout.checkpoint_engine.backend == "naive" else 2
-    bucket = buckets * rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20
     phases["weight transfer"] = {
         "training states": resident + models["actor"].staged,
         "rollout engine": 0 if not shared else loaded + ASLEEP if sleeps else share,
-        "buckets": bucket,
+        "buckets": buckets * rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20,
         "largest tensor": element_size(actor) * shape.largest_tensor,
         "CUDA and NCCL": CONTEXT,
     }
@@ -206,30 +193,29 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
 
     heads = max(shape.num_key_value_heads / split, 1)
     # Keys and values in half precision.
-    a_token = 2 * 2 * shape.num_hidden_layers * heads * shape.head_dim
+    per_token = 2 * 2 * shape.num_hidden_layers * heads * shape.head_dim
     return Memory(
         phases=phases,
         offloaded=sum(m.offloaded for m in models.values()),
-        cache_tokens=(share - loaded - SERVER) / a_token if rollout.name in HAS_SHARE else float("inf"),
+        cache_tokens=(share - loaded - SERVER) / per_token if rollout.name in HAS_SHARE else float("inf"),
     )
 
 
 def trained(
     node: DictConfig, model: DictConfig, shape: Shape, world: int, tokens: float, has_logits: bool = True
 ) -> Model:
-    """The memory of a model on one of ``world`` GPUs.
+    """Estimate the memory of a model on one of ``world`` GPUs.
 
     Args:
         node: the actor's or the critic's settings.
-        model: its model's.
-        shape: of it.
-        world: GPUs.
-        tokens: of a micro-batch, on this GPU.
-        has_logits: false for a critic, which has no output layer over the vocabulary either.
+        model: the settings of its model.
+        shape: the model's shape.
+        world: number of GPUs.
+        tokens: tokens of a micro-batch on this GPU.
+        has_logits: false for a critic, which has no output layer over the vocabulary.
     """
-    table = shape.vocab_size * shape.hidden_size
-    parameters = shape.parameters if has_logits or shape.tie_word_embeddings else shape.parameters - table
-    head = table if has_logits else 0
+    head = shape.table if has_logits else 0
+    parameters = shape.parameters - (0 if has_logits or shape.tie_word_embeddings else shape.table)
     if node.strategy == "megatron":
         return _by_megatron(node.megatron, shape, world, tokens, parameters, head)
     return _by_fsdp(node, model, shape, world, tokens, parameters, head)
@@ -246,9 +232,9 @@ def _by_fsdp(
     adapters = lora_parameters(shape, model.lora_rank) if model.lora_rank else 0
     trainable = adapters or parameters
     weights = each * (parameters + adapters) / shards
-    # Gradients are sharded in the weights' type, and Adam has two moments for each.
+    # Gradients are sharded in the weights' type, and Adam has two moments per weight.
     gradients, optimizer = each * trainable / shards, 2 * each * trainable / shards
-    # The root, which has the output layer, is not sharded again between forward and backward pass.
+    # The root module, with the output layer, stays gathered between forward and backward pass.
     whole = computed * (2 * layer + head if engine.reshard_after_forward else parameters)
     reduced = computed * (0 if adapters else head) + (computed + 4) * (adapters / layers if adapters else layer)
     if engine.use_no_sync_for_gradient_accumulation:
@@ -267,7 +253,7 @@ def _by_fsdp(
         logits=_logits(node, model, engine, tokens, shape.vocab_size) if head else 0,
         # Gradients are freed after each update.
         resident=max(weights + optimizer - moved, 0),
-        # FSDP2 sends shard by shard, unless PEFT needs the module.
+        # FSDP2 sends shard by shard, unless PEFT needs the whole module.
         staged=weights if engine.param_offload and (node.strategy == "fsdp" or adapters) else 0,
         offloaded=moved,
     )
@@ -277,12 +263,10 @@ def _by_megatron(split: DictConfig, shape: Shape, world: int, tokens: float, par
     tensor, pipeline = split.tensor_model_parallel_size, split.pipeline_model_parallel_size
     experts = split.expert_model_parallel_size * (split.expert_tensor_parallel_size or tensor)
     layers = shape.num_hidden_layers / pipeline
-    embedding = parameters - shape.num_hidden_layers * (shape.attention + shape.dense + shape.experts)
-    mine = (embedding + layers * (shape.attention + shape.dense)) / tensor + layers * shape.experts / experts
-    width = tensor if split.sequence_parallel else 1
-    activations = _activations(
-        shape, tokens, layers, split.override_transformer_config.get("recompute_granularity") == "full"
-    )
+    tables = parameters - shape.num_hidden_layers * (shape.attention + shape.dense + shape.experts)
+    mine = (tables + layers * (shape.attention + shape.dense)) / tensor + layers * shape.experts / experts
+    recomputed = split.override_transformer_config.get("recompute_granularity") == "full"
+    activations = _activations(shape, tokens, layers, recomputed)
     weights, gradients = 2 * mine, 4 * mine
     # Master weights and two moments in float32, over all ranks that hold the same part.
     optimizer = 12 * parameters / world
@@ -293,11 +277,10 @@ def _by_megatron(split: DictConfig, shape: Shape, world: int, tokens: float, par
         optimizer=optimizer,
         whole=0,
         reduced=0,
-        # Sequence parallelism splits what lies between layers. All ranks of a pipeline's first stage hold as many
-        # micro-batches as it has stages.
-        kept=activations["kept"] / width * pipeline,
+        # Sequence parallelism splits the layers' inputs; a pipeline's first stage holds a micro-batch per stage.
+        kept=activations["kept"] / (tensor if split.sequence_parallel else 1) * pipeline,
         inside=activations["inside"] / tensor,
-        # In half precision, in float32, and the gradient of that, with what the entropy needs; split by vocabulary.
+        # In half precision, in float32, and its gradient, with what the entropy needs; split by vocabulary.
         logits=12 * tokens * shape.vocab_size / tensor if head else 0,
         resident=weights + gradients + optimizer - moved,
         staged=weights if split.param_offload else 0,
@@ -306,18 +289,17 @@ def _by_megatron(split: DictConfig, shape: Shape, world: int, tokens: float, par
 
 
 def _activations(shape: Shape, tokens: float, layers: float, recomputed: bool) -> dict[str, float]:
-    """In half precision: each layer's input, and inside a layer about ten vectors of the model's width per token and
-    three of the feed-forward's."""
+    """In half precision: each layer's input, and inside a layer per token ten vectors of its width, three of its MLP's."""
     inside = 2 * tokens * (10 * shape.hidden_size + 3 * shape.active_width)
     return {"kept": 2 * tokens * shape.hidden_size * layers, "inside": inside if recomputed else inside * layers}
 
 
 def _logits(node: DictConfig, model: DictConfig, engine: DictConfig, tokens: float, vocabulary: int) -> float:
-    """The logits with what is computed from them.
+    """Bytes of the logits and of what is computed from them.
 
     4 bytes each: the layer's output and the same over the temperature; later, these and their gradient. The entropy
-    needs a copy, its softmax and their product in float32: of a chunk, or of all where nothing is compiled. If it is
-    trained, the first two stay for the backward pass.
+    needs a copy, its softmax and their product in float32: of a chunk, or of all logits where nothing is compiled. If
+    it is trained, the first two stay for the backward pass.
     """
     if model.use_fused_kernels:
         return 0
@@ -329,7 +311,7 @@ def _logits(node: DictConfig, model: DictConfig, engine: DictConfig, tokens: flo
 
 
 def sequence_split(node: DictConfig) -> int:
-    """Over how many GPUs a sequence is split: by Megatron's context parallelism, or by Ulysses."""
+    """Number of GPUs that share a sequence: by Megatron's context parallelism, or by Ulysses."""
     if node.strategy == "megatron":
         return node.megatron.context_parallel_size
     engine = node.get("fsdp_config") or node.fsdp
@@ -337,7 +319,7 @@ def sequence_split(node: DictConfig) -> int:
 
 
 def element_size(node: DictConfig) -> int:
-    """Bytes of a weight as actor or critic keep it: Megatron in half precision, FSDP as its settings say."""
+    """Bytes per weight that actor or critic keep: half precision with Megatron, ``model_dtype`` with FSDP."""
     if node.strategy == "megatron":
         return 2
     dtype = (node.get("fsdp_config") or node.fsdp).model_dtype
@@ -345,25 +327,22 @@ def element_size(node: DictConfig) -> int:
 
 
 def _compute_size(engine: DictConfig) -> int:
-    """Bytes of a weight in FSDP's forward pass."""
+    """Bytes per weight in FSDP's forward pass."""
     dtype = (engine.get("mixed_precision") or {}).get("param_dtype", "bf16")
     return 4 if dtype in ("fp32", "float32", "float") else 2
 
 
 def lora_parameters(shape: Shape, rank: int) -> int:
-    """Parameters of adapters of this rank on all linear layers, the output layer aside."""
-    h, q, kv = (
-        shape.hidden_size,
-        shape.head_dim * shape.num_attention_heads,
-        shape.head_dim * shape.num_key_value_heads,
-    )
+    """Parameters of adapters of this rank on all linear layers but the output layer."""
+    h = shape.hidden_size
+    q, kv = shape.head_dim * shape.num_attention_heads, shape.head_dim * shape.num_key_value_heads
     sides = (h + q) + 2 * (h + kv) + (q + h)
     sides += 3 * (h + shape.intermediate_size) if not shape.num_experts else h + shape.num_experts
     return rank * shape.num_hidden_layers * sides
 
 
 def gpu_memory(config: DictConfig) -> tuple[float, str]:
-    """Bytes of a GPU, and where the figure is from: a GPU here, else the setting ``verl_ext.gpu_memory``, else 80."""
+    """Bytes of a GPU, and their source: a GPU of this machine, else ``verl_ext.gpu_memory`` in GiB, else 80 GiB."""
     import torch
 
     if torch.cuda.is_available():
