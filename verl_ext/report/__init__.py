@@ -1,1 +1,1 @@
-"""Reports on runs, from what they left behind."""
+"""Compare runs by the files in their folders."""

@@ -1,9 +1,9 @@
-"""Compares runs, finished or still going: tables and plots of what their metrics files say.
+"""Compare runs, finished or not, in tables and plots.
 
     python -m verl_ext.report RUN_DIR... [--out report] [--last 3]
 
-RUN_DIR is ``trainer.default_local_dir`` of a run, or a directory with several of them. Writes ``report.md``, the same
-as one file ``report.html``, and the plots. Damaged runs are named and left out; with none left, the exit status is 1.
+RUN_DIR is ``trainer.default_local_dir`` of a run, or a directory with several of them. Writes ``report.md``, the plots,
+and both as one file ``report.html``. Damaged runs are named and left out; if none is left, the exit status is 1.
 """
 
 import argparse
@@ -40,15 +40,15 @@ STYLE = (
 
 
 def find_runs(folders: list[Path]) -> tuple[list[Path], dict[Path, str]]:
-    """Find the directories of runs in or below ``folders``, and say which of these hold none."""
+    """Find the directories of runs in or below ``folders``; return also the folders without any, with the reason."""
     found = {folder: list(runs_below(folder)) for folder in folders}
     once = {os.path.realpath(run): run for runs in found.values() for run in runs}
-    none = {f: f"{f} holds no run: there is no {CONFIG_FILE} of one in or below it" for f in folders if not found[f]}
+    none = {f: f"{f} holds no run: no {CONFIG_FILE} of a run is in or below it" for f in folders if not found[f]}
     return list(once.values()), none
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
-    """Walk ``folder`` for directories of runs, in order; one that cannot be listed counts, so that it is named."""
+    """Yield the directories of runs in or below ``folder``, then the unreadable ones, so that they are named."""
     closed: list[Path] = []
     for top, below, files in os.walk(folder, onerror=lambda e: closed.append(Path(e.filename))):
         here = Path(top)
@@ -59,19 +59,18 @@ def runs_below(folder: Path) -> Iterator[Path]:
 
 
 def is_foreign(top: Path, name: str, in_run: bool) -> bool:
-    """Tell whether a directory is Hydra's, wandb's or, within a run, a checkpoint: no run is in those."""
-    if name == ".hydra" or (in_run and name.startswith("global_step_")):
-        return True
-    return top.name == "wandb" and os.path.isdir(top / name / "files")
+    """Tell whether a directory in ``top`` is Hydra's, wandb's or, in a run, a checkpoint; none of these holds runs."""
+    of_wandb = top.name == "wandb" and os.path.isdir(top / name / "files")
+    return of_wandb or name == ".hydra" or (in_run and name.startswith("global_step_"))
 
 
 def plain(text: object) -> str:
-    """Names and values as text: no markup, no line ends."""
+    """Escape the markup of a name or value."""
     return re.sub(r"([\\`*\[\]<>|!~])", r"\\\1", one_line(text))
 
 
 def markdown(table: pd.DataFrame, form: str = "") -> str:
-    """A data frame as a Markdown table; numbers by ``form``."""
+    """Write a data frame as a Markdown table, with ``form`` as the numbers' format."""
 
     def cell(x) -> str:
         if isinstance(x, float) and pd.isna(x):
@@ -86,87 +85,85 @@ def markdown(table: pd.DataFrame, form: str = "") -> str:
 
 
 def short_names(folders: list[Path]) -> dict[Path, str]:
-    """Runs by their path below what all have in common."""
+    """Name each run by its path below the folder that all share."""
     resolved = {f: Path(os.path.realpath(f)) for f in folders}
     common = Path(os.path.commonpath([r.parent for r in resolved.values()]))
     return {f: one_line(r.relative_to(common)) for f, r in resolved.items()}
 
 
 def describe_values(by_method: dict[str, str]) -> str:
-    """``1e-4: ppo, rloo; 2e-4: grpo``"""
-    methods: dict[str, list[str]] = {}
-    for method, value in by_method.items():
-        methods.setdefault(value, []).append(method)
+    """Group methods by their value: ``1e-4: ppo, rloo; 2e-4: grpo``."""
+    methods = {value: [m for m in by_method if by_method[m] == value] for value in by_method.values()}
     return "; ".join(f"{value}: {', '.join(names)}" for value, names in methods.items())
 
 
 def faults_of(runs: list[Run], damaged: dict[Path, str]) -> list[tuple[Path, str]]:
-    """What was left out, and why: whole runs, and parts of those that are reported."""
+    """List what was left out and why: whole runs, then parts of the reported ones."""
     whole = [(folder, f"left out: {fault}") for folder, fault in damaged.items()]
     parts = [(run.folder, fault) for run in runs for fault in run.faults]
     return [(folder, one_line(fault)) for folder, fault in whole + parts]
 
 
 def print_faults(runs: list[Run], damaged: dict[Path, str]) -> None:
-    """Print what was left out, one line each, to the standard error."""
+    """Print what was left out to the standard error, one line each."""
     for folder, fault in faults_of(runs, damaged):
         print(f"{one_line(folder)}: {fault}", file=sys.stderr)
 
 
 def pass_k_parts(tables: dict[int, pd.DataFrame], unstored: list[str]) -> Iterator[str]:
-    """The report's paragraphs on pass@k for k > 1."""
+    """Yield the report's paragraphs on pass@k for k > 1."""
     for k, table in tables.items():
         yield f"## pass@{k}, %"
         if k == min(tables):
             yield (
-                "1 - C(n - c, k) / C(n, k), the mean over questions: n stored responses per question, c of them right. "
-                "With its 95 % interval (Student's t), over seeds, or over questions where there is one run. verl's "
+                "Mean over questions of 1 - C(n - c, k) / C(n, k), with n stored responses per question, c of them "
+                "right, and its 95 % interval (Student's t) over seeds, or over questions for a single run. verl's "
                 "`best@k` is not shown: it draws with replacement, so it is biased low."
             )
             if any(POOLED in t for t in tables.values()):
                 yield (
-                    f"{POOLED}: the stored responses do not name their benchmark. A reward function that returns "
-                    "`data_source` separates them."
+                    f"{POOLED}: the stored responses do not name their benchmark. Let the reward function return "
+                    "`data_source` to separate them."
                 )
         yield markdown(table)
     if unstored:
         yield (
-            f"Without stored responses, from which pass@k for k > 1 is computed: {', '.join(unstored)}. "
-            "`trainer.validation_data_dir=FOLDER`, one per run, stores them."
+            f"No pass@k for k > 1, because no responses are stored: {', '.join(unstored)}. "
+            "`trainer.validation_data_dir=FOLDER`, one folder per run, stores them."
         )
 
 
 def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str], out: Path, last: int) -> str:
-    """Draw the plots into ``out``; returns the report as Markdown."""
-    # First: reading stored responses takes those away that are damaged.
+    """Draw the plots into ``out`` and return the report as Markdown."""
+    # Before the tables: reading stored responses drops the damaged ones.
     unstored = without_samples(runs)
     difficulty, pass_k = difficulty_table(runs), pass_k_tables(runs)
     plots = dict(draw_all(runs, difficulty, out))
-    parts = ["# Comparison of runs"]
     names = short_names([r.folder for r in runs] + waiting + list(damaged))
     going = [f"{plain(names[r.folder])}: {r.state}" for r in runs if r.state != "finished"]
-    parts.append(f"{len(runs)} runs." + (f" Not finished: {'; '.join(going)}." if going else " All finished."))
+    state = f"Not finished: {'; '.join(going)}." if going else "All finished."
+    parts = ["# Comparison of runs", f"{len(runs)} runs. {state}"]
     if waiting:
-        parts.append(f"Without metrics yet: {', '.join(plain(names[f]) for f in waiting)}.")
+        parts.append(f"No metrics yet: {', '.join(plain(names[f]) for f in waiting)}.")
     if faults := faults_of(runs, damaged):
         table = pd.DataFrame([(names[folder], fault) for folder, fault in faults], columns=["run", "fault"])
-        parts += ["**Damaged or odd:**", markdown(table.set_index("run"))]
+        parts += ["**Left out:**", markdown(table.set_index("run"))]
     if repeated := repeated_seeds(runs):
-        parts.append(f"**The same seed twice, counted once in intervals:** {plain('; '.join(repeated))}.")
-    others = other_differences(runs)
-    if others:
-        numbered = " Runs of a method that differ in much are numbered." if any("#" in r.method for r in runs) else ""
-        parts.append(f"**The runs differ in more than the method.**{numbered} What else is not the same:")
-        parts.append(markdown(pd.DataFrame({n: {"values": describe_values(v)} for n, v in others.items()}).T))
+        parts.append(f"**Runs with the same seed, counted once in intervals:** {plain('; '.join(repeated))}.")
+    if others := other_differences(runs):
+        numbered = (
+            " Methods with too many differences for a name are numbered." if any("#" in r.method for r in runs) else ""
+        )
+        table = pd.DataFrame({n: {"values": describe_values(v)} for n, v in others.items()}).T
+        parts += [f"**The runs differ in more than the method.**{numbered} Other differences:", markdown(table)]
     elif len({r.method for r in runs}) > 1:
-        parts.append("The runs differ in method and seed alone.")
+        parts.append("The runs differ only in method and seed.")
 
     if any(1 in r.pass_at for r in runs):
-        parts.append("## pass@1, %")
-        parts.append("Mean over seeds, with its 95 % interval (Student's t) where there are several.")
-        parts.append(markdown(pass_table(runs, last)))
+        text = "Mean over seeds, with its 95 % interval (Student's t) if there are several."
+        parts += ["## pass@1, %", text, markdown(pass_table(runs, last))]
     else:
-        parts.append("There is no evaluation yet.")
+        parts.append("No evaluation yet.")
     parts += pass_k_parts(pass_k, [plain(names[r.folder]) for r in unstored])
     if tables := published_tables(runs):
         parts.append("## Published pass@1, %")
@@ -176,27 +173,25 @@ def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str],
         parts.append(image("pass_at_1.png", plots))
 
     if len(difficulty):
-        parts.append("## Gain by difficulty, points of pass@1")
-        parts.append(
+        text = (
             "By a question's pass rate at step 0, over all runs from the same model. With few samples per question, "
             "regression to the mean inflates gains in the lowest band and deflates them in the highest."
         )
-        parts += [markdown(100 * difficulty, "+.1f"), image("difficulty.png", plots)]
+        parts += ["## Gain by difficulty, points of pass@1", text, markdown(100 * difficulty, "+.1f")]
+        parts.append(image("difficulty.png", plots))
 
     curves = [p for p in plots if p not in ("pass_at_1.png", "difficulty.png")]
     if curves:
-        parts.append("## Training")
-        parts.append(
-            f"Thick: mean over runs; thin: the runs. Running means of {SMOOTHING} steps. For methods that log no KL of "
-            "their own it is verl's `actor/ppo_kl`, measured within the updates."
+        text = (
+            f"Thick: mean over runs; thin: single runs. Running means over {SMOOTHING} steps. For methods without a KL "
+            "metric of their own it is verl's `actor/ppo_kl`, measured within the updates."
         )
-        parts.append("\n".join(image(p, plots) for p in curves))
+        parts += ["## Training", text, "\n".join(image(p, plots) for p in curves)]
     if len(times := time_table(runs)):
-        parts += ["## Time, seconds per step", "Medians, without the first 5 steps of a run.", markdown(times, ".2f")]
+        parts += ["## Time, seconds per step", "Medians, without each run's first 5 steps.", markdown(times, ".2f")]
 
-    parts.append("## Runs")
     about = {names[r.folder]: {"method": r.method, "seed": r.seed, "state": r.state} for r in runs}
-    parts.append(markdown(pd.DataFrame(about).T))
+    parts += ["## Runs", markdown(pd.DataFrame(about).T)]
     parts.append(f"verl {version('verl')}, verl-disco {version('verl-disco')}, torch {version('torch')}.")
     return "\n\n".join(parts) + "\n"
 
@@ -206,8 +201,8 @@ def image(file: str, titles: dict[str, str]) -> str:
 
 
 def to_html(text: str, folder: Path) -> str:
-    """The report in one file, its images inside."""
-    # Names of runs and settings are text, never markup: HTML in Markdown stays off.
+    """Render the report as one HTML file, images included."""
+    # Names of runs and settings may look like HTML and must stay text.
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
 
     def embed(match: re.Match) -> str:
@@ -228,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--last", type=int, default=3, help="evaluations in 'mean of last'")
     args = parser.parse_args(arguments)
     if args.last < 1:
-        parser.error(f"--last {args.last}: it must be at least 1")
+        parser.error(f"--last {args.last} must be at least 1")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file; name a directory")
     folders, none = find_runs(args.runs)
@@ -236,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     damaged = none | damaged
     if not runs:
         print_faults(runs, damaged)
-        raise SystemExit("nothing to report: " + ("no run is left" if damaged else "no run has logged a step yet"))
+        raise SystemExit("nothing to report: " + ("no run is readable" if damaged else "no run has logged a step yet"))
     args.out.mkdir(parents=True, exist_ok=True)
     waiting = [f for f in folders if f not in damaged and f not in {r.folder for r in runs}]
     text = write_report(runs, waiting, damaged, args.out, args.last)

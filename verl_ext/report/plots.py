@@ -1,5 +1,6 @@
-"""The plots of a report, one PNG each."""
+"""Draw the plots of a report."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,36 +17,36 @@ CURVES = {
     "length": ("response length, tokens", "response_length/mean"),
     "mixed": ("share of questions with right and wrong responses", "training/mixed_questions"),
 }
-"""File -> title, and the metric; where it was not logged, a recipe's."""
+"""File name -> title, and verl's metric; a recipe's metrics stand in if a run did not log that."""
 
 SMOOTHING = 5
-"""Steps of the running mean over curves of training; evaluations are drawn as they are."""
+"""Steps of the running mean over training curves; evaluations are drawn as they are."""
+
+
+GAIN = "gain of pass@1 by pass rate at the start"
 
 
 def curve_of(run: Run, name: str) -> pd.Series:
     if name == "kl" and run.algorithm == "kl_cov":
-        # verl logs the mean of |log ratio| under the name of the KL.
+        # verl logs the mean of |log ratio| as ``actor/ppo_kl``.
         return pd.Series(dtype=float)
     return run.column(*metric_names(name, CURVES[name][1])).rolling(SMOOTHING, min_periods=1).mean()
 
 
 def pass_at_1_of(run: Run) -> pd.Series:
-    """Mean over benchmarks."""
+    """Average pass@1 over benchmarks."""
     return run.pass_at[1].mean(axis=1) if 1 in run.pass_at else pd.Series(dtype=float)
 
 
 def draw_all(runs: list[Run], difficulty: pd.DataFrame, out: Path) -> list[tuple[str, str]]:
-    """Write the plots into ``out``; returns file names and titles of those that have anything to show."""
+    """Write the plots that have anything to show into ``out``; return their file names and titles."""
     import matplotlib
 
     matplotlib.use("Agg")
     written = []
-    panels: dict[str, tuple[str, Callable[[Run], pd.Series]]] = {
-        "pass_at_1": ("pass@1, mean over benchmarks", pass_at_1_of)
-    }
-    for name, (title, _) in CURVES.items():
-        panels[name] = (title, lambda run, name=name: curve_of(run, name))
-    # A method's name may hold the value of a setting, and a dollar sign in it begins no formula.
+    panels: dict[str, tuple[str, Callable]] = {"pass_at_1": ("pass@1, mean over benchmarks", pass_at_1_of)}
+    panels |= {name: (title, functools.partial(curve_of, name=name)) for name, (title, _) in CURVES.items()}
+    # A method's name may hold a setting's value with a dollar sign, which must not start a formula.
     with matplotlib.rc_context({"text.parse_math": False}):
         for name, (title, of) in panels.items():
             bounds = [recipe.kl_bound(r.settings) for r in runs if name == "kl" for recipe in installed()]
@@ -54,12 +55,12 @@ def draw_all(runs: list[Run], difficulty: pd.DataFrame, out: Path) -> list[tuple
                 written.append((f"{name}.png", title))
         if len(difficulty):
             draw_bars(difficulty, out / "difficulty.png")
-            written.append(("difficulty.png", "gain of pass@1 by pass rate at the start"))
+            written.append(("difficulty.png", GAIN))
     return written
 
 
 def draw_curves(runs: list[Run], of: Callable[[Run], pd.Series], title: str, levels: set[float], path: Path) -> bool:
-    """Draw one line per method, the mean over its runs, and thin ones for these. False if there is nothing to draw."""
+    """Draw a line per method, the mean over its runs, and thin lines for these; return whether there was any."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -70,7 +71,7 @@ def draw_curves(runs: list[Run], of: Callable[[Run], pd.Series], title: str, lev
         color = f"C{i % 10}"
         for c in curves if len(curves) > 1 else ():
             axis.plot(c.index, c, color=color, alpha=0.25, linewidth=0.8)
-        # Only over steps that all runs have: one that is still going would bend the mean.
+        # Only over steps that all runs have: an unfinished run would distort the mean.
         mean = pd.concat(curves, axis=1).dropna().mean(axis=1)
         axis.plot(mean.index, mean, color=color, label=f"{method}, {len(curves)} run{'s' * (len(curves) > 1)}")
     drawn = bool(axis.lines)
@@ -86,14 +87,13 @@ def draw_curves(runs: list[Run], of: Callable[[Run], pd.Series], title: str, lev
 
 
 def draw_bars(table: pd.DataFrame, path: Path) -> None:
-    """Draw one group of bars per band, one bar per method, in percentage points."""
+    """Draw a group of bars per band of difficulty, a bar per method, in percentage points."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     (100 * table.T).plot.bar(ax=axis, rot=0, width=0.8)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="pass rate at the start", ylabel="gain of pass@1, points")
-    axis.set_title("gain of pass@1 by pass rate at the start")
+    axis.set(xlabel="pass rate at the start", ylabel="gain of pass@1, points", title=GAIN)
     axis.grid(alpha=0.3, axis="y")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""Reads runs for a report: settings, metrics, evaluations, and which of them are the same method."""
+"""Read runs for a report: settings, metrics, evaluations, and the method of each."""
 
 import functools
 import math
@@ -24,36 +24,36 @@ from verl_ext.runs.folder import (
 )
 
 EVALUATION = re.compile(r"^val-core/(?P<benchmark>.+)/(?:acc|reward|score)/mean@(?P<n>\d+)$")
-"""verl's name for pass@1 over n samples. Its ``best@k/mean`` is no pass@k: drawn with replacement, it is biased low."""
+"""verl's name for pass@1 over n samples. Its ``best@k`` is not pass@k: drawn with replacement, it is biased low."""
 
 POOLED = "all benchmarks"
-"""Stands for the benchmark of stored responses that do not name theirs, where several were evaluated."""
+"""Benchmark of stored responses that do not name theirs, if several benchmarks were evaluated."""
 
 SAMPLE = re.compile(r"(?P<question>.+)_\d+_\d+$")
-"""verl's ``uid`` of a stored response: question, sample, and which of the sample's outputs it is."""
+"""verl's ``uid`` of a stored response: question, sample, and index of the sample's output."""
 
 COPIES = ("verl_ext.", "critic.loss_")
-"""Nodes that follow from the method; recipes add theirs."""
+"""Settings that follow from the method; recipes add theirs."""
 
 LONGEST_NAME = 80
-"""Characters of a method's name that tables and legends have room for."""
+"""Characters of a method's name that fit into tables and legends."""
 
 NO_SETTING = re.compile(r"(^|[._])(seed|.*_dir|.*_name|logger|prepare|validator|save_freq|max_.*_ckpt_to_keep)$")
-"""Settings in which any two runs may differ."""
+"""Settings that may differ between any two runs."""
 
 
 @dataclass
 class Run:
-    """One run.
+    """A run that has logged metrics.
 
     Args:
         folder: its ``trainer.default_local_dir``.
         settings: by full name.
-        metrics: one row per logged step, indexed by step; one column per metric, all of them numbers.
-        method: the algorithm, and what else is set otherwise in its other runs.
-        pass_at: under 1, pass@1 by step and benchmark, as verl logged it.
-        dumps: the file of stored responses of each evaluated step that has one.
-        faults: what was found damaged in it and is left out.
+        metrics: one row per logged step, indexed by step; one numeric column per metric.
+        method: the algorithm, plus the settings in which its other runs differ.
+        pass_at: {1: pass@1 by step and benchmark, as verl logged it}.
+        dumps: evaluated step -> file of its stored responses.
+        faults: what is damaged and left out.
     """
 
     folder: Path
@@ -75,23 +75,21 @@ class Run:
 
     @property
     def state(self) -> str:
-        """``finished`` or ``step 40 of 100``."""
+        """Either ``finished`` or ``step 40 of 100``."""
         if (self.folder / FINISHED_FILE).exists():
             return "finished"
         total = self.settings.get("trainer.total_training_steps")
         return one_line(f"step {self.metrics.index.max()}" + (f" of {total}" if total else ""))
 
     def column(self, *names: str) -> pd.Series:
-        """The first of the metrics ``names`` that was logged, without gaps; empty if none was."""
-        for name in names:
-            if name in self.metrics:
-                return self.metrics[name].dropna()
-        return pd.Series(dtype=float)
+        """Return the first of the metrics ``names`` that was logged, without gaps; empty if none was."""
+        found = next((self.metrics[name] for name in names if name in self.metrics), pd.Series(dtype=float))
+        return found.dropna()
 
     def answers(self, step: int) -> pd.DataFrame:
-        """Count the evaluated responses of a step, by question: see :func:`read_answers`.
+        """Count the evaluated responses of a step by question, as :func:`read_answers`; empty if none are stored.
 
-        Empty where none are stored. A damaged file is told in ``faults``, and the run has no stored responses then.
+        A damaged file is added to ``faults``, and all stored responses of the run are left out.
         """
         if step not in self._answers and step in self.dumps:
             known = list(self.pass_at.get(1, ()))
@@ -108,19 +106,19 @@ ANSWERS = ["question", "benchmark", "samples", "right", "largest_k"]
 
 
 def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
-    """Count stored responses by question, and say what is odd about them.
+    """Count stored responses by question; return also what is left out.
 
-    verl numbers the questions of an evaluation in ``uid``. Without that, a question is told by benchmark and text, and
-    two of one text are one with twice the samples.
+    verl's ``uid`` identifies a question. Without it, benchmark and text do, and questions with the same text become
+    one with more samples.
 
     Args:
-        file: verl's, one response per line.
+        file: written by verl, one response per line.
         benchmark: of responses that do not name theirs as ``data_source``.
 
     Returns:
-        One row per question: ``question``, its text; ``benchmark``; how many ``samples``; the sum of their scores,
-        ``right``; and ``largest_k``, the usual number of samples in its benchmark: pass@k is told up to there. It is 0
-        for graded scores, of which none is simply right.
+        One row per question: its text (``question``), ``benchmark``, number of ``samples``, sum of their scores
+        (``right``), and ``largest_k``, the usual number of samples in the benchmark and the limit for pass@k; 0 for
+        graded scores, which are not simply right or wrong.
 
     Raises:
         ValueError: the file is damaged; names file, line and fault.
@@ -139,12 +137,12 @@ def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
             key = uid
             if match := SAMPLE.match(uid):
                 key = match["question"]
-                # A sample of several turns has an output for each, all with its score.
+                # A sample with several turns has an output per turn, all with the same score.
                 if (sample := uid.rpartition("_")[0]) in outputs:
                     continue
                 outputs.add(sample)
         if (row := questions.get(key)) is None:
-            # Interned, so that the runs of a sweep share their texts. A lone surrogate fits into no table.
+            # Interned, so that the runs of a sweep share memory. pandas cannot store a lone surrogate.
             text = sys.intern(text.encode(errors="replace").decode())
             row = questions[key] = [text, benchmark, 0, 0.0, math.nan]
         if row[1] is benchmark and isinstance(source, str):
@@ -160,20 +158,20 @@ def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
     usual = table.groupby("benchmark")["samples"].transform(lambda n: n.mode().max())
     table["largest_k"] = usual.where(~table["benchmark"].isin(graded.index), 0)
     faults = [
-        f"{file}: scores of {name} are graded ({score:g}), not 1 or 0 for right or wrong; it has no pass@k for k > 1 "
-        "and no gain by difficulty"
+        f"{file}: scores of {name} are graded ({score:g}), not 1 or 0; {name} is left out of pass@k for k > 1 and of "
+        "gain by difficulty"
         for name, score in graded.items()
     ]
     if short := int((table["samples"] < table["largest_k"]).sum()):
         faults.append(
-            f"{file}: {short} of {len(table)} questions have fewer samples than most of their benchmark; they are left "
-            "out of pass@k for k above their own number"
+            f"{file}: {short} of {len(table)} questions have fewer samples than most in their benchmark; they are left "
+            "out of pass@k for k above that number"
         )
     return table[ANSWERS], faults
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value from a file is a number that a float can hold; null is none, NaN is one."""
+    """Tell whether a value from a file is a finite number that fits a float, or NaN."""
     try:
         return isinstance(value, int | float) and not math.isinf(value)
     except OverflowError:
@@ -181,19 +179,19 @@ def is_number(value: object) -> bool:
 
 
 def one_line(text: object) -> str:
-    """A name or a value as text that tables, plots and terminals take: no line ends, controls or half characters."""
+    """Convert a name or value to text for tables, plots and terminals: one line, printable characters only."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(text).split()))
 
 
 def read_run(folder: Path) -> Run | None:
-    """Read a run; None where there are no metrics yet.
+    """Read a run; None if it has no metrics yet.
 
     Raises:
-        ValueError: ``folder`` is no directory of a run, or the run is damaged; one sentence with file and fault.
+        ValueError: ``folder`` is not a run's, or the run is damaged; one sentence with file and fault.
     """
     try:
         if not (folder / CONFIG_FILE).exists():
-            raise ValueError(f"{folder} is no run: it has no {CONFIG_FILE}; give trainer.default_local_dir of runs")
+            raise ValueError(f"{folder} is not a run: it has no {CONFIG_FILE}; give trainer.default_local_dir of runs")
         logged = (folder / METRICS_FILE).exists()
     except OSError as e:
         raise ValueError(f"{folder} cannot be read: {e.strerror}") from None
@@ -212,20 +210,14 @@ def read_run(folder: Path) -> Run | None:
         for name, value in row.items()
         if value is not None and not is_number(value)
     ]:
-        faults.append(f"{folder / METRICS_FILE}: {len(odd)} values that are no numbers are left out, first {odd[0]}")
-    pass_at_1 = evaluations(metrics)
-    return Run(
-        folder,
-        settings,
-        metrics,
-        pass_at={1: pass_at_1} if len(pass_at_1) else {},
-        dumps=stored_responses(folder, settings, metrics.index),
-        faults=faults,
-    )
+        faults.append(f"{folder / METRICS_FILE}: {len(odd)} values that are not numbers are left out, first {odd[0]}")
+    pass_at = {1: found} if len(found := evaluations(metrics)) else {}
+    dumps = stored_responses(folder, settings, metrics.index)
+    return Run(folder, settings, metrics, pass_at=pass_at, dumps=dumps, faults=faults)
 
 
 def stored_responses(folder: Path, settings: dict, steps: pd.Index) -> dict[int, Path]:
-    """The file of stored responses of each of ``steps`` that has one: in the run, else where its settings say."""
+    """Find the files of stored responses of ``steps``, in the run's folder or else where its settings say."""
     told = settings.get("trainer.validation_data_dir")
     places = [Path(told)] if isinstance(told, str) and told else []
     files = [f for place in (*places, folder / "validation") for f in place.glob("*.jsonl")]
@@ -233,39 +225,36 @@ def stored_responses(folder: Path, settings: dict, steps: pd.Index) -> dict[int,
 
 
 def evaluations(metrics: pd.DataFrame) -> pd.DataFrame:
-    """pass@1 by step and benchmark: the mean over all samples of a question."""
+    """Collect pass@1 by step and benchmark, the mean over all samples of a question."""
     found: dict[str, pd.Series] = {}
     for name in metrics:
         if match := EVALUATION.match(name):
             values = metrics[name].dropna()
-            # A resumed run may draw another number of samples, which verl logs under another name.
+            # A resumed run may draw another number of samples, which changes the metric's name.
             found[match["benchmark"]] = found.get(match["benchmark"], values).combine_first(values)
     return pd.DataFrame(found).sort_index()
 
 
 @functools.cache
 def own_settings(algorithm: str) -> dict:
-    """What the algorithm's YAML file sets, by full name, with those of the algorithms that it builds on."""
+    """Read what the algorithm's YAML file and those it builds on set, by full name."""
     file = recipes.options("algorithm").get(algorithm)
     if file is None:
         return {}
     node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     bases = [b for b in node.pop("defaults", ()) if isinstance(b, str) and b != "_self_"]
-
     return {n: v for base in bases for n, v in own_settings(base).items()} | full_names("", node)
 
 
 def is_the_methods_own(name: str, run: Run) -> bool:
-    """Whether a setting has the value that the run's algorithm gives it."""
+    """Tell whether a setting has the value that the run's algorithm gives it."""
     own = own_settings(run.algorithm)
-    if name not in own:
-        return False
     # An interpolation follows from other settings, which are compared themselves.
-    return "${" in str(own[name]) or run.settings.get(name) == own[name]
+    return name in own and ("${" in str(own[name]) or run.settings.get(name) == own[name])
 
 
 def values_of(name: str, settings: list[dict]) -> list:
-    """The different values of a setting; 10 and 10.0 are one."""
+    """List the different values of a setting; 10 and 10.0 are the same."""
     found = []
     for s in settings:
         if s.get(name) not in found:
@@ -274,17 +263,17 @@ def values_of(name: str, settings: list[dict]) -> list:
 
 
 def differences(settings: list[dict]) -> list[str]:
-    """Names of settings that are not the same in all, but for those in which any two runs may differ."""
+    """Name the settings that differ, except those that may differ between any two runs."""
     copies = COPIES + tuple(name for recipe in recipes.installed() for name in recipe.copies)
     names = sorted({n for s in settings for n in s if not NO_SETTING.search(n) and not n.startswith(copies)})
     return [n for n in names if len(values_of(n, settings)) > 1]
 
 
 def read_runs(folders: list[Path]) -> tuple[list[Run], dict[Path, str]]:
-    """Read the runs with metrics, and say why a damaged one is left out.
+    """Read the runs with metrics; return also the damaged ones, with the reason.
 
-    Methods are named: ``grpo (kl_coef=0.1)`` where there is also another grpo; ``grpo #2`` where what tells them apart
-    is too much for a name, and stands in the table of :func:`other_differences` alone.
+    A method is named ``grpo (kl_coef=0.1)`` if other grpo runs differ, and ``grpo #2`` if the differences are too long
+    for a name; :func:`other_differences` lists them.
     """
     runs, damaged = [], {}
     for folder in folders:
@@ -300,9 +289,9 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], dict[Path, str]]:
 
 
 def name_methods(runs: list[Run]) -> None:
-    """Name the methods of runs of one algorithm by what differs between them."""
+    """Name the method of each run of one algorithm by the settings that differ."""
     alike = [run.settings for run in runs]
-    # Of what only some of them know, options were given; the rest is of another version.
+    # A setting that only some runs have was given if it is optional; else it belongs to another version.
     optional = tuple(name for recipe in recipes.installed() for name in recipe.optional)
     told = [n for n in differences(alike) if n.startswith(optional) or all(n in s for s in alike)]
     for run in runs:
@@ -315,23 +304,23 @@ def name_methods(runs: list[Run]) -> None:
 
 
 def refuse_shared_dumps(runs: list[Run]) -> None:
-    """Leave out stored responses in a folder of several runs: each has written over those of the others."""
+    """Leave out stored responses in a folder of several runs, which have overwritten each other's files."""
     folders = [{f.parent: f.parent.resolve() for f in run.dumps.values()} for run in runs]
     users = Counter(resolved for places in folders for resolved in set(places.values()))
     for run, places in zip(runs, folders, strict=True):
         if shared := [place for place, resolved in places.items() if users[resolved] > 1]:
             run.faults.append(
-                f"trainer.validation_data_dir={shared[0]} is that of several runs, whose stored responses cannot be "
-                "told apart; they are left out. Give each run a folder of its own"
+                f"trainer.validation_data_dir={shared[0]} is shared by several runs, whose responses are left out; "
+                "give each run a folder of its own"
             )
             run.dumps = {}
 
 
 def other_differences(runs: list[Run]) -> dict[str, dict[str, str]]:
-    """{setting: {method: value}} for what differs between runs beside the method; nothing for an equal comparison.
+    """Return {setting: {method: value}} for what differs besides the method; empty for a fair comparison.
 
-    A difference belongs to the methods where each run has the value that its own algorithm sets, and those whose
-    algorithms do not set it have one value.
+    A difference belongs to the method if each run has its own algorithm's value, and all runs whose algorithms set none
+    have the same value.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for name in differences([r.settings for r in runs]):
@@ -347,6 +336,6 @@ def other_differences(runs: list[Run]) -> dict[str, dict[str, str]]:
 
 
 def repeated_seeds(runs: list[Run]) -> list[str]:
-    """``grpo, seed 1``: what stands in more than one run, which says nothing of the spread over seeds."""
+    """List method and seed of repeated runs (``grpo, seed 1``), which say nothing about the spread over seeds."""
     counts = Counter(f"{r.method}, seed {r.seed}" for r in runs)
     return sorted(name for name, count in counts.items() if count > 1)

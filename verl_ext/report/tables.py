@@ -1,5 +1,6 @@
-"""The tables of a report, as data frames: pass@k, gain by difficulty, time."""
+"""Compute the tables of a report as data frames: pass@k, gain by difficulty, time."""
 
+import bisect
 import itertools
 import math
 import re
@@ -16,13 +17,15 @@ from verl_ext import recipes
 from verl_ext.report.read import EVALUATION, Run
 
 BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Upper ends of the bands of difficulty; the first and the last of all shares stand alone: 0, (0, .25], ... 1."""
+"""Bounds of the bands of difficulty; 0 and 1 are bands of their own: 0, (0, .25], ..., (.75, 1), 1."""
+
+BAND_NAMES = ("0", *(f"({a:g}, {b:g}{']' if b < 1 else ')'}" for a, b in itertools.pairwise(BANDS)), "1")
 
 PHASES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor", "update_weights")
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t); NaN for a single value, and both without any."""
+    """Return the mean and half the width of its 95 % interval (Student's t); NaN where there are too few values."""
     values = np.asarray(values, dtype=float)
     n = len(values)
     if n < 2:
@@ -31,22 +34,22 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
 
 
 def percent(mean: float, half: float) -> str:
-    """``81.3 ± 2.1`` in percent; nothing for NaN."""
+    """Write a share in percent, ``81.3 ± 2.1``; empty for NaN."""
     return "" if math.isnan(mean) else f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
 
 
 def with_mean(by_benchmark: pd.DataFrame) -> pd.DataFrame:
-    """The columns, one per benchmark, with their mean beside them where there are several."""
+    """Add the mean over benchmarks, the columns, if there are several."""
     return by_benchmark.assign(mean=by_benchmark.mean(axis=1)) if by_benchmark.shape[1] > 1 else by_benchmark
 
 
 def over_seeds(values: pd.DataFrame) -> dict[str, str]:
-    """The cells of a table's row: of each column, the mean over rows with its interval."""
+    """Write each column's mean over rows, with its interval, as the cells of a table's row."""
     return {name: percent(*mean_and_interval(values[name].dropna())) for name in values}
 
 
 def summarise(evaluations: pd.DataFrame, last: int, end: int) -> dict[str, pd.Series]:
-    """A run's pass@1 by benchmark up to step ``end``, in the ways that are usual; the mean over benchmarks beside."""
+    """Summarise pass@1 up to step ``end``, by benchmark and their mean: start, final, best, mean of ``last``."""
     table = with_mean(evaluations).loc[:end]
     found = {"start (step 0)": table.loc[0]} if 0 in table.index else {}
     found |= {f"final (step {end})": table.loc[end], "best": table.max()}
@@ -54,7 +57,7 @@ def summarise(evaluations: pd.DataFrame, last: int, end: int) -> dict[str, pd.Se
 
 
 def pass_table(runs: list[Run], last: int) -> pd.DataFrame:
-    """Method and summary x benchmark, pass@1 in percent, with its interval over seeds.
+    """Tabulate pass@1 in percent with its interval over seeds: method and summary x benchmark.
 
     The runs of a method are compared up to the last step that all of them have.
     """
@@ -72,7 +75,7 @@ def pass_table(runs: list[Run], last: int) -> pd.DataFrame:
 
 
 def named(rows: dict[tuple[str, str], dict], what: str) -> pd.DataFrame:
-    """Rows by method and summary as a table, its second heading ``what``."""
+    """Make a table of rows by method and summary, with ``what`` as the second heading."""
     table = pd.DataFrame(rows).T
     if len(table):
         table.index.names = ["method", what]
@@ -81,22 +84,22 @@ def named(rows: dict[tuple[str, str], dict], what: str) -> pd.DataFrame:
 
 @cache
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that ``k`` of a question's ``samples``, drawn without replacement, hold a right one.
+    """Estimate pass@k without bias: the chance that ``k`` of ``samples``, drawn without replacement, hold a right one.
 
-    Its mean over evaluations is pass@k for any number of samples from ``k`` on: 1 - C(n - c, k) / C(n, k).
+    1 - C(n - c, k) / C(n, k), with n ``samples`` and c ``right``.
     """
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def shares(answers: pd.DataFrame, k: int) -> pd.Series:
-    """pass@k of each question that has ``k`` samples, indexed by benchmark."""
+    """Compute pass@k of each question with at least ``k`` samples, indexed by benchmark."""
     enough = answers[(answers["samples"] >= k) & (answers["largest_k"] >= k)]
     counts = zip(enough["samples"], enough["right"], strict=True)
     return pd.Series([pass_at_k(n, int(c), k) for n, c in counts], index=enough["benchmark"], dtype=float)
 
 
 def over_questions(values: pd.Series) -> dict[str, str]:
-    """As :func:`over_seeds` for one run: the intervals are over the questions of each benchmark."""
+    """Write the same cells as :func:`over_seeds` for one run, with intervals over the questions of each benchmark."""
     found = {name: mean_and_interval(of) for name, of in values.groupby(level=0)}
     if len(found) > 1:
         means, halves = zip(*found.values(), strict=True)
@@ -105,19 +108,19 @@ def over_questions(values: pd.Series) -> dict[str, str]:
 
 
 def stored_in_common(runs: list[Run]) -> tuple[list[Run], list[int]]:
-    """Pick the runs of a method with stored responses, one per seed, and step 0 and the last step that all stored."""
+    """Pick a method's runs with stored responses, one per seed, and of the steps that all stored the 0th and last."""
     stored = list({r.seed: r for r in runs if r.dumps}.values())
     common = set.intersection(*(set(r.dumps) for r in stored)) if stored else set()
     steps = sorted(common & {0, max(common, default=0)})
     for run in stored:
         for step in steps:
             run.answers(step)
-    # A run found damaged while it is read has no stored responses any more.
+    # Reading drops the stored responses of a run that turns out to be damaged.
     return (stored, steps) if all(r.dumps for r in stored) else stored_in_common(runs)
 
 
 def pass_k_table(runs: list[Run], k: int) -> pd.DataFrame:
-    """Method and step x benchmark, pass@k in percent from stored responses, at the start and the end.
+    """Tabulate pass@k in percent from stored responses, first and last step: method and step x benchmark.
 
     Its interval is over seeds, or over questions for a single run.
     """
@@ -135,19 +138,18 @@ def pass_k_table(runs: list[Run], k: int) -> pd.DataFrame:
 
 
 def pass_k_tables(runs: list[Run]) -> dict[int, pd.DataFrame]:
-    """{k: its table} for k = 2, 4, 8 ... as far as there are samples."""
+    """Return {k: table} for k = 2, 4, 8, ... up to the number of samples."""
     tables = ((2**i, pass_k_table(runs, 2**i)) for i in itertools.count(1))
     return dict(itertools.takewhile(lambda item: len(item[1]), tables))
 
 
 def without_samples(runs: list[Run]) -> list[Run]:
-    """Runs that drew several responses per question in an evaluation, of which none are stored."""
-    several = [any((m := EVALUATION.match(name)) and int(m["n"]) > 1 for name in r.metrics) for r in runs]
-    return [r for r, drew in zip(runs, several, strict=True) if drew and not r.dumps]
+    """Find runs that evaluated several responses per question and stored none."""
+    return [r for r in runs if not r.dumps and any((m := EVALUATION.match(n)) and int(m["n"]) > 1 for n in r.metrics)]
 
 
 def by_method(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs by method, in the order in which they come."""
+    """Group runs by method, in their order."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.method, []).append(run)
@@ -156,19 +158,19 @@ def by_method(runs: list[Run]) -> dict[str, list[Run]]:
 
 @cache
 def published() -> dict:
-    """Published results: source -> model -> method -> benchmark -> pass@1."""
+    """Read published results: source -> model -> method -> benchmark -> pass@1."""
     told = {r.source: resources.files(r.config) / r.published for r in recipes.installed() if r.published}
     return {source: OmegaConf.to_container(OmegaConf.load(str(file))) for source, file in told.items()}
 
 
 def plain(name: str) -> str:
-    """A benchmark's name without case, separators and century."""
+    """Reduce a benchmark's name to lower case, without separators and century."""
     return re.sub(r"20(2\d)", r"\1", re.sub(r"[-_ /]", "", name.lower()))
 
 
 def published_tables(runs: list[Run]) -> dict[str, pd.DataFrame]:
-    """Published pass@1 by source, for the runs' model and the benchmarks that they evaluate, where any matches."""
-    # An evaluation says what the model was trained from.
+    """Tabulate published pass@1 by source, for the models and benchmarks of the runs."""
+    # An evaluation of a trained model names its base model.
     models = {Path(str(r.settings.get("base_model") or model_of(r))).name for r in runs}
     benchmarks = [b for r in runs for b in r.pass_at.get(1, ())]
     tables = {}
@@ -185,10 +187,10 @@ def published_tables(runs: list[Run]) -> dict[str, pd.DataFrame]:
 
 
 def difficulty_table(runs: list[Run]) -> pd.DataFrame:
-    """Mean gain of pass@1 by band of difficulty, from stored responses: one row per method, one column per band.
+    """Tabulate the mean gain of pass@1 by band of difficulty, from stored responses: method x band.
 
-    A question's difficulty is its pass rate at step 0, over all runs that start from the same model. Runs with other
-    seeds drew other samples, so the more runs, the less the lowest band gains by chance alone.
+    A question's difficulty is its pass rate at step 0 over all runs from the same model. Runs with different seeds drew
+    different samples, so the more runs there are, the smaller is the regression to the mean.
     """
     starts: dict[str, list[pd.DataFrame]] = {}
     for run in runs:
@@ -204,11 +206,11 @@ def difficulty_table(runs: list[Run]) -> pd.DataFrame:
         for band, values in gain.groupby(before.reindex(gain.index).map(band_of)):
             rows.setdefault(run.method, {}).setdefault(band, []).append(values.mean())
     table = pd.DataFrame({m: {b: np.mean(gains) for b, gains in bands.items()} for m, bands in rows.items()}).T
-    return table.reindex(columns=[b for b in band_names() if b in table])
+    return table.reindex(columns=[b for b in BAND_NAMES if b in table])
 
 
 def pass_rates(answers: pd.DataFrame) -> pd.Series:
-    """Pass rate by question, but for those with graded scores."""
+    """Compute the pass rate by question, without those with graded scores."""
     sums = answers[answers["largest_k"] > 0].groupby("question")[["right", "samples"]].sum()
     return sums["right"] / sums["samples"]
 
@@ -217,20 +219,13 @@ def model_of(run: Run) -> str:
     return str(run.settings.get("actor_rollout_ref.model.path"))
 
 
-def band_names() -> list[str]:
-    between = [f"({low:g}, {high:g}{']' if high < 1 else ')'}" for low, high in itertools.pairwise(BANDS)]
-    return ["0", *between, "1"]
-
-
 def band_of(share: float) -> str:
-    """0, (0, .25], (.25, .5], (.5, .75], (.75, 1), 1"""
-    if share in (0.0, 1.0):
-        return band_names()[0 if share == 0 else -1]
-    return band_names()[1 + next(i for i, high in enumerate(BANDS[1:]) if share <= high)]
+    """Name the band of a pass rate."""
+    return BAND_NAMES[-1] if share == 1 else BAND_NAMES[bisect.bisect_left(BANDS, share)]
 
 
 def time_table(runs: list[Run], skip: int = 5) -> pd.DataFrame:
-    """Seconds per step (medians without the first steps) in all and by phase, tokens/s, share of the update."""
+    """Tabulate median seconds per step, in all and by phase, without each run's first ``skip`` steps."""
     rows = {}
     for method, group in by_method(runs).items():
         frame = pd.concat([r.metrics.loc[r.column("timing_s/step").index[skip:]] for r in group])
@@ -239,7 +234,7 @@ def time_table(runs: list[Run], skip: int = 5) -> pd.DataFrame:
         median = frame.median(numeric_only=True)
         step = median["timing_s/step"]
         phases = {p: median[f"timing_s/{p}"] for p in PHASES if f"timing_s/{p}" in frame}
-        # verl's "gen" ends when the prompts are sent; it waits for responses and rewards in between.
+        # verl's own "gen" ends when the prompts are sent, before it waits for responses and rewards.
         phases["generation, rewards, other"] = max(step - sum(phases.values()), 0.0)
         update = phases.get("update_actor", 0.0) + phases.get("update_critic", 0.0)
         rows[method] = {"step": step, **phases, "update, % of step": 100 * update / step}

@@ -1,11 +1,11 @@
-"""Draws each question's weight in a method's gradient as a function of its pass rate p.
+"""Draw the per-question gradient weight of a method as a function of the pass rate p.
 
     python -m verl_ext.report.weights [--out weights.png] [ALGORITHM[,OVERRIDE...] ...]
 
-The weight is the sum of dJ_q/ds over the question's right responses, s the mean log-probability of a response's tokens
-and J = mean_q J_q what the method maximises (the loss, its sign turned): how hard an update pulls right responses up.
-Nothing is read from a formula: a batch of one question for each p = 1/n, 2/n, ... is made, and the method's own
-estimator and loss, as ``algorithm=NAME`` composes them, are called and differentiated.
+The weight is the sum of dJ_q/ds over a question's right responses, where s is the mean log-probability of a response's
+tokens and J = mean_q J_q is minus the method's loss: how strongly an update raises right responses. It is measured: the
+method's own estimator and loss, as ``algorithm=NAME`` composes them, are called on a batch with one question for each
+p = 1/n, 2/n, ..., and differentiated.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from verl.workers.utils.losses import ppo_loss
 from verl_ext.recipes import installed
 
 ALGORITHMS = ("grpo", "dr_grpo")
-"""What is drawn by default, with what recipes name."""
+"""Algorithms drawn by default, besides those that recipes name."""
 
 TOKENS = 8
 """Length of the constructed responses."""
 
 
 def compose(algorithm: str, *overrides: str) -> DictConfig:
-    """What ``python -m verl.trainer.main_ppo algorithm=ALGORITHM OVERRIDES`` would train with."""
+    """Compose the settings of ``python -m verl.trainer.main_ppo algorithm=ALGORITHM OVERRIDES``."""
     common = [f"algorithm={algorithm}", "actor_rollout_ref.rollout.name=hf"]
     common += [f"actor_rollout_ref.{m}_micro_batch_size_per_gpu=1" for m in ("actor.ppo", "rollout.log_prob")]
     with hydra.initialize_config_module("verl.trainer.config", version_base=None):
@@ -54,15 +54,15 @@ def batch_loss(
     values: Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> Tensor:
-    """Compute the loss that a method minimises on one mini-batch, by the functions that trainer and worker call.
+    """Compute a method's loss on one mini-batch, with the functions that trainer and worker call.
 
     Args:
         config: a composed configuration.
-        log_prob, old_log_prob, ref_log_prob: (B, T) nats, under the policy, the behaviour policy and the reference.
+        log_prob, old_log_prob, ref_log_prob: (B, T) nats, of the policy, the behaviour policy and the reference model.
         response_mask: (B, T), ones from the left.
-        reward: (B,) at each response's last token.
-        uid: (B,) the question of each response.
-        values: (B, T) of a critic, for GAE.
+        reward: (B,), given at each response's last token.
+        uid: (B,), question of each response.
+        values: (B, T), of a critic, for GAE.
         entropy: (B, T) nats, for an entropy bonus.
     """
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
@@ -93,7 +93,7 @@ def batch_loss(
         config=config.algorithm,
     )
 
-    # The engine's layout: one prompt token a row, and each token's log-probability at the position before it.
+    # The engine's layout: one prompt token per row, and each token's log-probability at the position before it.
     ones = torch.ones(len(log_prob), 1, dtype=torch.long)
     fields = {
         "prompts": ones,
@@ -118,7 +118,7 @@ def batch_loss(
 
 
 def question_weights(config: DictConfig, n: int) -> list[float]:
-    """dJ_q/ds summed over right responses, for questions with 1, ..., n - 1 of n right, where pi_theta is pi_old."""
+    """Sum dJ_q/ds over right responses, for questions with 1, ..., n - 1 of n right, at pi_theta = pi_old."""
     uid = [right for right in range(1, n) for _ in range(n)]
     log_prob = torch.full((len(uid), TOKENS), -0.5, dtype=torch.float64).requires_grad_()
     reward = torch.tensor([float(i < right) for right in range(1, n) for i in range(n)], dtype=torch.float64)
@@ -132,13 +132,13 @@ def question_weights(config: DictConfig, n: int) -> list[float]:
         uid=uid,
     )
     (gradient,) = torch.autograd.grad(loss, log_prob)
-    # s is a mean over tokens, so its derivative is the sum of theirs; J is a mean over the n - 1 questions.
+    # s is a mean over tokens, so dJ/ds is the sum of their derivatives; J is a mean over the n - 1 questions.
     right = -(n - 1) * gradient.sum(-1) * reward
     return right.reshape(n - 1, n).sum(-1).tolist()
 
 
 def draw(algorithms: Sequence[str], sizes: Sequence[int], path: Path) -> None:
-    """Draw the weights of each ``NAME[,OVERRIDE...]`` for each group size, over their largest."""
+    """Draw the weights of each ``NAME[,OVERRIDE...]`` for each group size, divided by their maximum."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,15 +147,13 @@ def draw(algorithms: Sequence[str], sizes: Sequence[int], path: Path) -> None:
     figure, axes = plt.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4), layout="constrained", sharey=True)
     for n, axis in zip(sizes, np.atleast_1d(axes), strict=True):
         for i, algorithm in enumerate(algorithms):
-            # A constant length normaliser is the length here, so that it scales nothing.
+            # With the responses' own length, a constant length normaliser scales nothing.
             common = [f"data.max_response_length={TOKENS}", f"actor_rollout_ref.rollout.n={n}"]
-            weights = question_weights(compose(*algorithm.split(","), *common), n)
-            share = [right / n for right in range(1, n)]
-            largest = max(weights)
+            weights = np.array(question_weights(compose(*algorithm.split(","), *common), n))
             style = ("-", "--", ":", "-.")[i % 4]
-            axis.plot(share, [w / largest for w in weights], marker=".", linestyle=style, label=algorithm)
-        axis.set(title=f"n = {n}", xlabel="share of right responses p", ylim=(0, 1.08), xlim=(0, 1))
-    np.atleast_1d(axes)[0].set_ylabel("weight of the question, over its largest")
+            axis.plot(np.arange(1, n) / n, weights / weights.max(), marker=".", linestyle=style, label=algorithm)
+        axis.set(title=f"n = {n}", xlabel="pass rate p", ylim=(0, 1.08), xlim=(0, 1))
+    np.atleast_1d(axes)[0].set_ylabel("per-question gradient weight, relative to its maximum")
     np.atleast_1d(axes)[-1].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -170,7 +168,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="responses per question")
     args = parser.parse_args()
     if "ppo" in args.algorithms:
-        parser.error("ppo's weights come from a critic, of which there is none here; name other algorithms")
+        parser.error("ppo's weights come from a critic, and there is none here; name other algorithms")
     draw(args.algorithms, args.n, args.out)
     print(args.out)
 

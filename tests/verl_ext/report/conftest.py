@@ -15,7 +15,7 @@ def settings(algorithm: str, seed: int, **more) -> dict:
         "verl_ext.algorithm": algorithm,
         "disco.delta": 0.001,
         "disco.score": "log_l",
-        "algorithm.adv_estimator": "gae" if algorithm == "ppo" else "grpo",
+        "algorithm.adv_estimator": {"ppo": "gae", "disco": "disco"}.get(algorithm, "grpo"),
         "actor_rollout_ref.model.path": "models/toy",
         "actor_rollout_ref.actor.optim.lr": 1e-4,
         "trainer.total_training_steps": 20,

@@ -220,7 +220,7 @@ def test_values_that_are_no_numbers_are_left_out_and_counted(make, tmp_path):
         f.write(json.dumps(row) + '\n{"step": 22, "critic/score/mean": NaN, "disco/kl": -Infinity}\n')
     status, text, _ = run_report(tmp_path, folder)
     assert status == 0
-    assert "4 values that are no numbers are left out, first critic/score/mean='\\<b\\>' at step 21 |" in text
+    assert "4 values that are not numbers are left out, first critic/score/mean='\\<b\\>' at step 21 |" in text
     (run,), _ = read_runs([folder])
     assert run.column("critic/score/mean").index.max() == 20 and run.column("disco/kl").index.max() == 20
 
@@ -250,11 +250,11 @@ def test_folders_without_runs_are_named_and_the_others_reported(make, tmp_path, 
     file.touch()
     status, text, _ = run_report(tmp_path, whole, empty, tmp_path / "missing", file)
     assert status == 0 and "1 runs." in text
-    assert (
-        "| empty | left out: " in text and "empty holds no run: no config.yaml of a run is in or below it" in text
-    )
+    assert "| empty | left out: " in text and "empty holds no run: no config.yaml of a run is in or below it" in text
     error = capsys.readouterr().err
-    assert "missing is not a run: it has no config.yaml" in error and "file is not a run: it has no config.yaml" in error
+    assert (
+        "missing is not a run: it has no config.yaml" in error and "file is not a run: it has no config.yaml" in error
+    )
 
 
 def test_a_folder_that_cannot_be_listed_is_named_and_the_others_reported(make, tmp_path, capsys, monkeypatch):

@@ -211,7 +211,7 @@ def test_benchmarks_that_cannot_be_told_apart_are_pooled_by_name(make, tmp_path)
     assert list(table.columns) == ["seeds", POOLED]
     assert report.main([str(folder), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "all benchmarks: the stored responses do not name their benchmark." in text and "`data_source`" in text
+    assert "all benchmarks: the stored responses do not name their benchmark. Let" in text and "`data_source`" in text
 
 
 def test_without_stored_responses_there_is_no_pass_at_k_but_the_setting_that_gives_it(make, tmp_path):
@@ -220,12 +220,12 @@ def test_without_stored_responses_there_is_no_pass_at_k_but_the_setting_that_giv
     assert report.main([str(folder), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## pass@1, %" in text and "## pass@4" not in text and "70.0" not in text and "95.0" not in text
-    assert "disco-1. `trainer.validation_data_dir=FOLDER`, one per run, stores them." in text
+    assert "disco-1. `trainer.validation_data_dir=FOLDER`, one folder per run, stores them." in text
     # With them, it is told how it is computed.
     store(folder, 20, [("a", 4, 1), ("b", 4, 1)])
     assert report.main([str(folder), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "1 - C(n - c, k) / C(n, k)" in text and "| disco | final (step 20) | 1 | 50.0 ± 0.0 |" in text
+    assert "1 - C(n - c, k) / C(n, k), with n stored" in text and "| disco | final (step 20) | 1 | 50.0 ± 0.0 |" in text
     assert "validation_data_dir" not in text
 
 
@@ -236,7 +236,7 @@ def test_a_folder_of_stored_responses_that_several_runs_write_to_is_not_read(mak
     store(folders[2], 20, [("a", 4, 1)])
     runs, _ = read_runs(folders)
     assert {r.method for r in runs if r.dumps} == {"ppo"}
-    assert ["is that of several runs" in f for r in runs for f in r.faults] == [True, True]
+    assert ["is shared by several runs" in f for r in runs for f in r.faults] == [True, True]
     # For one alone, it is where its responses are.
     assert list(only(folders[0]).dumps) == [20]
 

@@ -89,7 +89,7 @@ def test_runs_that_differ_in_much_have_short_names_and_a_table(make, tmp_path):
         assert (values["disco #1"], values["disco #2"]) == (str(i), str(i + 1))
     assert report.main([*map(str, folders), "--out", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "Runs of a method that differ in much are numbered." in text
+    assert "Methods with too many differences for a name are numbered." in text
     assert "actor_rollout_ref.rollout.setting\\_29" in text or "actor_rollout_ref.rollout.setting_29" in text
 
 
@@ -180,7 +180,7 @@ def test_the_command_writes_a_self_contained_page(make, tmp_path, monkeypatch, c
     report.main()
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert "3 runs. Not finished: a \\<b\\>&c: step 20 of 20." in text
-    assert "The runs differ in method and seed alone." in text
+    assert "The runs differ only in method and seed." in text
     assert "| disco | final (step 20) | 2 | 80.0 ± 0.0 |" in text
     plots = {"pass_at_1", "reward", "entropy", "kl", "length", "mixed", "difficulty"}
     assert {f.stem for f in out.glob("*.png")} == plots
@@ -210,8 +210,8 @@ def test_there_is_a_plot_of_each_metric_that_was_logged(make, tmp_path):
 
 def test_what_is_no_run_is_refused(tmp_path, make):
     found, none = report.find_runs([tmp_path])
-    assert found == [] and "holds no run: there is no config.yaml" in none[tmp_path]
-    with pytest.raises(ValueError, match="is no run: it has no config.yaml"):
+    assert found == [] and "holds no run: no config.yaml" in none[tmp_path]
+    with pytest.raises(ValueError, match="is not a run: it has no config.yaml"):
         read_run(tmp_path)
     waiting = make("disco", 1)
     (waiting / runs.METRICS_FILE).write_text("")
