@@ -289,7 +289,7 @@ def _by_megatron(split: DictConfig, shape: Shape, world: int, tokens: float, par
 
 
 def _activations(shape: Shape, tokens: float, layers: float, recomputed: bool) -> dict[str, float]:
-    """In half precision: each layer's input, and inside a layer per token ten vectors of its width, three of its MLP's."""
+    """In half precision: each layer's input, and within a layer per token ten of its vectors and three of its MLP's."""
     inside = 2 * tokens * (10 * shape.hidden_size + 3 * shape.active_width)
     return {"kept": 2 * tokens * shape.hidden_size * layers, "inside": inside if recomputed else inside * layers}
 
