@@ -122,7 +122,7 @@ def test_the_commands_of_contributing_compose(files, compose):
     assert configs[0].disco.options == {"slope": 0.1}
     assert configs[1].data.max_response_length == 64 and configs[1].reward.custom_reward_function.path == "reward.py"
     variant = compose("algorithm=disco_hard", "hydra.searchpath=[file://config]")
-    assert (variant.disco.negatives, variant.disco.tau, variant.verl_ext.algorithm) == ("topk", 10, "disco_hard")
+    assert (variant.disco.negatives, variant.disco.delta, variant.verl_ext.algorithm) == ("topk", 1e-4, "disco_hard")
 
 
 @pytest.mark.parametrize("document", ["CONTRIBUTING.md", *(f"docs/algorithms/{n}.md" for n in PAGES)])

@@ -18,7 +18,7 @@ EXPORTS = {
     "Controller.load_state_dict": "(self, state)",
     "Controller.penalty": "(self, kl)",
     "Controller.state_dict": "(self)",
-    "DiscoConfig": "(objective='disco', score='log_l', tau=10.0, surrogate='identity', negatives='softmax', "
+    "DiscoConfig": "(objective='disco', score='log_l', tau=None, surrogate='identity', negatives='softmax', "
     "top_share=0.25, scale=1.0, length_temperature=0.1, max_length=8192, kl_estimator='k1', "
     "constraint='squared_hinge', delta=0.0001, kl_floor=None, beta=1000.0, rho=1000.0, coefficient=0.1, "
     "measure='exact', positive_threshold=1.0, module=None, options=<factory>)",
@@ -32,7 +32,7 @@ EXPORTS = {
     "Score": "()",
     "Score.__call__": "(self, log_prob, base_log_prob, mask, rho=None)",
     "Sides": "(positive, negative)",
-    "disco_loss": "(log_prob, old_log_prob, response_mask, reward, uid, *, objective='disco', score='log_l', tau=10.0, "
+    "disco_loss": "(log_prob, old_log_prob, response_mask, reward, uid, *, objective='disco', score='log_l', tau=None, "
     "delta=0.0001, beta=1000.0, kl_estimator='k1', positive_threshold=1.0, ref_log_prob=None, "
     "rollout_is_weights=None, constraint='squared_hinge', **settings)",
     "register_controller": "(name)",
@@ -106,6 +106,6 @@ def test_a_type_checker_sees_the_types_of_a_users_code(tmp_path):
     assert [line.split(": ", 1)[1] for line in said.splitlines() if "user.py" in line] == [
         'note: Revealed type is "torch._tensor.Tensor"',
         'note: Revealed type is "float"',
-        'error: Argument "tau" to "disco_loss" has incompatible type "str"; expected "float"  [arg-type]',
+        'error: Argument "tau" to "disco_loss" has incompatible type "str"; expected "float | None"  [arg-type]',
         'error: Argument "margin" to "Mine" has incompatible type "str"; expected "float"  [arg-type]',
     ], said

@@ -80,7 +80,7 @@ class Controller(Component):
         """Restore what :meth:`state_dict` gave."""
 
 
-CONTROLLERS: Registry[Controller] = Registry("constraint")
+CONTROLLERS: Registry[Controller] = Registry("constraint", Controller)
 register_controller = CONTROLLERS.register
 """Class decorator: register a controller under the name that ``disco.constraint`` takes."""
 

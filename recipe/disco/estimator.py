@@ -63,7 +63,7 @@ def disco_advantage(
     return advantages, advantages
 
 
-def refuse_policy_loss(**unused: Any) -> tuple[Tensor, dict]:
+def refuse_policy_loss(*arguments: Any, **named: Any) -> tuple[Tensor, dict]:
     """What verl calls as a policy loss where the worker is not ours.
 
     Raises:
@@ -71,7 +71,7 @@ def refuse_policy_loss(**unused: Any) -> tuple[Tensor, dict]:
     """
     raise ValueError(
         f"actor_rollout_ref.actor.policy_loss.loss_mode={NAME} is computed by DisCO's own worker, which this run does "
-        "not have; start from algorithm=disco"
+        "not have; start from algorithm=disco (recipe/disco/loss.py is the loss, worker.py the worker)"
     )
 
 

@@ -1,6 +1,6 @@
 """The loss L, twice: as a definition in plain autograd, and in the separable form that training uses.
 
-    L = -J + penalty(KL)          (paper: penalty = (beta/2) max(KL - delta, 0)^2)
+    L = -J + penalty(KL)          (published: penalty = (beta/2) max(KL - delta, 0)^2)
 
 Once J's derivatives w_i = dJ/ds_i and the penalty's derivative c are known for the whole mini-batch, the gradient of L
 is a sum over responses,
@@ -32,7 +32,7 @@ def disco_loss(
     *,
     objective: str = "disco",
     score: str = "log_l",
-    tau: float = 10.0,
+    tau: float | None = None,
     delta: float = 1e-4,
     beta: float = 1e3,
     kl_estimator: str = "k1",
@@ -59,7 +59,8 @@ def disco_loss(
             of any sizes.
         objective, score, kl_estimator: names; see :mod:`~recipe.disco.objectives`, :mod:`~recipe.disco.scores`,
             :mod:`~recipe.disco.constraint`.
-        tau: temperature of the negatives' softmax, in units of the score; > 0. Published: 10 (log-L), 1 (L-ratio).
+        tau: temperature of the negatives' softmax, in units of the score; > 0. By default the score's
+            published one: 10 (log-L), 1 (L-ratio).
         delta: radius of the trust region, in nats per token; >= 0. Published: 1e-4.
         beta: weight of the squared hinge; >= 0. Published: 1e3.
         ref_log_prob: (B, T) log-probabilities under the frozen reference, for scores that compare with it.
@@ -74,15 +75,20 @@ def disco_loss(
         without a token has no score: it is on neither side, is counted, and its question still counts in Q.
 
     Raises:
-        ValueError: for an unknown name, a setting that nothing uses, a constant out of range, shapes that do not fit,
-            or NaN in the data.
+        ValueError: for an unknown name, one of ``settings`` that nothing uses, a constant out of range, shapes that do
+            not fit, or NaN in the data.
 
     Source: arXiv 2505.12366, Section 4 (DRO form and squared hinge penalty).
     """
     owners = OBJECTIVES[objective], SCORES[score], CONTROLLERS[constraint]
     if unused := sorted(set(settings).difference(*map(settings_of, owners))):
         raise ValueError(f"{unused[0]} is no setting of {objective=}, {score=} or {constraint=}")
-    settings |= {"tau": tau, "delta": delta, "beta": beta}
+    settings |= {"delta": delta, "beta": beta}
+    tau = SCORES[score].published_tau if tau is None else tau
+    if tau is not None:
+        settings["tau"] = tau
+    elif "tau" in settings_of(OBJECTIVES[objective]):
+        raise ValueError(f"disco.score={score} has no published tau; give tau")
     require_finite("positive_threshold", positive_threshold)
     j, s, penalty = (
         OBJECTIVES.build(objective, settings),
@@ -114,7 +120,8 @@ def question_ids(uid: Sequence[Hashable] | Tensor) -> list[int]:
     """Number the questions 0, 1, ... in order of first appearance."""
     uid = uid.tolist() if hasattr(uid, "tolist") else list(uid)
     number: dict[Hashable, int] = {}
-    return [number.setdefault(u, len(number)) for u in uid]
+    # Tensors are equal to themselves alone.
+    return [number.setdefault(u.item() if isinstance(u, Tensor) else u, len(number)) for u in uid]
 
 
 def check_inputs(

@@ -21,7 +21,7 @@ from typing import ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from recipe.disco.registry import Component, Registry, number
+from recipe.disco.registry import Component, Registry, choice, number
 
 
 class Group(NamedTuple):
@@ -52,7 +52,7 @@ class Objective(Component):
         raise NotImplementedError
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective")
+OBJECTIVES: Registry[Objective] = Registry("objective", Objective)
 register_objective = OBJECTIVES.register
 """Class decorator: register an objective under the name that ``disco.objective`` takes."""
 
@@ -90,8 +90,8 @@ class Disco(Objective):
     stacked = True
 
     tau: float = number(above=0)
-    surrogate: str = "identity"
-    negatives: str = "softmax"
+    surrogate: str = choice("identity", SURROGATES)
+    negatives: str = choice("softmax", NEGATIVES)
     top_share: float = number(0.25, above=0, most=1)
     scale: float = number(1.0, above=0)
 
@@ -121,7 +121,7 @@ class DiscoB(Objective):
 
     stacked = True
 
-    surrogate: str = "identity"
+    surrogate: str = choice("identity", SURROGATES)
     scale: float = number(1.0, above=0)
 
     def __call__(self, group: Group) -> Sides:
@@ -200,10 +200,10 @@ class Questions(NamedTuple):
 def by_question(positive: Tensor, question: Tensor, length: Tensor) -> Questions:
     """Sort rows by question and kind. Arguments as for :func:`evaluate`."""
     rows = (question >= 0).nonzero().flatten()
-    ids, number = question[rows].unique(return_inverse=True)
+    ids, member = question[rows].unique(return_inverse=True)
     scored = length[rows] > 0
     rows = rows[scored]
-    kind = 2 * number[scored] + ~positive[rows]
+    kind = 2 * member[scored] + ~positive[rows]
     rows = rows[kind.argsort(stable=True)]
     counts = kind.bincount(minlength=2 * len(ids)).view(-1, 2)
     start = counts.sum(1).cumsum(0) - counts.sum(1)
@@ -299,7 +299,7 @@ def weigh(
 ) -> tuple[Evaluation, Tensor]:
     """J and the weights w_i = dJ/ds_i, shape (B,), in float64 and without a graph. Arguments as for :func:`evaluate`.
 
-    Positives of a mixed group get w >= 0, negatives w <= 0, all others 0.
+    With the objectives above, positives of a mixed group get w >= 0, negatives w <= 0, all others 0.
 
     Raises:
         ValueError: as :func:`evaluate`, or a weight is NaN or infinite.

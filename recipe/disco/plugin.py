@@ -51,7 +51,7 @@ RECIPE = Recipe(
     },
     totals=("disco/measure_seconds",),
     kl_bound=kl_bound,
-    copies=("disco_published_tau.", "actor_rollout_ref.actor.policy_loss.disco."),
+    copies=("actor_rollout_ref.actor.policy_loss.disco.",),
     optional=("disco.options",),
     published="published.yaml",
     source="the DisCO paper (arXiv 2505.12366)",

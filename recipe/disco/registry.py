@@ -1,8 +1,8 @@
 """Names to implementations that own their settings; errors name the setting, the value found, what would be right."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, field, fields, is_dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 T = TypeVar("T", bound="Component")
@@ -13,6 +13,11 @@ def number(
 ) -> Any:
     """Declare a dataclass field that holds a finite number within these bounds."""
     return field(default=default, metadata={"bounds": {"minimum": minimum, "above": above, "most": most}})
+
+
+def choice(default: str, choices: Collection[str]) -> Any:
+    """Declare a dataclass field that holds one of these names."""
+    return field(default=default, metadata={"choices": choices})
 
 
 def require_finite(
@@ -31,7 +36,7 @@ def require_finite(
     inside = (
         (minimum is None or found >= minimum) and (above is None or found > above) and (most is None or found <= most)
     )
-    if isinstance(value, bool) or not math.isfinite(found) or not inside:
+    if isinstance(value, bool | str) or not math.isfinite(found) or not inside:
         raise ValueError(f"{name}={value!r} is not a finite number{' and'.join(bounds)}")
     return found
 
@@ -48,9 +53,11 @@ class Component:
 
 
 def check(f: Field, value: Any) -> None:
-    """Refuse a value outside of the bounds that :func:`number` declared."""
+    """Refuse a value that :func:`number` or :func:`choice` does not allow."""
     if "bounds" in f.metadata:
         require_finite(f"disco.{f.name}", value, **f.metadata["bounds"])
+    if value not in f.metadata.get("choices", (value,)):
+        raise ValueError(f"disco.{f.name}={value!r} is unknown; choose from {sorted(f.metadata['choices'])}")
 
 
 def settings_of(cls: type[Component]) -> dict[str, Field]:
@@ -61,18 +68,19 @@ def settings_of(cls: type[Component]) -> dict[str, Field]:
 class Registry(Generic[T]):
     """Implementations by name, for the setting ``disco.{setting}``."""
 
-    def __init__(self, setting: str):
+    def __init__(self, setting: str, base: type[T]):
         self.setting = setting
+        self.base = base
         self._items: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator. A second implementation under a name is an error, not an overwrite."""
 
         def add(cls: type[T]) -> type[T]:
-            if not (isinstance(cls, type) and is_dataclass(cls) and issubclass(cls, Component)):
+            if not (isinstance(cls, type) and issubclass(cls, self.base) and "__dataclass_fields__" in vars(cls)):
                 raise TypeError(
-                    f"disco.{self.setting}={name}: {cls!r} is no dataclass that inherits from the base class in "
-                    "recipe.disco (Objective, Score, Controller); its fields are its settings"
+                    f"disco.{self.setting}={name}: {cls!r} must be a dataclass that inherits from "
+                    f"{self.base.__module__}.{self.base.__name__}; its fields are its settings"
                 )
             if self._items.get(name, cls) is not cls:
                 raise ValueError(f"disco.{self.setting}={name} is registered already, as {self._items[name]}")
@@ -93,8 +101,8 @@ class Registry(Generic[T]):
         for setting, f in owned.items():
             if setting not in settings and f.default is MISSING and f.default_factory is MISSING:
                 raise ValueError(
-                    f"disco.{self.setting}={name} needs the setting {setting!r}; "
-                    f"give it as +disco.options.{setting}=VALUE"
+                    f"disco.{self.setting}={name} needs the setting {setting!r}; give it (in a run: "
+                    f"+disco.options.{setting}=VALUE)"
                 )
         return cls(**{setting: settings[setting] for setting in owned if setting in settings})
 

@@ -49,13 +49,15 @@ class Score(Component):
     """Every response has the same score where pi_theta = pi_old."""
     correctable: ClassVar[bool] = True
     """It takes importance weights of tokens, ``rho``."""
+    published_tau: ClassVar[float | None] = None
+    """Temperature of the softmax over negatives that was published with it."""
 
     def __call__(self, log_prob: Tensor, base_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
         """One score per response, (B,), with a gradient; ``rho`` is given only where :attr:`correctable` is True."""
         raise NotImplementedError
 
 
-SCORES: Registry[Score] = Registry("score")
+SCORES: Registry[Score] = Registry("score", Score)
 register_score = SCORES.register
 """Class decorator: register a score under the name that ``disco.score`` takes."""
 
@@ -64,6 +66,8 @@ register_score = SCORES.register
 @dataclass(frozen=True)
 class LogLikelihood(Score):
     """log-L: s(o) = (1/|o|) sum_t log pi_theta(o_t), in nats per token, <= 0."""
+
+    published_tau = 10.0
 
     def __call__(self, log_prob: Tensor, base_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
         return token_mean(log_prob, mask, rho)
@@ -75,6 +79,7 @@ class LikelihoodRatio(Score):
     """L-ratio: s(o) = (1/|o|) sum_t pi_theta(o_t) / pi_old(o_t), > 0, and 1 where pi_theta = pi_old."""
 
     constant_at_old = True
+    published_tau = 1.0
 
     def __call__(self, log_prob: Tensor, base_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
         return token_mean((masked(log_prob, mask) - masked(base_log_prob, mask)).exp(), mask, rho)
@@ -86,6 +91,7 @@ class LogRatio(Score):
     """s(o) = (1/|o|) sum_t log( pi_theta(o_t) / pi_old(o_t) ), in nats per token; REAL's (arXiv 2602.05630)."""
 
     constant_at_old = True
+    published_tau = 0.5
 
     def __call__(self, log_prob: Tensor, base_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
         return token_mean(masked(log_prob, mask) - masked(base_log_prob, mask), mask, rho)
@@ -94,10 +100,11 @@ class LogRatio(Score):
 @register_score("log_ratio_ref")
 @dataclass(frozen=True)
 class LogRatioToReference(LogRatio):
-    """The same to the frozen reference; TRPA's (arXiv 2504.04524)."""
+    """The same to the frozen reference; TRPA's (arXiv 2504.04524), which has no tau: log-L's is our choice."""
 
     base = "reference"
     constant_at_old = False
+    published_tau = 10.0
 
 
 def compute_score(

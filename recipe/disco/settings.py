@@ -1,13 +1,13 @@
 """Typed settings of the method: the node ``disco``."""
 
 import functools
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.disco.constraint import CONTROLLERS, KL_ESTIMATORS, Controller, build_controller
-from recipe.disco.objectives import NEGATIVES, OBJECTIVES, SURROGATES, Objective
+from recipe.disco.objectives import OBJECTIVES, Objective
 from recipe.disco.registry import check, require_finite, settings_of
 from recipe.disco.scores import SCORES, Score
 
@@ -24,7 +24,8 @@ class DiscoConfig:
     Args:
         objective: registered objective: disco (the discriminative family), disco_b, drpo, real.
         score: registered score: log_l, l_ratio, log_ratio, log_ratio_ref.
-        tau: temperature of the softmax over negatives (of the labels' logits in REAL), > 0.
+        tau: temperature of the softmax over negatives (of the labels' logits in REAL), > 0; None: the score's
+            published one.
         surrogate: of a difference of scores, for disco and disco_b: identity, logistic or squared_hinge.
         negatives: how disco aggregates over negatives: softmax, mean or topk.
         top_share: share of the negatives that topk keeps, in (0, 1].
@@ -49,7 +50,7 @@ class DiscoConfig:
 
     objective: str = "disco"
     score: str = "log_l"
-    tau: float = 10.0
+    tau: float | None = None
     surrogate: str = "identity"
     negatives: str = "softmax"
     top_share: float = 0.25
@@ -73,17 +74,19 @@ class DiscoConfig:
         for name, choices in (
             ("objective", OBJECTIVES),
             ("score", SCORES),
-            ("surrogate", SURROGATES),
-            ("negatives", NEGATIVES),
             ("kl_estimator", KL_ESTIMATORS),
             ("constraint", CONTROLLERS),
             ("measure", MEASURES),
         ):
             if getattr(self, name) not in list(choices):
                 raise ValueError(f"disco.{name}={getattr(self, name)!r} is unknown; choose from {sorted(choices)}")
+        if self.tau is None:
+            self.tau = SCORES[self.score].published_tau
+        if self.tau is None and "tau" in self.used():
+            raise ValueError(f"disco.score={self.score} has no published tau; set disco.tau")
         for setting, f in shipped_settings().items():
-            if setting in self.__dataclass_fields__:
-                check(f, getattr(self, setting))
+            if (value := getattr(self, setting, None)) is not None:
+                check(f, value)
         self._refuse_unused()
         require_finite("disco.positive_threshold", self.positive_threshold)
         if self.kl_floor is not None:
@@ -97,34 +100,40 @@ class DiscoConfig:
         if self.measure == "lagged" and SCORES[self.score].constant_at_old and not fixed_weights:
             raise ValueError(
                 f"disco.measure=lagged with disco.score={self.score} and disco.objective={self.objective}: all scores "
-                "are equal at old_log_probs, so the weights would silently be DisCO-b's; use disco.measure=exact, "
-                "disco.score=log_l or algorithm=disco_b"
+                "are equal at old_log_probs, so the weights would say nothing of the responses; use "
+                "disco.measure=exact, disco.score=log_l or algorithm=disco_b"
             )
 
     def _refuse_unused(self) -> None:
-        objective, used = settings_of(OBJECTIVES[self.objective]), self.used()
+        used, flat = self.used(), self.__dataclass_fields__
         for name in ("surrogate", "negatives", "top_share", "scale", "length_temperature", "max_length"):
-            default, value = self.__dataclass_fields__[name].default, getattr(self, name)
+            default, value = flat[name].default, getattr(self, name)
             if name == "negatives" and self.objective == "disco_b" and value == "mean":
                 continue
-            if value != default and name not in objective:
+            if value != default and name not in used:
                 raise ValueError(
                     f"disco.{name}={value} has no effect with disco.objective={self.objective}; leave it at {default}, "
-                    "or choose another objective (disco reads surrogate, negatives, top_share and scale)"
+                    "or choose another objective"
                 )
         for name in self.options:
-            if name in self.__dataclass_fields__:
+            if name in flat:
                 raise ValueError(f"disco.options.{name} would hide disco.{name}; set disco.{name}")
             if name not in used:
                 raise ValueError(
                     f"disco.options.{name} is no setting of disco.objective={self.objective}, disco.score={self.score} "
                     f"or disco.constraint={self.constraint}; they read {sorted(used)}"
                 )
+        for name, f in used.items():
+            if name in flat and f.default not in (MISSING, flat[name].default):
+                raise ValueError(
+                    f"the default {f.default!r} of {name!r} would never hold, as disco.{name} has one of its own "
+                    f"({flat[name].default!r}); leave the default out, or give the field another name"
+                )
 
-    def used(self) -> set[str]:
-        """Names of the settings that the objective, the score and the controller own."""
+    def used(self) -> dict[str, Field]:
+        """The settings that the objective, the score and the controller own, by name."""
         owners = OBJECTIVES[self.objective], SCORES[self.score], CONTROLLERS[self.constraint]
-        return set().union(*map(settings_of, owners))
+        return {name: f for owner in owners for name, f in settings_of(owner).items()}
 
     def settings(self) -> dict[str, Any]:
         """All settings by name, those of ``options`` among them."""
@@ -132,7 +141,7 @@ class DiscoConfig:
 
     def chosen(self) -> dict[str, Any]:
         """The arguments of :func:`recipe.disco.disco_loss` that make it this method."""
-        names = {"objective", "score", "kl_estimator", "constraint", "positive_threshold"} | self.used()
+        names = {"objective", "score", "kl_estimator", "constraint", "positive_threshold", *self.used()}
         return {name: value for name, value in self.settings().items() if name in names}
 
     def build_objective(self) -> Objective:
@@ -166,7 +175,8 @@ def load_once(module: str | None) -> None:
     try:
         load_module(module)
     except Exception as e:
-        raise ValueError(f"disco.module={module} cannot be loaded: {e!r}; give a file or pkg://a.module") from e
+        why = e.__cause__ or e
+        raise ValueError(f"disco.module={module} cannot be loaded: {why!r}; give a file or pkg://a.module") from e
 
 
 def parse(node: DictConfig | dict[str, Any]) -> DiscoConfig:
@@ -175,8 +185,6 @@ def parse(node: DictConfig | dict[str, Any]) -> DiscoConfig:
     Raises:
         ValueError: for an unknown field or a value out of range.
     """
-    # First the score: the default of tau is looked up by it.
-    DiscoConfig(score=node.get("score", "log_l"), module=node.get("module"))
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     values.pop("_target_", None)
     known = {f.name for f in fields(DiscoConfig)}

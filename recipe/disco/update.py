@@ -88,7 +88,7 @@ def plan_update(
 
     Args:
         table: the whole mini-batch, of all ranks.
-        positive_threshold: a response is positive when its reward is >= this, compared in float32.
+        positive_threshold: a response is positive when its reward is >= this.
         kl: what the penalty is taken at where the table's KL was not measured; by default the table's.
 
     Raises:
@@ -96,34 +96,36 @@ def plan_update(
             an objective or a controller gives and cannot be used.
     """
     check_table(table)
-    # In the rewards' own precision: a reward of 0.7 reaches a threshold of 0.7.
-    positive = table.reward.float() >= positive_threshold
-    rows = (table.score, positive, table.question, table.length)
-    tokens = int(table.length.sum())
-    measured = table.kl.sum() / max(tokens, 1)
+    real = table.question >= 0
+    tokens = int(table.length[real].sum())
+    measured = table.kl[real].sum() / max(tokens, 1)
     in_force = measured if kl is None else torch.full_like(measured, kl)
 
-    j = evaluate(objective, *rows)
-    _, weight = weigh(objective, *rows)
+    # In float32, as verl keeps rewards: one of 0.7 reaches a threshold of 0.7.
+    positive = table.reward.float() >= positive_threshold
+    rows = (table.score.double(), positive, table.question, table.length)
+    j, weight = weigh(objective, *rows)
+    if table.score.requires_grad:
+        j = evaluate(objective, *rows)
     penalty, coefficient = price(controller, in_force.item())
-    loss = -j.value + controller.penalty(in_force)
+    loss = (-j.value + controller.penalty(in_force)).to(table.score)
 
+    groups = group_metrics(table.score.detach(), *rows[1:], weight)
     metrics = {
         "loss": loss.item(),
         "objective": j.value.item(),
         "objective_positive": j.positive.item(),
         "objective_negative": j.negative.item(),
         **kl_metrics(controller, in_force.item()),
+        **(kl_noise(table.kl[real].detach(), table.length[real]) if kl is None else {}),
         "coefficient": coefficient,
         "penalty": penalty,
         **{f"constraint_{k}": v for k, v in controller.state_dict().items() if isinstance(v, int | float)},
-        **group_metrics(table.score.detach(), *rows[1:], weight),
-        "questions": float(len(table.question[table.question >= 0].unique())),
-        "padding_rows": float((table.question < 0).double().mean()),
-        "no_mixed_group": float(not bool(weight.any())),
+        **groups,
+        "questions": float(len(table.question[real].unique())),
+        "padding_rows": float((~real).sum() / max(len(real), 1)),
+        "no_mixed_group": float(groups["groups_mixed"] == 0),
     }
-    if kl is None:
-        metrics |= standard_error(table.kl.detach(), table.length)
     if not table.entropy.isnan().any():
         metrics["entropy"] = float(table.entropy.sum()) / max(tokens, 1)
     needs_gradient = (table.length > 0) & ((weight != 0) | (coefficient != 0))
@@ -136,9 +138,9 @@ def kl_metrics(controller: Controller, kl: float) -> dict[str, float]:
     return {"kl": kl} | ({} if delta is None else {"over_delta": float(kl > delta)})
 
 
-def standard_error(kl: Tensor, length: Tensor) -> dict[str, float]:
-    """The standard error of the mini-batch's KL, if there is one."""
-    error = kl_standard_error(kl, length)
+def kl_noise(kl_sum: Tensor, length: Tensor) -> dict[str, float]:
+    """The standard error of a measured KL, if there is one."""
+    error = kl_standard_error(kl_sum, length)
     return {} if error is None else {"kl_standard_error": error}
 
 

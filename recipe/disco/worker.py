@@ -35,7 +35,7 @@ from recipe.disco.constraint import kl_estimate
 from recipe.disco.loss import micro_batch_loss
 from recipe.disco.scores import Score, compute_score, masked
 from recipe.disco.settings import DiscoConfig
-from recipe.disco.update import ScoreTable, UpdatePlan, kl_metrics, plan_update, require_numbers, standard_error
+from recipe.disco.update import ScoreTable, UpdatePlan, kl_metrics, kl_noise, plan_update, require_numbers
 from verl_ext.training.rows import BatchFacts, Rows
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def largest_divisor(n: int, limit: int) -> int:
 
 
 @dataclass
-class Rollout:
+class RolloutState:
     """The updates on one rollout, so far.
 
     Attributes:
@@ -76,7 +76,7 @@ class MiniBatchLoss:
 
     Attributes:
         score, kl_estimator: as the plan's table was measured by.
-        plan: of the whole mini-batch; None on pipeline stages that evaluate no loss.
+        plan: of the whole mini-batch; None where nothing was measured and no loss is evaluated (early pipeline stages).
         entropy_coeff: weight of the entropy bonus.
         sums: KL, tokens and entropy of each response that the loss has seen, (rows, 3) per micro-batch; None where the
             table has them already.
@@ -134,7 +134,7 @@ class DiscoTrainingWorker(TrainingWorker):
         self.objective, self.score = config.build_objective(), config.build_score()
         self.controller = config.build_controller()
         self.entropy_coeff = entropy_coeff
-        self.rollout = Rollout(BatchFacts(old_log_probs_fresh=False, entropy_logged=True))
+        self.rollout = RolloutState(BatchFacts(old_log_probs_fresh=False, entropy_logged=True))
         self._noise_told = 0.0
         self._sides_told = False
 
@@ -145,7 +145,7 @@ class DiscoTrainingWorker(TrainingWorker):
         data = keep_mini_batches_whole(data, self.engine.get_data_parallel_size())
         facts = BatchFacts.of(data)
         # In the later ones of several local updates, disco.measure=lagged goes on from the last KL.
-        self.rollout = Rollout(facts, 0.0 if facts.at_rollout_weights else self.rollout.kl)
+        self.rollout = RolloutState(facts, 0.0 if facts.at_rollout_weights else self.rollout.kl)
         output = super().train_mini_batch(data)
         if facts.ends_step:
             self.controller.end_step(self.rollout.kl)
@@ -189,7 +189,7 @@ class DiscoTrainingWorker(TrainingWorker):
             if loss.sums:
                 kl_sum, length, entropy = self._gather(torch.cat(loss.sums)).unbind(-1)
                 kl = float(kl_sum.sum()) / max(plan.tokens, 1)
-                seen = kl_metrics(self.controller, kl) | standard_error(kl_sum, length)
+                seen = kl_metrics(self.controller, kl) | kl_noise(kl_sum, length)
                 if lagged:
                     # Coefficient and penalty stay those that were in force.
                     self.rollout.kl = kl
@@ -210,7 +210,7 @@ class DiscoTrainingWorker(TrainingWorker):
     def _plan(self, data: TensorDict, free: bool, with_entropy: bool) -> UpdatePlan | None:
         """Measure and exchange, write each row's weight into ``data``, and return the plan.
 
-        None on pipeline stages before the last, where no loss is evaluated.
+        None on pipeline stages before the last that have measured nothing: no loss is evaluated there.
 
         Args:
             free: take old_log_probs for the policy's, which say nothing of the KL.

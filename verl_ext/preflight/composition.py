@@ -75,7 +75,8 @@ def compose(overrides: Sequence[str]) -> Run:
 
 def of_job(config: DictConfig) -> Run:
     """The same for the job that Hydra is about to start."""
-    return Run(without_hydra(config), groups_alone(config.hydra.job.config_name, config.hydra.overrides.task))
+    overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
+    return Run(without_hydra(config), groups_alone(config.hydra.job.config_name, overrides))
 
 
 def unset(config: DictConfig) -> list[str]:
@@ -113,8 +114,8 @@ def groups_alone(primary: str, overrides: Sequence[str]) -> DictConfig:
     groups = [
         o.input_line
         for o in OverridesParser.create().parse_overrides(list(overrides))
-        # As Hydra tells them apart.
-        if exists(o.key_or_group) and not isinstance(o.value(), dict)
+        # As Hydra tells groups from values. Options may lie in a folder of the user's.
+        if o.key_or_group == "hydra.searchpath" or (exists(o.key_or_group) and not isinstance(o.value(), dict))
     ]
     return hydra.compose(primary, overrides=groups)
 

@@ -292,3 +292,22 @@ def test_shapes_that_do_not_fit_are_refused_by_name_and_shape(argument, wrong, s
     name = ["log_prob", "old_log_prob", "response_mask", "reward", "uid"][argument]
     with pytest.raises(ValueError, match=rf"(?s)\b{name}\b.*({shape})"):
         disco_loss(*inputs, **SETTINGS)
+
+
+def test_questions_may_be_a_list_of_tensors():
+    """Tensors are equal to themselves alone: each response would be a question of its own, and the loss 0."""
+    log_prob = -torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    arguments = (log_prob, log_prob, torch.ones(4, 3), torch.tensor([1.0, 0, 1, 0]))
+    expected, metrics = disco_loss(*arguments, [5, 5, 2, 2])
+    assert metrics["groups_mixed"] == 1
+    assert disco_loss(*arguments, list(torch.tensor([5, 5, 2, 2])))[0] == expected
+
+
+@pytest.mark.parametrize("score, tau", [("log_l", 10.0), ("l_ratio", 1.0), ("log_ratio", 0.5), ("log_ratio_ref", 10.0)])
+def test_tau_is_the_scores_published_one(score, tau):
+    g = torch.Generator().manual_seed(0)
+    log_prob, old, ref = (-torch.rand(4, 3, generator=g) for _ in range(3))
+    arguments = (log_prob, old, torch.ones(4, 3), torch.tensor([1.0, 0, 0, 0]), [0] * 4)
+    found = disco_loss(*arguments, score=score, ref_log_prob=ref)[0]
+    assert found == disco_loss(*arguments, score=score, ref_log_prob=ref, tau=tau)[0]
+    assert found != disco_loss(*arguments, score=score, ref_log_prob=ref, tau=2 * tau)[0]

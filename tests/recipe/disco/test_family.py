@@ -122,8 +122,8 @@ def test_a_score_against_a_reference_needs_one():
 
 def test_reference_and_behaviour_policy_give_the_same_where_they_are_the_same():
     data = batch()
-    by_reference, _ = disco_loss(**data, score="log_ratio_ref", ref_log_prob=data["old_log_prob"])
-    assert by_reference == disco_loss(**data, score="log_ratio")[0]
+    by_reference, _ = disco_loss(**data, tau=1.0, score="log_ratio_ref", ref_log_prob=data["old_log_prob"])
+    assert by_reference == disco_loss(**data, tau=1.0, score="log_ratio")[0]
 
 
 def test_nan_of_the_reference_names_the_sample():
@@ -157,7 +157,9 @@ def test_a_users_module_registers_an_objective_with_settings_of_its_own(tmp_path
         "    def __call__(self, group):\n"
         "        return Sides(self.factor * group.positive.mean(), 0 * group.negative.mean())\n"
     )
-    with pytest.raises(ValueError, match=r"needs the setting 'factor'; give it as \+disco.options.factor=VALUE"):
+    with pytest.raises(
+        ValueError, match=r"needs the setting 'factor'; give it \(in a run: \+disco.options.factor=VALUE\)"
+    ):
         DiscoConfig(objective="only_positives", module=str(module))
     config = DiscoConfig(objective="only_positives", module=str(module), options={"factor": 3.0})
     _, metrics = disco_loss(**batch(), **config.chosen())
@@ -197,7 +199,7 @@ def test_a_registered_controller_may_have_settings_of_its_own():
             return self.gain**self.power * kl
 
     try:
-        with pytest.raises(ValueError, match=r"constraint=mine needs the setting 'gain'; .*\+disco.options.gain=VALUE"):
+        with pytest.raises(ValueError, match=r"constraint=mine needs the setting .gain.; .*\+disco.options.gain=VALUE"):
             DiscoConfig(constraint="mine")
         assert coefficient(DiscoConfig(constraint="mine", options={"gain": 3.0}).build_controller(), 0.0) == 9.0
     finally:

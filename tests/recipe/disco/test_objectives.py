@@ -223,7 +223,7 @@ def test_a_registered_objective_is_complete():
 
     with pytest.raises(ValueError, match="test_logistic"):  # a second one under a name is not an overwrite
         register_objective("test_logistic")(objective_of(lambda g: Sides(g.positive.mean(), g.negative.mean())))
-    with pytest.raises(TypeError, match="is no dataclass that inherits from the base class"):
+    with pytest.raises(TypeError, match="must be a dataclass that inherits from recipe.disco.objectives.Objective"):
         register_objective("test_function")(lambda group: Sides(group.positive.mean(), group.negative.mean()))
     with pytest.raises(ValueError, match=r"(?s)wrong.*test_logistic"):
         disco_loss(-torch.ones(1, 1), -torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), [0], objective="wrong")

@@ -11,8 +11,9 @@ from named import evaluate, objective_of, score_of, weigh
 from recipe.disco import disco_loss
 from recipe.disco.constraint import CONTROLLERS, Controller, build_controller
 from recipe.disco.metrics import group_metrics
-from recipe.disco.objectives import OBJECTIVES, Sides
-from recipe.disco.scores import SCORES, masked, token_mean
+from recipe.disco.objectives import OBJECTIVES, Disco, Objective, Sides
+from recipe.disco.scores import SCORES, Score, masked, token_mean
+from recipe.disco.settings import DiscoConfig
 
 
 @pytest.fixture
@@ -143,6 +144,7 @@ def loss_of_mine(score="mine", constraint="squared_hinge", **settings):
         POSITIVE.float(),
         QUESTION,
         score=score,
+        tau=1.0,
         constraint=constraint,
         **settings,
     )
@@ -207,3 +209,59 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused_at_the_start(mine):
         mine(CONTROLLERS, controller_of(lambda kl: 0 * kl, state))
         with pytest.raises(ValueError, match="disco.constraint=mine has a state that JSON cannot hold"):
             build_controller("mine", {})
+
+
+def test_what_is_registered_is_a_dataclass_of_the_right_kind():
+    @dataclass(frozen=True)
+    class Right(Objective):
+        margin: float = 1.0
+
+    class WithoutDecorator(Right):
+        power: float = 2.0
+
+    for registry, cls in ((OBJECTIVES, WithoutDecorator), (OBJECTIVES, controller_of(None)), (SCORES, Right)):
+        with pytest.raises(TypeError, match=f"disco.{registry.setting}=mine: .* must be a dataclass that inh"):
+            registry.register("mine")(cls)
+
+
+def test_a_score_without_a_published_tau_asks_for_one(mine):
+    mine(SCORES, score_of(lambda lp, old, mask: token_mean(lp, mask)))
+    with pytest.raises(ValueError, match="disco.score=mine has no published tau; set disco.tau"):
+        DiscoConfig(score="mine")
+    with pytest.raises(ValueError, match="disco.score=mine has no published tau; give tau"):
+        disco_loss(SCORE[:, None], SCORE[:, None], torch.ones(7, 1), POSITIVE.float(), QUESTION, score="mine")
+    # DisCO-b reads none.
+    assert DiscoConfig(score="mine", objective="disco_b").tau is None
+    assert DiscoConfig(score="mine", tau=3.0).build_objective() == Disco(tau=3.0)
+
+
+def test_a_default_that_would_never_hold_is_refused(mine):
+    @dataclass(frozen=True)
+    class Mine(Objective):
+        scale: float = 10.0
+
+    mine(OBJECTIVES, Mine)
+    with pytest.raises(ValueError, match=r"the default 10.0 of 'scale' would never hold, .* \(1.0\)"):
+        DiscoConfig(objective="mine")
+
+
+def test_settings_of_a_score_have_an_effect_whatever_the_objective(mine):
+    @dataclass(frozen=True)
+    class Mine(Score):
+        scale: float = 1.0
+
+    mine(SCORES, Mine)
+    assert DiscoConfig(score="mine", objective="real", tau=1.0, scale=2.0).build_score().scale == 2.0
+
+
+@pytest.mark.parametrize("name, value", [("negatives", "maen"), ("surrogate", "logitsic")])
+def test_a_misspelt_choice_is_refused_wherever_it_is_made(name, value):
+    with pytest.raises(ValueError, match=rf"disco.{name}='{value}' is unknown; choose from \["):
+        Disco(tau=1.0, **{name: value})
+    with pytest.raises(ValueError, match=rf"disco.{name}='{value}' is unknown; choose from \["):
+        DiscoConfig(**{name: value})
+
+
+def test_a_number_as_text_is_refused():
+    with pytest.raises(ValueError, match="disco.tau='10' is not a finite number > 0"):
+        DiscoConfig(tau="10")

@@ -127,3 +127,31 @@ def test_padding_rows_may_hold_anything():
 def test_a_torn_question_is_refused_with_the_numbers():
     with pytest.raises(ValueError, match="question 1 has 2 of its 4 responses in this mini-batch"):
         plan(table(size=torch.tensor([3, 3, 3, 4, 4, 3, 3, 3, 0])))
+
+
+def test_mixed_groups_without_a_weight_are_mixed():
+    """A squared hinge at rest: nothing is learned from them, yet they are there."""
+    rows = table(score=torch.tensor([9.0, -9.0, -9.0] + [0.0] * 6, dtype=torch.float64))
+    found = plan(rows, settings=HINGE | {"surrogate": "squared_hinge", "negatives": "mean"})
+    assert not found.weight.any() and not found.needs_gradient.any()
+    assert (found.metrics["no_mixed_group"], found.metrics["groups_mixed"]) == (0.0, pytest.approx(1 / 3))
+
+
+def test_padding_counts_nowhere():
+    rows = table()
+    columns = {name: getattr(rows, name).clone() for name in ("length", "kl")}
+    columns["length"][8], columns["kl"][8] = 7, 70.0
+    found, expected = plan(replace(rows, **columns)), plan()
+    assert (found.tokens, found.kl) == (expected.tokens, expected.kl)
+    nothing = ScoreTable(**{f.name: getattr(rows, f.name)[:0] for f in fields(ScoreTable)})
+    assert all(value == value for value in plan(nothing).metrics.values())
+
+
+def test_the_value_keeps_its_digits_at_a_large_tau():
+    """tau times a logarithm near 0: in float32 it would be -0.565 for -0.1102."""
+    rows = table(score=table().score.float().requires_grad_())
+    found = plan(rows, settings=HINGE | {"tau": 1e7})
+    assert found.loss.dtype == torch.float32
+    assert found.loss.item() == pytest.approx(plan(settings=HINGE | {"tau": 1e7}).loss.item(), rel=1e-6)
+    (grad,) = torch.autograd.grad(found.loss, rows.score)
+    torch.testing.assert_close(-grad.double(), found.weight, rtol=1e-6, atol=1e-9)

@@ -4,9 +4,9 @@ import hydra
 import pytest
 import verl  # noqa: F401  (loads the plugin)
 
-from verl_ext.hydra.callbacks import JobCallback
+from verl_ext.hydra.callbacks import JobCallback, before_job
 from verl_ext.preflight import composition
-from verl_ext.preflight.checks import Needs, refuse
+from verl_ext.preflight.checks import Needs, examine, refuse
 
 
 def start(*overrides: str) -> None:
@@ -68,3 +68,23 @@ def test_the_job_does_not_start(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="settings refused: data.train_batchsize is read by nothing"):
             JobCallback().on_job_start(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_in_a_folder_of_the_users_start(tmp_path, monkeypatch):
+    """The settings of the groups alone, which overrides are compared with, need that folder, too."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "config/algorithm"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# @package _global_\ndefaults: [disco, _self_]\ndisco: {negatives: mean}\n")
+    overrides = ["algorithm=mine", "+experiment=arithmetic_cpu", "hydra.searchpath=[file://config]"]
+    start(*overrides)
+    found = [f.problem for f in examine([*overrides, "disco.tauu=1"]) if f.problem]
+    assert "there is no setting disco.tauu" in found[0]
+
+
+def test_a_model_that_is_not_given_is_named():
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        overrides = ["algorithm=disco", "+backend=cpu"]
+        config = hydra.compose("ppo_trainer", overrides, return_hydra_config=True)
+        with pytest.raises(ValueError, match="model is not set; give model=..."):
+            before_job(composition.of_job(config))
