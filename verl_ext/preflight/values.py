@@ -1,7 +1,7 @@
-"""Values that cannot be right: words for numbers, sizes below one, misspelt modes.
+"""Finds values that cannot be right: words for numbers, sizes below one, misspelt modes.
 
-What is right is taken from the dataclass that a setting belongs to, from the value that it replaces, from verl's own
-registries, and from :data:`RANGES` by the setting's name.
+What is right follows from the setting's dataclass, from the value that it replaces, from verl's own registries, and
+from :data:`RANGES` by the setting's name.
 """
 
 import importlib
@@ -9,7 +9,9 @@ import math
 import re
 import types
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from functools import cache
+from operator import attrgetter
 from typing import Any, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
@@ -40,11 +42,10 @@ def check_values(run: Run) -> Iterator[Finding]:
             yield Finding(setting.name, "", problem, "fix the name in the interpolation")
             continue
         if isinstance(before, str) and "${" in before:
-            try:
+            before = None
+            # It may need what only the user's values give.
+            with suppress(OmegaConfBaseException, TypeError, ValueError):
                 before = OmegaConf.select(run.plain, setting.name)
-            except (OmegaConfBaseException, TypeError, ValueError):
-                # It needs what only the user's values give.
-                before = None
         wanted = out_of_range(setting.name, value) or wrong_type(setting, value, before)
         judged = not external and (value is not None or before is not None)
         if not wanted and judged and not re.search(rf"\b{re.escape(str(value))}\b", users):
@@ -54,7 +55,7 @@ def check_values(run: Run) -> Iterator[Finding]:
 
 
 def _shown(value: Any) -> str:
-    """As one would write it in an override."""
+    """Format a value as an override has it."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value) or "''"
@@ -64,7 +65,7 @@ def _shown(value: Any) -> str:
 
 
 def wrong_type(setting: Setting, value: Any, before: Any) -> str:
-    """What the setting wants instead, by its annotation or by the value ``before``; nothing if this will do."""
+    """Say which type the setting needs, by its annotation or the value ``before``; "" if the value has it."""
     kinds = _kinds(setting.annotation)
     if not kinds and before is not None:
         kinds = {list if OmegaConf.is_list(before) else type(before)}
@@ -88,17 +89,17 @@ def wrong_type(setting: Setting, value: Any, before: Any) -> str:
 
 
 SEVERAL = re.compile(r"data\.(train|val)_files|trainer\.logger")
-"""Texts that may be lists of them."""
+"""Texts that may also be lists of texts."""
 
 NULLABLE = re.compile(
     r"data\.seed|seed|reward\.custom_reward_function|trainer\.total_training_steps|trainer\.max_(actor|critic)_ckpt_to_keep|ray_kwargs\..*"
     r"|trainer\.v1\.sampler\.max_off_policy_threshold|data\.filter_overlong_prompts_workers|.*\.loss_scale_factor"
 )
-"""What may be null, although verl's value is not and no annotation says so."""
+"""Settings that may be null, though neither verl's value nor an annotation says so."""
 
 
 def _kinds(annotation: Any) -> set[type]:
-    """The plain types that an annotation allows; ``object`` for anything, empty if there is none."""
+    """Return the plain types that an annotation allows: ``object`` for anything, none without annotation."""
     if annotation is None:
         return set()
     if get_origin(annotation) in (Union, types.UnionType):
@@ -145,83 +146,55 @@ PART = "a number above 0, and at most 1", lambda x: _number(x) and 0 < x <= 1
 PORT = "a whole number from 0 to 65535", lambda x: _whole(0)(x) and x <= 65535
 MOMENTS = "two numbers of at least 0 and below 1", lambda x: _has_two(x) and all(_number(b) and 0 <= b < 1 for b in x)
 
-RANGES: list[tuple[str, tuple[str, Callable[[Any], bool]]]] = [
-    (r"(actor_rollout_ref\.rollout|reward\.reward_model|distillation)\.(nnodes|n_gpus_per_node)", COUNT_OR_ZERO),
-    (r"trainer\.(nnodes|n_gpus_per_node|total_epochs|total_training_steps)", COUNT),
-    (r"(.*\.)?(train|gen|val)_batch_size|.*_mini_batch_size|.*micro_batch_size(_per_gpu)?", COUNT),
-    (
-        r".*\.(max_)?(prompt|response)_length|.*_max_token_len_per_gpu|.*\.max_(model_len|num_seqs|num_batched_tokens)",
-        COUNT,
-    ),
-    (r"(.*\.)?rollout(\.val_kwargs)?\.n|.*\.rollout_n|.*\.ppo_epochs|.*parallel_size", COUNT),
-    (r".*\.agent\.num_workers|reward(_model)?\.num_workers|.*\.filter_overlong_prompts_workers", COUNT),
-    (r".*\.(entropy_from_logits_chunk_size|pad_to_length_bucket|parameter_sync_step|num_shards|group_size)", COUNT),
-    (
-        r".*\.(update_weights_bucket_megabytes|num_data_storage_units|total_storage_size|max_inflight_gen_batches)",
-        COUNT,
-    ),
-    (r".*\.(max_concurrent|memory_limit_mb|max_parallel_calls|max_tool_response_length|image_patch_size)", COUNT),
-    (r".*\.(max_assistant_turns|max_user_turns|prefill_replicas|decode_replicas|cache_window_size|topk)", COUNT),
-    (r".*\.(nccl_timeout|ray_wait_register_center_timeout|horizon)|arithmetic\.(train_size|test_size)", POSITIVE),
-    (r".*\.(critic_warmup|log_val_generations|dataloader_num_workers|lora_rank|lora\.rank)", COUNT_OR_ZERO),
-    (
-        r".*\.(max_off_policy_threshold|moe_load_balance_metrics_interval|num_replicas)|arithmetic\.iterations",
-        COUNT_OR_ZERO,
-    ),
-    (
-        r".*\.(save_freq|test_freq|(train|val)_max_samples|top_k|lr_warmup_steps|max_(actor|critic)_ckpt_to_keep)",
-        MINUS_ONE_OR_MORE,
-    ),
-    (r".*\.optim\.total_training_steps|.*\.max_num_gen_batches", MINUS_ONE_OR_MORE),
-    (r".*\.fsdp_size", MINUS_ONE_OR_COUNT),
-    (r".*\.(gpu_memory_utilization|standalone_gpu_memory_utilization|top_p)|dapo\.overlong_buffer\.share", PART),
-    (
-        r".*\.val_kwargs\.temperature|.*\.(lr|min_lr|lr_min|lr_warmup_init|weight_decay|clip_grad|grad_clip)",
-        NOT_NEGATIVE,
-    ),
-    (
-        r".*\.(clip_ratio|clip_ratio_low|clip_ratio_high|cliprange_value|kl_loss_coef|kl_coef|num_warmup_batches)",
-        NOT_NEGATIVE,
-    ),
-    (
-        r"ray_kwargs\.ray_init\.num_[cg]pus|.*\.(esi_redundant_time|penalty_factor|mtp_loss_scaling_factor|distillation_loss_coef)",
-        NOT_NEGATIVE,
-    ),
-    (
-        r".*\.(temperature|repetition_penalty|lora_alpha|lora\.alpha|tau_pos|tau_neg|clip_ratio_c|gpu_memory|target_kl)",
-        POSITIVE,
-    ),
-    (r".*\.(gamma|lam|lr_warmup_steps_ratio|min_lr_ratio|over_sample_rate|dropout|clip_cov_ratio|kl_cov_ratio)", SHARE),
-    (r".*\.switch_threshold_(ratio|step_up|step_down)", SHARE),
-    (r".*\.betas", MOMENTS),
-    (r".*\.port|.*\.bootstrap_port", PORT),
-]
-"""Full names of settings -> what they may be. The first that fits counts; null is judged by the type."""
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    r"(actor_rollout_ref\.rollout|reward\.reward_model|distillation)\.(nnodes|n_gpus_per_node)": COUNT_OR_ZERO,
+    r"""trainer\.(nnodes|n_gpus_per_node|total_epochs|total_training_steps)|(.*\.)?(train|gen|val)_batch_size
+        |.*_mini_batch_size|.*micro_batch_size(_per_gpu)?|.*\.(max_)?(prompt|response)_length|.*_max_token_len_per_gpu
+        |.*\.max_(model_len|num_seqs|num_batched_tokens)|(.*\.)?rollout(\.val_kwargs)?\.n|.*parallel_size
+        |.*\.agent\.num_workers|reward(_model)?\.num_workers|.*\.filter_overlong_prompts_workers|.*\.(rollout_n|ppo_epochs
+        |entropy_from_logits_chunk_size|pad_to_length_bucket|parameter_sync_step|num_shards|group_size|topk|max_concurrent
+        |update_weights_bucket_megabytes|num_data_storage_units|total_storage_size|max_inflight_gen_batches
+        |memory_limit_mb|max_parallel_calls|max_tool_response_length|image_patch_size|cache_window_size
+        |max_assistant_turns|max_user_turns|prefill_replicas|decode_replicas)""": COUNT,
+    r".*\.(nccl_timeout|ray_wait_register_center_timeout|horizon)|arithmetic\.(train_size|test_size)": POSITIVE,
+    r"""arithmetic\.iterations|.*\.(critic_warmup|log_val_generations|dataloader_num_workers|lora_rank|lora\.rank
+        |max_off_policy_threshold|moe_load_balance_metrics_interval|num_replicas)""": COUNT_OR_ZERO,
+    r""".*\.(save_freq|test_freq|(train|val)_max_samples|top_k|lr_warmup_steps|max_(actor|critic)_ckpt_to_keep
+        |optim\.total_training_steps|max_num_gen_batches)""": MINUS_ONE_OR_MORE,
+    r".*\.fsdp_size": MINUS_ONE_OR_COUNT,
+    r".*\.(gpu_memory_utilization|standalone_gpu_memory_utilization|top_p)|dapo\.overlong_buffer\.share": PART,
+    r"""ray_kwargs\.ray_init\.num_[cg]pus|.*\.(val_kwargs\.temperature|lr|min_lr|lr_min|lr_warmup_init|weight_decay
+        |clip_grad|grad_clip|clip_ratio(_low|_high)?|cliprange_value|(kl|kl_loss|distillation_loss)_coef
+        |num_warmup_batches|esi_redundant_time|penalty_factor|mtp_loss_scaling_factor)""": NOT_NEGATIVE,
+    r".*\.(temperature|repetition_penalty|lora[_.]alpha|tau_(pos|neg)|clip_ratio_c|gpu_memory|target_kl)": POSITIVE,
+    r""".*\.(gamma|lam|lr_warmup_steps_ratio|min_lr_ratio|over_sample_rate|dropout|clip_cov_ratio|kl_cov_ratio
+        |switch_threshold_(ratio|step_up|step_down))""": SHARE,
+    r".*\.betas": MOMENTS,
+    r".*\.port|.*\.bootstrap_port": PORT,
+}
+"""Full names of settings -> allowed values. The first match counts; null is judged by the type."""
 
 
 def out_of_range(name: str, value: Any) -> str:
-    """What the setting wants instead, by its name; nothing if this will do."""
+    """Say which values the setting may have, by its name; "" if this is one."""
     rule = _range_of(name)
     return "" if value is None or rule is None or rule[1](value) else rule[0]
 
 
 @cache
 def _range_of(name: str) -> tuple[str, Callable[[Any], bool]] | None:
-    return next((rule for pattern, rule in RANGES if re.fullmatch(pattern, name)), None)
+    return next((rule for pattern, rule in RANGES.items() if re.fullmatch(pattern, name, re.VERBOSE)), None)
 
 
 # Modes ----------------------------------------------------------------------------------------------------------------
 
 
 def no_choice(setting: Setting, value: Any) -> str:
-    """Which values the setting may have, nearest first, if it is none of them; nothing if this will do."""
-    found = _mode_of(setting.name)
-    if found is None:
-        return ""
-    pattern, choices_of, closed = found
+    """Name the values that the setting may have, nearest first; "" if this is one, or they are unknown."""
+    pattern, choices_of, closed = _mode_of(setting.name)
     choices = choices_of(setting)
     named = list(dict.fromkeys(str(c) for c in choices if c is not None))
-    values = value.split(",") if isinstance(value, str) and pattern in LISTED else value
+    values = value.split(",") if isinstance(value, str) and pattern == _REJECTION else value
     for one in values if isinstance(values, list) or OmegaConf.is_list(values) else [values]:
         one = one.strip() if isinstance(one, str) else one
         if choices and one not in choices and str(one) not in named and (closed or nearest(str(one), named)):
@@ -231,20 +204,13 @@ def no_choice(setting: Setting, value: Any) -> str:
 
 
 @cache
-def _mode_of(name: str) -> tuple[str, Callable[[Setting], Collection], bool] | None:
-    return next((mode for mode in MODES if re.fullmatch(mode[0], name)), None)
+def _mode_of(name: str) -> tuple[str, Callable[[Setting], Collection], bool]:
+    return next((mode for mode in MODES if re.fullmatch(mode[0], name)), ("", _of(), False))
 
 
 def _registry(module: str, path: str) -> Callable[[Setting], Collection[str]]:
-    """The names in one of verl's registries: what an attribute of a module, or of a class in it, holds."""
-
-    def names(setting: Setting) -> Collection[str]:
-        found = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
-        return [str(x) for x in found]
-
-    return names
+    """Look up the names in one of verl's registries, an attribute of a module or of a class in it."""
+    return lambda setting: list(map(str, attrgetter(path)(importlib.import_module(module))))
 
 
 def _of(*choices: str | None) -> Callable[[Setting], Collection[str | None]]:
@@ -252,12 +218,12 @@ def _of(*choices: str | None) -> Callable[[Setting], Collection[str | None]]:
 
 
 def _unless(name: str, choices_of: Callable[[Setting], Collection]) -> Callable[[Setting], Collection]:
-    """The same, but for nodes where ``name`` brings choices of the user's own."""
+    """Return no choices where the node's ``name`` brings choices of the user's own."""
     return lambda setting: () if setting.siblings.get(name) not in (None, "register") else choices_of(setting)
 
 
 def _loss_modes(setting: Setting) -> Collection[str]:
-    """verl's policy losses; a method with a class of its own for the node checks it itself."""
+    """Return verl's policy losses; a method that has its own class for the node checks it itself."""
     ours = setting.owner is not None and not setting.owner.__module__.startswith("verl.")
     return () if ours else _registry("verl.trainer.ppo.core_algos", "POLICY_LOSS_REGISTRY")(setting)
 
@@ -272,7 +238,7 @@ def _optimizers(setting: Setting) -> Collection[str]:
 
 
 def _loggers(setting: Setting) -> Collection[str]:
-    # The last is an old name that verl takes all the same.
+    # The last is an old name that verl still takes.
     return [*_registry("verl.utils.tracking", "Tracking.supported_backend")(setting), "tracking"]
 
 
@@ -298,77 +264,61 @@ _LOAD_FORMATS = ("auto", "dummy", "safetensors", "pt", "hf", "npcache", "tensori
 _LOAD_FORMATS += ("gguf", "bitsandbytes", "mistral", "fastsafetensors", "megatron", "dtensor", "dummy_dtensor")
 _ATTENTION = ("flash_attention_2", "flash_attention_3", "sdpa", "eager", "flex_attention")
 _AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+_REJECTION = r"algorithm\.rollout_correction\.rollout_rs"
+"""A text of several choices, separated by commas."""
 _CORRECTION = "verl.trainer.ppo.rollout_corr_helper"
-_AGENTS = "verl.experimental.agent_loop.agent_loop", "_agent_loop_registry"
+_AGENTS = "verl.experimental.agent_loop"
 _REWARD_MANAGERS = "verl.experimental.reward_loop.reward_manager", "registry.REWARD_MANAGER"
 _STORES = "transfer_queue.storage.managers", "base.StorageManagerFactory._registry"
 _ENGINES = ("naive", "nccl", "hccl", "nixl", "mooncake", "kimi_ckpt_engine", "delta_sharded")
 
-MODES: list[tuple[str, Callable[[Setting], Collection], bool]] = [
-    (
-        r"actor_rollout_ref\.rollout\.name",
-        _registry("verl.workers.rollout.replica", "RolloutReplicaRegistry._registry"),
-        True,
+CLOSED: dict[str, Callable[[Setting], Collection]] = {
+    r"actor_rollout_ref\.rollout\.name": _registry("verl.workers.rollout.replica", "RolloutReplicaRegistry._registry"),
+    r"actor_rollout_ref\.rollout\.mode": _of("async"),
+    _ROLLOUT + "dtype": _of("auto", "half", "float16", "bfloat16", "float", "float32"),
+    _ROLLOUT + r"multi_turn\.format": _registry(_AGENTS + ".tool_parser", "ToolParser._registry"),
+    _ROLLOUT + r"multi_turn\.tool_response_truncate_side": _of("left", "right", "middle"),
+    _ROLLOUT + r"multi_turn\.tokenization_sanity_check_mode": _of("disable", "strict", "ignore_strippable"),
+    _ROLLOUT + r"checkpoint_engine\.backend": _unless("custom_backend_module", _of(*_ENGINES)),
+    r"data\.truncation": _of("error", "left", "right", "middle"),
+    r"trainer\.v1\.trainer_mode": _registry("verl.trainer.ppo.v1", "trainer_base.TRAINER_REGISTRY"),
+    r"trainer\.v1\.sampler\.max_off_policy_strategy": _of("drop", "wait"),
+    r"trainer\.resume_mode": _of("auto", "disable", "resume_path"),
+    r"trainer\.logger": _loggers,
+    r"(actor_rollout_ref\.(actor|ref)|critic)\.strategy": _strategies,
+    r"actor_rollout_ref\.actor\.policy_loss\.loss_mode": _loss_modes,
+    r"actor_rollout_ref\.actor\.loss_agg_mode|critic\.loss_agg_mode": _of(*_AGGREGATIONS),
+    r"actor_rollout_ref\.actor\.kl_loss_type|algorithm\.kl_penalty": _of(*_KL, *(f"{k}+" for k in _KL)),
+    r"algorithm\.adv_estimator": _registry("verl.trainer.ppo.core_algos", "ADV_ESTIMATOR_REGISTRY"),
+    r"algorithm\.kl_ctrl\.type": _of("fixed", "adaptive"),
+    r"algorithm\.pf_ppo\.reweight_method": _of("pow", "max_min", "max_random"),
+    r"algorithm\.rollout_correction\.rollout_is": _of("token", "sequence", None),
+    _REJECTION: lambda s: [None, *_registry(_CORRECTION, "SUPPORTED_ROLLOUT_RS_OPTIONS")(s)],
+    r"algorithm\.rollout_correction\.loss_type": _of("ppo_clip", "reinforce"),
+    r".*\.optim\.optimizer": _optimizers,
+    r".*\.optim\.lr_scheduler_type": _schedules,
+    r".*\.optim\.lr_decay_style": _of("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    r".*\.optim\.lr_warmup_init_style|.*\.optim\.warmup_style": _of("constant", "cosine", None),
+    r".*\.(fsdp_config|fsdp)\.(model_dtype|dtype)|.*\.mixed_precision\..*_dtype": _precisions,
+    r".*\.megatron\.dtype": _of("bfloat16", "float16"),
+    r".*\.router_replay\.mode": _of("disabled", "R2", "R3"),
+    r".*\.checkpoint\.(save|load)_contents": _of("model", "optimizer", "extra", "hf_model", "hf"),
+    r"reward\.reward_manager\.source": _of("register", "importlib"),
+    r"reward\.reward_manager\.name|reward_model\.reward_manager": _unless("source", _registry(*_REWARD_MANAGERS)),
+    r"global_profiler\.tool": _of("nsys", "npu", "torch", "torch_memory", "precision_debugger", None),
+    r"transfer_queue\.backend\.storage_backend": _registry(*_STORES),
+}
+OPEN: dict[str, Callable[[Setting], Collection]] = {
+    _ROLLOUT + "load_format": _of(*_LOAD_FORMATS),
+    _ROLLOUT + "scheduling_policy": _of("fcfs", "priority", "lpm", "dfs-weight", "lof", "random", None),
+    _ROLLOUT + "logprobs_mode": _of("processed_logprobs", "processed_logits", "raw_logprobs", "raw_logits", None),
+    _ROLLOUT + r"agent\.default_agent_loop": _unless(
+        "agent_loop_config_path", _registry(_AGENTS + ".agent_loop", "_agent_loop_registry")
     ),
-    (r"actor_rollout_ref\.rollout\.mode", _of("async"), True),
-    (_ROLLOUT + "dtype", _of("auto", "half", "float16", "bfloat16", "float", "float32"), True),
-    (_ROLLOUT + "load_format", _of(*_LOAD_FORMATS), False),
-    (_ROLLOUT + "scheduling_policy", _of("fcfs", "priority", "lpm", "dfs-weight", "lof", "random", None), False),
-    (
-        _ROLLOUT + "logprobs_mode",
-        _of("processed_logprobs", "processed_logits", "raw_logprobs", "raw_logits", None),
-        False,
-    ),
-    (
-        _ROLLOUT + r"multi_turn\.format",
-        _registry("verl.experimental.agent_loop.tool_parser", "ToolParser._registry"),
-        True,
-    ),
-    (_ROLLOUT + r"multi_turn\.tool_response_truncate_side", _of("left", "right", "middle"), True),
-    (_ROLLOUT + r"multi_turn\.tokenization_sanity_check_mode", _of("disable", "strict", "ignore_strippable"), True),
-    (_ROLLOUT + r"agent\.default_agent_loop", _unless("agent_loop_config_path", _registry(*_AGENTS)), False),
-    (_ROLLOUT + r"trace\.backend", _of("weave", "mlflow", "trackio", "rl_insight", None), False),
-    (_ROLLOUT + r"checkpoint_engine\.backend", _unless("custom_backend_module", _of(*_ENGINES)), True),
-    (r"data\.truncation", _of("error", "left", "right", "middle"), True),
-    (r"trainer\.v1\.trainer_mode", _registry("verl.trainer.ppo.v1", "trainer_base.TRAINER_REGISTRY"), True),
-    (r"trainer\.v1\.sampler\.max_off_policy_strategy", _of("drop", "wait"), True),
-    (r"trainer\.resume_mode", _of("auto", "disable", "resume_path"), True),
-    (r"trainer\.device", _of("cuda", "cpu", "npu", "xpu", "mlu", "musa", "gcu", "mps", "hpu"), False),
-    (r"trainer\.logger", _loggers, True),
-    (r"(actor_rollout_ref\.(actor|ref)|critic)\.strategy", _strategies, True),
-    (r"actor_rollout_ref\.actor\.policy_loss\.loss_mode", _loss_modes, True),
-    (r"actor_rollout_ref\.actor\.loss_agg_mode|critic\.loss_agg_mode", _of(*_AGGREGATIONS), True),
-    (r"actor_rollout_ref\.actor\.kl_loss_type|algorithm\.kl_penalty", _of(*_KL, *(f"{k}+" for k in _KL)), True),
-    (r"algorithm\.adv_estimator", _registry("verl.trainer.ppo.core_algos", "ADV_ESTIMATOR_REGISTRY"), True),
-    (r"algorithm\.kl_ctrl\.type", _of("fixed", "adaptive"), True),
-    (r"algorithm\.pf_ppo\.reweight_method", _of("pow", "max_min", "max_random"), True),
-    (r"algorithm\.rollout_correction\.rollout_is", _of("token", "sequence", None), True),
-    (
-        r"algorithm\.rollout_correction\.rollout_rs",
-        lambda s: [None, *_registry(_CORRECTION, "SUPPORTED_ROLLOUT_RS_OPTIONS")(s)],
-        True,
-    ),
-    (r"algorithm\.rollout_correction\.loss_type", _of("ppo_clip", "reinforce"), True),
-    (r".*\.optim\.optimizer", _optimizers, True),
-    (r".*\.optim\.lr_scheduler_type", _schedules, True),
-    (r".*\.optim\.lr_decay_style", _of("constant", "linear", "cosine", "inverse-square-root", "WSD"), True),
-    (r".*\.optim\.lr_warmup_init_style|.*\.optim\.warmup_style", _of("constant", "cosine", None), True),
-    (r".*\.(fsdp_config|fsdp)\.(model_dtype|dtype)|.*\.mixed_precision\..*_dtype", _precisions, True),
-    (r".*\.megatron\.dtype", _of("bfloat16", "float16"), True),
-    (r".*\.router_replay\.mode", _of("disabled", "R2", "R3"), True),
-    (r".*\.checkpoint\.(save|load)_contents", _of("model", "optimizer", "extra", "hf_model", "hf"), True),
-    (r".*\.override_config\.attn_implementation", _of(*_ATTENTION), False),
-    (r"reward\.reward_manager\.source", _of("register", "importlib"), True),
-    (
-        r"reward\.reward_manager\.name|reward_model\.reward_manager",
-        _unless("source", _registry(*_REWARD_MANAGERS)),
-        True,
-    ),
-    (r"global_profiler\.tool", _of("nsys", "npu", "torch", "torch_memory", "precision_debugger", None), True),
-    (r"transfer_queue\.backend\.storage_backend", _registry(*_STORES), True),
-]
-"""Full names of settings -> their choices, and whether there can be no others: what is merely near a choice of an open
-list is wrong, too. No choices: not known here."""
-
-LISTED = {r"algorithm\.rollout_correction\.rollout_rs"}
-"""Texts that hold several, with commas."""
+    _ROLLOUT + r"trace\.backend": _of("weave", "mlflow", "trackio", "rl_insight", None),
+    r"trainer\.device": _of("cuda", "cpu", "npu", "xpu", "mlu", "musa", "gcu", "mps", "hpu"),
+    r".*\.override_config\.attn_implementation": _of(*_ATTENTION),
+}
+MODES = [(p, c, True) for p, c in CLOSED.items()] + [(p, c, False) for p, c in OPEN.items()]
+"""Full names of settings -> their choices (none: unknown here), and whether the list is closed. For an open list, only
+a value that resembles a choice without being one is wrong."""
