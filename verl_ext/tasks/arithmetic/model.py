@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 ROLES = ("system", "user", "assistant")
 
 LINE_FEED = "\u010a"
-"""How a byte-level tokenizer spells it."""
+"""The line feed in a byte-level tokenizer's alphabet."""
 
 # Qwen's format, without its default system prompt.
 CHAT_TEMPLATE = (
@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose only merges spell the template's role lines: any text round-trips, a digit is a token."""
+    """Build a byte-level BPE tokenizer that merges only the template's role lines: a digit is a token."""
     vocab = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     for role in ROLES:
@@ -42,7 +42,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A seeded, untrained model. ``head_dim`` is one that vLLM's CPU build supports (32, 64, 128)."""
+    """Build an untrained model from a seed. vLLM's CPU build needs a ``head_dim`` of 32, 64 or 128."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=192,

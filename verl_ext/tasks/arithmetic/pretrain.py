@@ -1,7 +1,7 @@
-"""Supervised pre-training of the toy model, two minutes on a CPU: first on correct, at last on careless solutions.
+"""Pre-train the toy model, two minutes on a CPU: on correct solutions, and in the end on careless ones.
 
-It then knows how to work a chain out, but mostly guesses, and slips when it does not: reinforcement learning has to
-find out which of its habits pays.
+The model can then work a chain out, but mostly guesses, and slips when it does not. Reinforcement learning has to find
+out which habit pays.
 """
 
 import math
@@ -17,14 +17,14 @@ from verl_ext.tasks.arithmetic.task import LEVELS, draw_many
 
 BATCH, LEARNING_RATE, WARM_UP = 32, 1e-2, 50
 CARELESS = 0.2
-"""Last part of the iterations, on careless solutions."""
+"""Share of the iterations, the last ones, on careless solutions."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024): momentum, orthogonalised by Newton-Schulz steps, for weight matrices.
+    """Muon (Jordan et al., 2024) for weight matrices: momentum, orthogonalised by Newton-Schulz steps.
 
-    A tiny model learns in far fewer steps than with AdamW. torch's own works in bfloat16, which is slow on a CPU.
-    Updates are scaled to the size of AdamW's (0.2 sqrt(max side)), so one learning rate serves both.
+    A tiny model learns in far fewer steps than with AdamW. torch's own Muon uses bfloat16, which is slow on a CPU.
+    Updates are scaled to the size of AdamW's (0.2 sqrt(max side)), so that one learning rate serves both.
     """
 
     def __init__(self, parameters, lr: float, momentum: float = 0.95):
@@ -50,14 +50,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, question: str, response: str) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and response, as the chat template and verl's rollout have them."""
+    """Return the token ids of prompt and response, as in verl's rollout."""
     message = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
     return prompt, tokenizer.encode(response) + [tokenizer.eos_token_id]
 
 
 def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids (B, T), and the next token's label at each response position, -100 elsewhere."""
+    """Return right-padded ids (B, T), and labels: the next token where that is of the response, -100 elsewhere."""
     width = max(len(p) + len(r) for p, r in rows)
     ids = torch.full((len(rows), width), pad)
     labels = torch.full((len(rows), width), -100)
@@ -74,7 +74,7 @@ def pretrain(
     seed: int,
     exclude: Collection[str] = (),
 ) -> list[float]:
-    """Train ``model`` in place on drawn questions, none of ``exclude``. Returns the losses, nats a token."""
+    """Train ``model`` in place on random questions that are not in ``exclude``; return the losses in nats per token."""
     rng = random.Random(seed)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -87,7 +87,7 @@ def pretrain(
     model.train()
     for i in range(iterations):
         if not pool:
-            # Batches of similar lengths waste little on padding.
+            # Batches of similar lengths need little padding.
             questions = sorted(draw_many(rng, rng.choices(LEVELS, k=4 * BATCH), exclude), key=lambda q: q.level)
             pool = [questions[j : j + BATCH] for j in range(0, len(questions), BATCH)]
             rng.shuffle(pool)

@@ -1,4 +1,4 @@
-"""Filters verl's output: one line per training step, evaluations and refusals; the rest is dropped.
+"""Filter verl's output to one line per training step, evaluations and refusals.
 
 python -m verl.trainer.main_ppo ... 2>&1 | python -m verl_ext.tasks.arithmetic.progress
 """
@@ -23,7 +23,7 @@ PASSED_ON = ("pre-training ", "building the arithmetic", "verl-disco:", "Started
 
 
 def summarise(line: str) -> str | None:
-    """What to show of one line of output, if anything."""
+    """Shorten a line of output; None drops it."""
     if match := STEP.search(line):
         values = {name: float(value) for name, value in VALUE.findall(match[2])}
         passed = list(pass_at_1(values).values())

@@ -1,4 +1,4 @@
-"""What an arithmetic run did, from its ``metrics.jsonl``: a short table on the terminal and plots beside the file.
+"""Summarise an arithmetic run from its ``metrics.jsonl``: a table on the terminal, and plots beside the file.
 
 python -m verl_ext.tasks.arithmetic.summary outputs/arithmetic/grpo,seed=1
 """
@@ -17,7 +17,7 @@ PLOTS = "plots.png"
 
 
 def pass_at_1(row: dict) -> dict[int, float]:
-    """Held-out pass@1 by level in one evaluation; empty for a row without one."""
+    """Read held-out pass@1 per level from a row of metrics; empty without an evaluation."""
     found = {}
     for name, value in row.items():
         if name.startswith("val-core/level_") and "/acc/mean@" in name:
@@ -26,27 +26,22 @@ def pass_at_1(row: dict) -> dict[int, float]:
 
 
 def overall(levels: dict[int, float], questions: int) -> tuple[float, float]:
-    """Mean over levels, and its standard error over ``questions`` in all, as if one response per question were drawn.
+    """Compute the mean over levels, and an upper bound of its standard error over ``questions`` in all.
 
-    An upper bound: several responses per question make it smaller.
+    The bound assumes one response per question; several make the error lower.
     """
     mean = statistics.fmean(levels.values())
     variance = statistics.fmean(p * (1 - p) for p in levels.values())
     return mean, math.sqrt(variance / questions)
 
 
-def held_out_questions(run: Path) -> int:
-    """How many questions an evaluation has, from the run's settings."""
-    return OmegaConf.load(run / CONFIG_FILE).arithmetic.test_size
-
-
 def describe(run: Path) -> str:
-    """The summary as text."""
-    rows, questions = read_metrics(run), held_out_questions(run)
+    """Summarise a run as text."""
+    rows, questions = read_metrics(run), OmegaConf.load(run / CONFIG_FILE).arithmetic.test_size
     evaluations = [(r["step"], pass_at_1(r)) for r in rows if pass_at_1(r)]
     steps = [r for r in rows if "timing_s/step" in r]
     if not evaluations or not steps:
-        return f"{run}: no finished step with an evaluation before it yet"
+        return f"{run}: no evaluation followed by a finished step yet"
     (first, before), (last, after) = evaluations[0], evaluations[-1]
     lines = [f"pass@1 on held-out questions, before (step {first}) and after (step {last}):", ""]
     for level in sorted(before):
@@ -60,8 +55,7 @@ def describe(run: Path) -> str:
             head, tail = statistics.fmean(values[:5]), statistics.fmean(values[-5:])
             lines.append(f"  {label:28} {head:{form}} -> {tail:{form}}")
 
-    lines.append("means of the first and of the last 5 steps:")
-    lines.append("")
+    lines += ["means of the first and of the last 5 steps:", ""]
     span("reward in training", "critic/score/mean")
     span("KL(old || new), nats per token", *metric_names("kl", "actor/ppo_kl"), form=".2e")
     span("entropy, nats per token", "actor/entropy")
@@ -79,7 +73,7 @@ def describe(run: Path) -> str:
 
 
 def plot(run: Path) -> Path:
-    """Draw pass@1, reward, KL with delta, entropy, coefficient and lengths over the steps; returns the PNG's path."""
+    """Plot pass@1, reward, KL, entropy, coefficient and lengths over the steps; return the PNG's path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,7 +114,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="trainer.default_local_dir of the run")
     args = parser.parse_args()
     if not (args.run / METRICS_FILE).exists():
-        raise SystemExit(f"{args.run / METRICS_FILE} does not exist: no run has been there")
+        raise SystemExit(f"{args.run / METRICS_FILE} does not exist; give the folder of a run")
     plot(args.run)
     print(describe(args.run))
 

@@ -1,7 +1,7 @@
-"""The toy task: chains of single digits to add and subtract, graded by their length.
+"""The toy task: add and subtract chains of single digits; the longer, the harder.
 
-A question of level k has k operations, "4+8-5+9=", and a response works it out total by total before it answers,
-"12 7 16#16". One operation is a fact that a tiny model can learn; a chain is only as good as its weakest link.
+A question of level k has k operations, "4+8-5+9=", and a response writes each total before the answer, "12 7 16#16".
+A tiny model can learn one operation by heart; one wrong total makes the whole chain wrong.
 """
 
 import random
@@ -12,19 +12,18 @@ LEVELS = (1, 2, 3, 4, 5, 6)
 """Levels of difficulty: the number of operations of a question."""
 
 ANSWER_MARK = "#"
-"""What stands between the working and the final answer of a response."""
-
+"""Separates the working and the final answer of a response."""
 
 GUESS_MORE, GUESS_MOST = 0.22, 0.90
-"""Share of careless responses that guess the answer without working it out: what each operation after the first adds to
-it, and its limit. A guess at level k is right once in k^2."""
+"""Share of careless responses that guess the answer: the increase per operation after the first, and the limit.
+A guess at level k is right once in k^2."""
 
 SLIP_FIRST, SLIP_MORE = 0.01, 0.01
-"""Probability of a slip in the first operation that is worked out, and what each further one adds to it."""
+"""Probability of a slip in the first operation that is worked out, and the increase per further operation."""
 
 
 def respond(totals: Sequence[int]) -> str:
-    """A response in the right form: the working, the mark, the answer."""
+    """Write a response in the right form: the working, the mark, the answer."""
     return " ".join(map(str, totals)) + ANSWER_MARK + str(totals[-1])
 
 
@@ -45,13 +44,13 @@ class Question:
 
     @property
     def solution(self) -> str:
-        """The correct response: the working, the mark, the answer."""
+        """The correct response."""
         return respond(self.totals)
 
     def careless_solution(self, rng: random.Random) -> str:
-        """A response of somebody who knows how, but mostly guesses, and slips when working it out.
+        """Write a response that mostly guesses, and otherwise slips now and then.
 
-        A slip is by 1 or 2, ever more likely the longer the chain gets, and the working goes on from it.
+        A slip is by 1 or 2, more likely in longer chains, and the later totals include it.
         """
         if rng.random() < min(GUESS_MOST, GUESS_MORE * (self.level - 1)):
             off = 0 if rng.random() < 1 / self.level**2 else rng.choice((-3, -2, -1, 1, 2, 3))
@@ -78,7 +77,7 @@ def draw(rng: random.Random, level: int) -> Question:
 
 
 def draw_many(rng: random.Random, levels: Iterable[int], exclude: Collection[str] = ()) -> Iterator[Question]:
-    """One question for each of ``levels``, none of whose text is in ``exclude``."""
+    """Draw a question for each of ``levels``, with no text in ``exclude``."""
     for level in levels:
         while (question := draw(rng, level)).text in exclude:
             pass

@@ -1,8 +1,8 @@
-"""Whether two mathematical answers are equal: first what kind of thing each is, then its parts, by math-verify.
+"""Compare two mathematical answers: first by their structure, then part by part, by math-verify.
 
-math-verify reads and compares expressions. What it confuses is settled before the call: lists, sets, pairs and
-intervals; conditions; names before a value; units; percentages; numerals with a base; options of a multiple choice;
-words. Without bounds on time and memory: :mod:`verl_ext.tasks.math.grader` runs it in a process that can be stopped.
+math-verify parses and compares expressions. Forms that it confuses are handled here: lists, sets, pairs and intervals;
+conditions; names before a value; units; percentages; numerals with a base; options of a multiple choice; words.
+Time and memory are unlimited here; :mod:`verl_ext.tasks.math.grader` limits them.
 """
 
 import re
@@ -45,11 +45,11 @@ CLOCK = re.compile(r"\d{1,2}:\d{2}")
 
 
 def answers_equal(answer: str, truth: str) -> bool:
-    """Whether ``answer`` is mathematically equal to ``truth``; both as they stand in a box.
+    """Tell whether ``answer`` is mathematically equal to ``truth``; both are the content of a box.
 
     Raises:
-        Unreadable: one of them is no mathematics that can be read, and they are not the same text.
-        Exception: whatever else the libraries raise; a fault of theirs.
+        Unreadable: one of them cannot be read as mathematics, and the texts differ.
+        Exception: any error of the libraries, a bug of theirs.
     """
     answer, truth = (without_braces(normalise(text)) for text in (answer, truth))
     if key(answer) == key(truth):
@@ -60,7 +60,7 @@ def answers_equal(answer: str, truth: str) -> bool:
 
 
 def same_option(answer: str, truth: str) -> bool | None:
-    """For a truth that is an option of a multiple choice, or an answer that is labelled as one; else None."""
+    """Compare a truth that is an option of a multiple choice, or an answer labelled as one; None for others."""
     unwrapped = (re.sub(r"^\\text\s*\{([^{}]*)\}", r"\1 ", text).strip() for text in (answer, truth))
     answer, truth = (re.sub(r"^(?:option|choice)\s+(?=\(?[A-J]\b)", "", text, flags=re.I) for text in unwrapped)
     truth_label, answer_label = LABELLED.fullmatch(truth), LABELLED.fullmatch(answer)
@@ -78,7 +78,7 @@ def same_option(answer: str, truth: str) -> bool | None:
         return len(letters) == len(truth) and set(letters) == set(truth)
     if not truth_label and not answer_label:
         return None
-    # What stands beside a label; of the truth, the label itself too.
+    # The answer's text without its label may equal the truth's label, or the text beside it.
     said = answer_label["rest"] if answer_label else LETTER.sub(r"\1", answer)
     if not truth_label:
         return key(said) == key(truth) or equal(said, truth)
@@ -89,19 +89,19 @@ def same_option(answer: str, truth: str) -> bool | None:
 
 
 def equal(answer: str, truth: str) -> bool:
-    """As :func:`answers_equal`, of normalised texts."""
+    """Compare as :func:`answers_equal`, but normalised texts."""
     if key(answer) == key(truth):
         return True
     a, b = structure(answer), structure(truth)
     if a.kind == b.kind == "one":
         return singles_equal(a.parts[0], b.parts[0])
-    # One name before all: x = 1, 2; x \in \{1, 2\}; (x, y) = (1, 2).
+    # One name before all values: x = 1, 2; x \in \{1, 2\}; (x, y) = (1, 2).
     values = [value_of(answer, sums=True), value_of(truth)]
     if values != [answer, truth] and (a.kind == "one") != (b.kind == "one"):
         if [structure(v) for v in values] != [a, b]:
             return equal(*values)
     if b.kind == "list" and a.kind == "one" and structure(answer, False).kind == "list":
-        # 3,125 may be two numbers where two are asked for, with a space between them.
+        # If two numbers are expected, 3,125 may be two, as in "3, 125".
         a = structure(answer, False)
     kinds = {a.kind, b.kind}
     if kinds <= {"list", "set"}:
@@ -120,7 +120,7 @@ def equal(answer: str, truth: str) -> bool:
 
 
 def same_members(a: Thing, b: Thing, as_sets: bool) -> bool:
-    """Whether the parts are equal one to one in some order; of sets, whether each has its equal on the other side."""
+    """Tell whether the parts are equal one to one in any order; of sets, whether each part has an equal one."""
     mine, others = list(a.parts), list(b.parts)
     for things in (mine, others):
         # x = 5, 6
@@ -133,22 +133,21 @@ def same_members(a: Thing, b: Thing, as_sets: bool) -> bool:
         )
     if len(mine) != len(others):
         return False
-    left = list(others)
     for x in mine:
-        found = next((y for y in left if equal(x, y)), None)
+        found = next((y for y in others if equal(x, y)), None)
         if found is None:
             return False
-        left.remove(found)
+        others.remove(found)
     return True
 
 
 def singles_equal(answer: str, truth: str) -> bool:
-    """Two answers that are no lists."""
+    """Compare two answers that are not lists."""
     if any(relation_chain(text)[1] for text in (answer, truth)):
         return relations_equal(answer, truth)
     clocks = [text for text in (answer, truth) if CLOCK.fullmatch(text)]
     if len(clocks) == 2 or any(text.endswith(":00") for text in clocks):
-        # No ratios.
+        # Clock times are not ratios.
         return False
     a, unit_a = without_unit(answer)
     b, unit_b = without_unit(truth)
@@ -175,11 +174,12 @@ def singles_equal(answer: str, truth: str) -> bool:
 
 
 def set_like(text: str) -> bool:
+    """Tell whether a text has a symbol of sets."""
     return bool(re.search(r"\\(?:cup|cap|setminus|emptyset|mathbb)(?![A-Za-z])|\\\{", text))
 
 
 def numerals_equal(a: str, b: str) -> bool:
-    """101_2 and 101 (where a base is asked for, it is often left out), 5_{10} and 5; never 101_2 and 101_3."""
+    """Compare numerals: 101_2 equals 101 (an expected base is often left out), 5_{10} equals 5, 101_2 is not 101_3."""
     x, y = NUMERAL.fullmatch(a), NUMERAL.fullmatch(b)
     if y and not x and a == y["sign"] + y["digits"]:
         return True
@@ -195,19 +195,19 @@ def numerals_equal(a: str, b: str) -> bool:
 
 
 def relations_equal(answer: str, truth: str) -> bool:
-    """Of which at least one is an equation, an inequality or a membership."""
+    """Compare two answers, at least one of which is an equation, an inequality or a membership."""
     a, b = value_of(answer, sums=True), value_of(truth)
     if a != answer and b != truth:
-        # x = 5 is not y = 5, unless they are words for it.
+        # x = 5 is not y = 5, unless the names are words.
         symbols = [next((s for s in relation_chain(text)[0] if is_name(s)), "") for text in (answer, truth)]
         if not all(symbols) or key(symbols[0]) == key(symbols[1]) or any(map(is_words, symbols)):
             return equal(a, b)
         return same_equation(answer, truth)
     sides, signs = relation_chain(answer)
     if a != answer and set(signs) == {"="} and all(map(is_constant, sides)):
-        # 1 = 2 is no 2.
+        # 1 = 2 is not 2.
         return all(equal(side, b) for side in sides if r"\pmod" not in side)
-    # A name before one side's value says no more than the value; but y = 2x + 3 may be the equation y - 2x - 3 = 0.
+    # A name before a value adds nothing to it; but y = 2x + 3 may be the equation y - 2x - 3 = 0.
     signs = [set(relation_chain(text)[1]) for text in (answer, truth)]
     if (a, b) != (answer, truth) and signs != [{"="}, {"="}]:
         return equal(a, b)
@@ -219,13 +219,13 @@ def relations_equal(answer: str, truth: str) -> bool:
 
 
 def symbols_of(text: str) -> set[str]:
-    """The names of what a chain of relations is about."""
+    """List the symbols and functions in a chain of relations."""
     sides = [read(side) for side in relation_chain(text)[0]]
     return {str(part) for side in sides for part in side.atoms(AppliedUndef) or side.free_symbols}
 
 
 def same_chain(a: str, b: str) -> bool:
-    """Whether two chains of inequalities say the same, in any number of variables, side by side or mirrored."""
+    """Tell whether two chains of inequalities are equivalent side by side or mirrored, in any number of variables."""
     (sides, signs), (others, other_signs) = relation_chain(a), relation_chain(b)
     if len(sides) != len(others):
         return False
@@ -245,7 +245,7 @@ def same_chain(a: str, b: str) -> bool:
 
 
 def same_equation(a: str, b: str) -> bool:
-    """Whether two equations have the same solutions, for what is plain: a constant factor, or solved for a symbol."""
+    """Tell whether two equations are equal up to a constant factor, or have the same solution for a symbol."""
     (sides, signs), (others, other_signs) = relation_chain(a), relation_chain(b)
     if not signs == other_signs == ["="]:
         return False
@@ -258,7 +258,7 @@ def same_equation(a: str, b: str) -> bool:
     left, right = (read(x) - read(y) for x, y in (sides, others))
     if not left.free_symbols or left.free_symbols != right.free_symbols:
         return False
-    # A constant factor, found where it can be seen and then tried.
+    # A constant factor, computed at one point and tried at others.
     point = {s: sympy.Rational(997 + 3 * i * i + 71 * i, 83) for i, s in enumerate(sorted(left.free_symbols, key=str))}
     factor = (left.subs(point) / right.subs(point)).doit()
     if is_finite_number(factor) and not factor.is_zero and same_where_tried(left, factor * right):
@@ -282,12 +282,20 @@ INEQUALITY = {"<": sympy.Lt, ">": sympy.Gt, "<=": sympy.Le, ">=": sympy.Ge, "!="
 
 
 def same_regions(a: Thing, b: Thing) -> bool:
+    """Tell whether two answers describe the same set of real numbers."""
     x, y = region(a), region(b)
-    return x is not None and y is not None and same_region(x, y)
+    if x is None or y is None:
+        return False
+    if x == y:
+        return True
+    if isinstance(x, sympy.Interval) and isinstance(y, sympy.Interval):
+        ends = (x.left_open, x.right_open) == (y.left_open, y.right_open)
+        return ends and same_expression(x.start, y.start) and same_expression(x.end, y.end)
+    return bool(sympy.SymmetricDifference(x, y).is_empty)
 
 
 def region(thing: Thing) -> sympy.Set | None:
-    """The set of real numbers that an answer describes: interval, union, condition on one variable; None if none."""
+    """Read the set of real numbers that an answer describes: interval, union, condition on one variable; else None."""
     try:
         if thing.kind == "tuple" and len(thing.parts) == 2:
             low, high = map(read, thing.parts)
@@ -305,11 +313,10 @@ def region(thing: Thing) -> sympy.Set | None:
 
 
 def region_of_list(thing: Thing) -> sympy.Set | None:
-    """Of conditions on one variable, x < 0 or x = 1; or of intervals with "or" between them."""
+    """Read conditions on one variable, x < 0 or x = 1; or intervals with "or" between them."""
     if {structure(part).kind for part in thing.parts} == {"tuple"}:
         if thing.joined != "or" and r"\infty" not in "".join(thing.parts):
-            # Points, maybe.
-            return None
+            return None  # these may be points
         found = [region(structure(part)) for part in thing.parts]
         return None if None in found else sympy.Union(*found)
     signs = [set(relation_chain(part)[1]) for part in thing.parts]
@@ -326,7 +333,7 @@ def region_of_list(thing: Thing) -> sympy.Set | None:
 
 
 def set_of(text: str) -> sympy.Set | None:
-    """Of a text without commas outside of brackets."""
+    """Read a set from a text without commas outside brackets."""
     if (named := SETS.get(text.replace(" ", ""))) is not None:
         return named
     for sign, combine in ((r"\cup", sympy.Union), (r"\cap", sympy.Intersection), (r"\setminus", sympy.Complement)):
@@ -344,7 +351,7 @@ def set_of(text: str) -> sympy.Set | None:
 
 
 def condition(text: str) -> sympy.Set | None:
-    """The real numbers that satisfy a chain of inequalities in one variable, x = a value, or x \\in a set."""
+    """Solve a chain of inequalities in one variable, x = a value, or x \\in a set, for real numbers."""
     sides, found = relation_chain(text)
     if found == ["in"] and is_name(sides[0]):
         return region(structure(sides[1]))
@@ -353,7 +360,7 @@ def condition(text: str) -> sympy.Set | None:
     if not found or not set(found) <= INEQUALITIES:
         return None
     read_sides = [read(side) for side in sides]
-    # The values of f(x) are a variable like x.
+    # f(x) counts as a variable like x.
     functions = {f: sympy.Dummy(real=True) for side in read_sides for f in side.atoms(AppliedUndef)}
     read_sides = [side.xreplace(functions) for side in read_sides]
     variables = set().union(*(side.free_symbols for side in read_sides))
@@ -361,12 +368,3 @@ def condition(text: str) -> sympy.Set | None:
         return None
     pairs = zip(read_sides, read_sides[1:], found, strict=False)
     return sympy.Intersection(sympy.S.Reals, *(INEQUALITY[sign](a, b).as_set() for a, b, sign in pairs))
-
-
-def same_region(a: sympy.Set, b: sympy.Set) -> bool:
-    if a == b:
-        return True
-    if isinstance(a, sympy.Interval) and isinstance(b, sympy.Interval):
-        ends = (a.left_open, a.right_open) == (b.left_open, b.right_open)
-        return ends and same_expression(a.start, b.start) and same_expression(a.end, b.end)
-    return bool(sympy.SymmetricDifference(a, b).is_empty)

@@ -1,4 +1,4 @@
-"""Reads an expression by math-verify's parser, and tells whether two are equal."""
+"""Parse expressions by math-verify, and compare them."""
 
 import random
 import re
@@ -16,53 +16,52 @@ from verl_ext.tasks.math.normalise import key
 from verl_ext.tasks.math.units import TRIGONOMETRIC
 
 if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
-    # The parser for antlr 4.9.3, the version that Hydra needs, lacks what latex2sympy2_extended 1.11 asks of each atom
-    # that is none of the kinds before, a percentage among them. As its parsers for other versions have it.
+    # The parser for antlr 4.9.3, which Hydra needs, lacks a method that latex2sympy2_extended 1.11 calls for some
+    # atoms, such as percentages. This is the one of its parsers for other versions.
     PSParser.AtomContext.FUNC_GAMMA = lambda self: self.getToken(PSParser.FUNC_GAMMA, 0)
 
-# Units are ours, since the library takes a last letter for one; \boxed is gone.
+# Units are handled here, since the library mistakes a last letter for one; \boxed is already removed.
 CLEANING = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 READING = ConversionConfig(lowercase_symbols=False)
 
 DECIMALS, DIGITS = 5e-7, 1e-5
-"""A short decimal is equal to what agrees with it to 6 decimals and to 5 digits."""
+"""A short decimal equals a number that agrees with it to 6 decimals and to 5 digits."""
 
 SHORT, LONG = 6, 8
-"""Significant digits below which a decimal is no rounding of another one, and from which on all its digits count."""
+"""With fewer significant digits, a decimal is not a rounding of another one; with this many, all its digits count."""
 
 ROUNDED = 1e-9
-"""How far expressions with symbols may differ, relatively, where decimals are in them."""
+"""Relative tolerance of expressions with symbols and decimals."""
 
 PRECISION, EXACT = 40, sympy.Float("1e-30")
-"""Digits to which exact expressions are evaluated, and how far they may differ, relatively."""
+"""Digits to which exact expressions are evaluated, and their relative tolerance."""
 
 GIANT = 100_000
-"""Exponents and arguments of factorials up to which numbers are written out."""
+"""The largest exponent or argument of a factorial that is evaluated."""
 
 STEPS = (sympy.floor, sympy.ceiling, sympy.Mod)
 PIECES = (*STEPS, sympy.Abs, sympy.sign, sympy.Max, sympy.Min, sympy.Piecewise)
-"""Functions that may agree in one place and differ in another."""
+"""Functions that may agree at some points and differ at others."""
 
 WHOLE = set("ijklmnNpq")
-"""Symbols that mostly stand for integers, which matters to steps."""
+"""Symbols that mostly stand for integers, which matters for ``STEPS``."""
 
 NO_EXPRESSION = re.compile(
-    # A sequence; two numbers side by side; what looks like a mixed number and is none; a base; a cross product; a
-    # divisor of letters.
+    # A sequence; two adjacent numbers; an invalid mixed number; a base; a cross product; a divisor of letters.
     r"\\ldots|(?<![\^_])\d\s+\d|(?<![\d.^_{])\d+\s*\\frac\{-?\d+\}\{-?\d+\}|\d\s*_|\\vec.*\\times"
     r"|(?:\\|\{\s*)(?:gcd|lcm)[^\d]*(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])"
 )
 
 
 class Unreadable(ValueError):
-    """No mathematics that can be compared."""
+    """A text is not mathematics that can be compared."""
 
 
 class Reader(_Latex2Sympy):
-    """The library's reader without two of its liberties."""
+    """The library's converter, with two corrections."""
 
     def convert_postfix_list(self, arr: Sequence, i: int = 0):
-        """A product. The library adds neighbours that are numbers, as if 2(5) were the mixed number 2 5/1."""
+        """Multiply neighbours; the library adds neighbours that are numbers, as if 2(5) were the mixed number 2 5/1."""
         if len(arr) > 1 and i == 0:
             parts = [self.convert_postfix(part) for part in arr]
             if all(isinstance(part, sympy.Expr) and not part.is_Matrix for part in parts):
@@ -70,19 +69,19 @@ class Reader(_Latex2Sympy):
         return super().convert_postfix_list(arr, i)
 
     def convert_atom_expr(self, atom_expr):
-        """A symbol; I is one like others. The imaginary unit is i, put in by :func:`read`."""
+        """Read I as a symbol like others; :func:`read` replaces i by the imaginary unit."""
         found = super().convert_atom_expr(atom_expr)
         return sympy.Symbol("I", real=True) if found is sympy.I else found
 
 
 @lru_cache(maxsize=256)
 def read(text: str):
-    """The expression that a text stands for.
+    """Parse the expression in a text.
 
     Raises:
         Unreadable: there is none.
     """
-    # The library drops primes: f' is a name of its own.
+    # The library drops primes, but f' is another name than f.
     named = re.sub(r"([A-Za-z])('+)", lambda m: f"{m[1]}_{{{'q' * len(m[2])}}}", text)
     if not named or NO_EXPRESSION.search(named) or "'" in named.rstrip("'"):
         raise Unreadable(f"no single expression: {text[:80]!r}")
@@ -95,13 +94,13 @@ def read(text: str):
     except MemoryError:
         raise
     except Exception as e:
-        # Plain Exception is how its error listener reports a syntax that it does not know; the rest are faults.
+        # The library's error listener raises Exception itself for unknown syntax; subclasses are bugs.
         if type(e) is Exception or "Matrix" in str(e):
             raise Unreadable(f"{text[:80]!r}: {str(e).splitlines()[0] if str(e) else e!r}") from e
         raise
     if not isinstance(found, (sympy.Basic, sympy.MatrixBase)):
-        raise Unreadable(f"{text[:80]!r} is no expression")
-    # dy/dx is a name, and not 0 because y is another symbol than x.
+        raise Unreadable(f"{text[:80]!r} is not an expression")
+    # dy/dx is a name; SymPy would evaluate it to 0, because y is another symbol than x.
     names = {d: sympy.Symbol(str(d), real=True) for d in found.atoms(sympy.Derivative) if d.expr.is_Symbol}
     found = found.xreplace(names) if names else found
     unit = [symbol for symbol in found.free_symbols if symbol.name == "i"]
@@ -109,17 +108,16 @@ def read(text: str):
 
 
 def expressions_equal(answer: str, truth: str) -> bool:
-    """Whether two texts stand for one expression; 28 % are 0.28, and 28.
+    """Tell whether two texts are equal as expressions; 28 % equals 0.28 and 28.
 
     Raises:
-        Unreadable: one of them stands for none.
+        Unreadable: one of them is not an expression.
     """
     if key(answer) == key(truth):
         return True
-    x, percent_x = as_percentage(answer)
-    y, percent_y = as_percentage(truth)
-    x, y = read(x), read(y)
-    # The percent sign may be left out; and be put in, where a whole number is asked for: 0.5 is no 0.5 %.
+    percent_x, percent_y = (text.endswith(r"\%") for text in (answer, truth))
+    x, y = (read(text.removesuffix(r"\%").strip()) for text in (answer, truth))
+    # The percent sign may be missing, or be added to a whole number above 1: 0.5 % is not 0.5.
     if (not percent_x or percent_y or (y.is_Integer and y > 1)) and same_expression(x, y):
         return True
     if percent_x == percent_y or not (isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr)):
@@ -127,20 +125,17 @@ def expressions_equal(answer: str, truth: str) -> bool:
     return same_expression(x / 100, y) if percent_x else same_expression(x, y / 100)
 
 
-def as_percentage(text: str) -> tuple[str, bool]:
-    return (text.removesuffix(r"\%").strip(), True) if text.endswith(r"\%") else (text, False)
-
-
 def is_finite_number(x) -> bool:
+    """Tell whether an expression is a finite number."""
     finite = isinstance(x, sympy.Expr) and bool(x.is_number) and x.is_infinite is not True
     return finite and not x.has(sympy.zoo, sympy.nan)
 
 
 def same_expression(x, y) -> bool:
-    """Whether two expressions are equal wherever both are defined: exactly, but for decimals.
+    """Tell whether two expressions are equal wherever both are defined: exactly, except for decimals.
 
     Raises:
-        Unreadable: one of them is undefined, as a division by zero, or a giant.
+        Unreadable: one of them is undefined, as a division by zero, or too large.
     """
     x, y = (z.doit() if isinstance(z, sympy.MatrixExpr) else z for z in (x, y))
     if isinstance(x, sympy.MatrixBase) or isinstance(y, sympy.MatrixBase):
@@ -157,7 +152,7 @@ def same_expression(x, y) -> bool:
     refuse_giants(x, y)
     x, y = x.doit(), y.doit()
     if x.has(sympy.nan, sympy.zoo) or y.has(sympy.nan, sympy.zoo):
-        raise Unreadable("a value that is not defined")
+        raise Unreadable("an undefined value")
     if x.has(sympy.oo, -sympy.oo) or y.has(sympy.oo, -sympy.oo):
         return x == y
     if is_finite_number(x) and is_finite_number(y):
@@ -167,23 +162,22 @@ def same_expression(x, y) -> bool:
 
 
 def refuse_giants(*expressions) -> None:
-    """Refuse what would take hours to write out: powers and factorials beyond all bounds.
-
-    Raises:
-        Unreadable: there is one.
-    """
+    """Raise Unreadable for powers and factorials beyond ``GIANT``, which would take hours to evaluate."""
     for expression in expressions:
-        for node in sympy.postorder_traversal(expression):
-            sizes = (
-                [node.exp] if isinstance(node, sympy.Pow) else node.args if isinstance(node, sympy.factorial) else ()
-            )
-            for size in sizes:
-                value = size.evalf(5) if size.is_number else None
-                if value is not None and value.is_extended_real and abs(value) > GIANT:
-                    raise Unreadable(f"a power or factorial of {value}")
+        sizes = [node.exp for node in expression.atoms(sympy.Pow)]
+        sizes += [node.args[0] for node in expression.atoms(sympy.factorial)]
+        for size in sizes:
+            value = size.evalf(5) if size.is_number else None
+            if value is not None and value.is_extended_real and abs(value) > GIANT:
+                raise Unreadable(f"a power or factorial of {value}")
 
 
 def same_number(x, y) -> bool:
+    """Tell whether two finite numbers are equal.
+
+    Raises:
+        Unreadable: one of them cannot be evaluated.
+    """
     if x.has(sympy.Float) or y.has(sympy.Float):
         return decimals_agree(x, y)
     if x.is_Rational and y.is_Rational:
@@ -191,15 +185,15 @@ def same_number(x, y) -> bool:
     difference, size = abs(x.evalf(PRECISION) - y.evalf(PRECISION)), sympy.Max(abs(x.evalf(15)), abs(y.evalf(15)))
     if not (difference.is_number and size.is_number):
         raise Unreadable("a number that cannot be evaluated")
-    # What should be zero has no digits to compare.
+    # Values near zero have no digits to compare.
     return bool(difference <= size * EXACT) or (bool(size < EXACT) and bool((x - y).equals(0)))
 
 
 def decimals_agree(x, y) -> bool:
-    """Whether two numbers agree of which at least one is a decimal.
+    """Tell whether two numbers agree, at least one of which is a decimal.
 
-    A whole number is met exactly, and a short decimal by another decimal. A decimal of 8 significant digits or more
-    must be right to all but the last, a shorter one to 6 decimals and 5 digits.
+    A whole number must match exactly, and so must two decimals if one is short. A decimal of at least 8 significant
+    digits must be right in all but the last, a shorter one to 6 decimals and 5 digits.
     """
     a, b = x.evalf(30), y.evalf(30)
     difference, size = abs(a - b), sympy.Max(abs(a), abs(b))
@@ -219,10 +213,10 @@ def significant_digits(number) -> int:
 
 
 def same_where_tried(x, y) -> bool | None:
-    """Whether two expressions with symbols agree wherever they are tried; None where that is nowhere.
+    """Tell whether two expressions with symbols agree at trial points; None if fewer than two points were possible.
 
-    Tried at a few points of both signs, where all roots and logarithms are real; at many, and of all sizes, where a
-    function is put together of pieces; at integers, where it has steps and the symbol is one for integers.
+    A few points of both signs at which all roots and logarithms are real; many points of all sizes for functions in
+    ``PIECES``; integers for functions in ``STEPS``, if the symbol is in ``WHOLE``.
     """
     functions = {f: sympy.Dummy() for f in x.atoms(AppliedUndef) | y.atoms(AppliedUndef)}
     x, y = x.xreplace(functions), y.xreplace(functions)
@@ -231,7 +225,7 @@ def same_where_tried(x, y) -> bool | None:
     exact = not (x.has(sympy.Float) or y.has(sympy.Float))
     nodes = x.atoms(sympy.Pow, sympy.log) | y.atoms(sympy.Pow, sympy.log)
     within = {n.args[0] for n in nodes if isinstance(n, sympy.log) or (n.exp.is_Rational and not n.exp.is_Integer)}
-    # Points whose numbers are in no simple relation to one another.
+    # Random points, whose numbers have no simple relation.
     rng = random.Random(1)
     agreed = 0
     for i in range(60 if in_pieces else 6):

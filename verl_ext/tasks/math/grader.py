@@ -1,9 +1,9 @@
-"""Whether two mathematical answers are equal (:mod:`verl_ext.tasks.math.equality`), in a process that can be stopped.
+"""Compare mathematical answers (:mod:`verl_ext.tasks.math.equality`) in a process with a time and a memory limit.
 
-math-verify parses LaTeX into SymPy, which simplifies and evaluates. On what a model writes that can take hours,
-gigabytes, or the whole process with it. :class:`Grader` runs ``python -m verl_ext.tasks.math.grader``, which reads one
-JSON object per line and answers with another, and kills it when it is late. A child that dies costs the answer it was
-at; the next one starts another child.
+math-verify parses LaTeX into SymPy, which simplifies and evaluates. On a model's output that can take hours or
+gigabytes, or crash the process. :class:`Grader` runs ``python -m verl_ext.tasks.math.grader``, which answers a JSON
+object per line with another, and kills it at the time limit. A child that dies fails one answer; the next answer starts
+a new child.
 """
 
 import json
@@ -22,42 +22,39 @@ from pathlib import Path
 from verl_ext.tasks.math.normalise import key, normalise
 
 START_SECONDS = 120.0
-"""What a child gets for its imports, which take one to two seconds on an idle machine."""
+"""Time limit of a child's imports, which take one to two seconds on an idle machine."""
 
 ANSWERS_PER_CHILD = 1000
-"""Then another takes its place, for caches grow."""
+"""A child's answers before it is replaced, because caches grow."""
 
 BY_WEIGHT = ("grader error", "memory", "unreadable", "wrong")
-"""Where several truths fail for several reasons, the first of these is told."""
+"""If several truths fail for different reasons, the first of these is returned."""
 
 INTEGER = re.compile(r"-?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)")
 
 
 def plainly_equal(answer: str, truth: str) -> bool | None:
-    """Whether two answers are equal, where that is plain to see; None where it takes mathematics.
-
-    They are when they are one integer, or the same text but for what :mod:`verl_ext.tasks.math.normalise` takes away.
-    """
+    """Compare two answers as integers or as normalised texts; None if that does not decide it."""
     answer, truth = answer.strip(), truth.strip()
     if answer == truth:
         return True
     if INTEGER.fullmatch(answer) and INTEGER.fullmatch(truth):
-        # As text: Python refuses integers of thousands of digits.
+        # As text: Python refuses to parse integers of thousands of digits.
         return whole_number(answer) == whole_number(truth)
     return True if key(normalise(answer)) == key(normalise(truth)) else None
 
 
 def whole_number(text: str) -> str:
-    """An integer without commas and leading zeros."""
+    """Write an integer without commas and leading zeros."""
     digits = text.lstrip("-").replace(",", "").lstrip("0")
     return "-" * (text[0] == "-" and bool(digits)) + digits
 
 
 class Grader:
-    """One child process. Not for several threads at once.
+    """One child process, for one thread at a time.
 
     Args:
-        memory_mb: what the child may allocate beyond its imports, in MiB of address space.
+        memory_mb: MiB of address space that the child may allocate beyond its imports.
     """
 
     def __init__(self, memory_mb: int = 1024):
@@ -66,17 +63,16 @@ class Grader:
         self._graded = 0
 
     def grade(self, answer: str, truths: Sequence[str], timeout: float) -> tuple[bool, str]:
-        """Whether ``answer`` equals one of ``truths``, and otherwise why not.
+        """Tell whether ``answer`` equals one of ``truths``, and otherwise why not.
 
         Args:
-            answer: as it stands in the box.
-            truths: as they would stand there.
-            timeout: seconds for this answer, the start of a child not counted.
+            answer: the text in the box.
+            truths: texts of the same form.
+            timeout: seconds for this answer, without the start of a child.
 
         Returns:
-            (True, "") or (False, reason); reasons are "wrong", "unreadable" (no mathematics that can be compared),
-            "grader error" (a fault of ours or of a library, with its text in the log), "memory", "timeout" and
-            "grader died".
+            (True, "") or (False, reason); reasons are "wrong", "unreadable" (not mathematics that can be compared),
+            "grader error" (a bug here or in a library; its text is in the log), "memory", "timeout", "grader died".
         """
         child = self._start()
         try:
@@ -108,7 +104,7 @@ class Grader:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
-                # What this process can import, the child can; and not what lies in the working directory by chance.
+                # The child imports what this process can, and nothing from the working directory.
                 cwd=Path(__file__).parents[3],
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
@@ -123,16 +119,16 @@ class Grader:
                 code = self._child.poll()
                 self.close()
                 raise RuntimeError(
-                    "the grading process did not start (exit status "
-                    f"{code}); see why with: {sys.executable} -m verl_ext.tasks.math.grader {self.memory_mb}"
+                    f"the grading process did not start (exit status {code}); to see why, run "
+                    f"{sys.executable} -m verl_ext.tasks.math.grader {self.memory_mb}"
                 )
         return self._child
 
     def _read_line(self, timeout: float) -> bytes:
-        """A line of the child; empty when it died.
+        """Read a line of the child; empty if it died.
 
         Raises:
-            TimeoutError: it wrote none within ``timeout`` seconds.
+            TimeoutError: it wrote no line within ``timeout`` seconds.
         """
         deadline, line, fd = time.monotonic() + timeout, b"", self._child.stdout.fileno()
         with selectors.DefaultSelector() as selector:
@@ -147,7 +143,7 @@ class Grader:
         return line
 
     def close(self) -> None:
-        """Kill the child, if there is one."""
+        """Kill the child, if any."""
         child, self._child = self._child, None
         if child is not None:
             child.kill()
@@ -158,12 +154,12 @@ class Grader:
 
 @lru_cache(maxsize=100)
 def log_once(error: str, answer: str) -> None:
-    """Warn of an error, with the answer at which it was met first. Printed: Ray shows that to the driver."""
+    """Print a warning, once per error and answer; Ray shows it to the driver."""
     print(f"verl-disco: warning: grading failed: {error}; answer: {answer[:200]!r}", flush=True)
 
 
 def limit_memory(memory_mb: int) -> None:
-    """Let this process allocate ``memory_mb`` MiB more than it has, and write no file."""
+    """Limit this process to ``memory_mb`` MiB more than it has now, and to no file output."""
     import resource
 
     with open("/proc/self/statm") as f:
@@ -175,8 +171,8 @@ def limit_memory(memory_mb: int) -> None:
 
 
 def main() -> None:
-    """The child: a line with an answer in, a line with the verdict out, until the parent closes the pipe."""
-    # Nothing that a library prints may pass for a verdict.
+    """Run the child: read a line with an answer, write a line with the verdict, until the parent closes the pipe."""
+    # A library's output must not be read as a verdict.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     from verl_ext.tasks.math.equality import answers_equal
@@ -188,7 +184,7 @@ def main() -> None:
     print("ready", file=out)
     for line in sys.stdin:
         request = json.loads(line)
-        # The parent kills sooner; this is for a child whose parent was killed meanwhile.
+        # The parent kills earlier; this is for a child whose parent was killed meanwhile.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"] + 1)
         reasons, error = set(), ""
         for truth in request["truths"]:
@@ -199,7 +195,7 @@ def main() -> None:
             except (Unreadable, RecursionError):
                 reason = "unreadable"
             except Exception as e:
-                # Whatever a library raises on what a model wrote is a fault to look into.
+                # Whatever else a library raises is a bug to look into.
                 reason, error = "grader error", f"{type(e).__name__}: {str(e)[:200]}"
             reasons.add(reason)
             if not reason:

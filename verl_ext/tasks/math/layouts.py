@@ -1,8 +1,8 @@
 """Read one row of a public data set: the question as messages, and the bare answers.
 
-By content, for sets disagree on what a column holds: ``answer`` is ``72`` in one and, in another, a solution that ends
-in ``#### 72``. A row that cannot be used raises :class:`Unusable`, which says why; what was changed in one that can is
-a note.
+Rows are read by content, because sets use the same column for different things: ``answer`` is ``72`` in one set, and a
+solution that ends in ``#### 72`` in another. An unusable row raises :class:`Unusable` with the reason; changes to a
+usable row are notes.
 """
 
 import json
@@ -16,17 +16,17 @@ from typing import Any
 from verl_ext.tasks.math.reward import boxed_answer, ground_truths
 
 QUESTION = ("problem", "question", "prompt", "messages", "conversations", "query", "input", "instruction")
-"""Columns, in the order in which they are looked for; case does not matter, and one without a value is passed over."""
+"""Columns, the first with a value counts; in any case."""
 
 ANSWER = (
     *("expected_answer", "reference_answer", "correct_answer", "gold_answer", "final_answer"),
     *("ground_truth", "gold", "answer"),
 )
 SOLUTION = ("solution", "generated_solution", "response", "output")
-"""Looked at last: mostly long, but bare answers in some sets."""
+"""Columns that are read last: mostly long texts, but bare answers in some sets."""
 
 MORE = ("body", "context", "passage", "instruction", "system")
-"""Columns whose text may belong to the question, but is not taken."""
+"""Columns whose text may belong to the question, but is not used."""
 
 PLACEHOLDERS = {
     *("proof", "proofomitted", "notfound", "answernotfound", "noanswer", "noanswerfound", "none", "null", "nan", "n/a"),
@@ -34,14 +34,14 @@ PLACEHOLDERS = {
 }
 
 LONGEST = 100_000
-"""Characters of a prompt, of which models take a tenth."""
+"""Characters of a prompt, at most: ten times what models take."""
 
 Note = tuple[str, str]
-"""What was done or seen, in the same words for each row, and the text that it is about."""
+"""A remark, in the same words for each row, and the text that it is about."""
 
 
 class Unusable(ValueError):
-    """A row, or one of its answers, that cannot be used: the reason, the same for all such, and the text found."""
+    """A row, or one of its answers, cannot be used: the reason, in the same words for each row, and the text."""
 
     def __init__(self, reason: str, shown: Any = ""):
         super().__init__(reason)
@@ -53,13 +53,13 @@ class Unusable(ValueError):
 
 
 def question_of(record: Any, suffix: str) -> tuple[list[dict[str, str]], str, list[Note]]:
-    """verl's messages (a system message where the row has one, and the user's with the suffix), the problem, and notes.
+    """Return verl's messages (the row's system message, if any; the user's with the suffix), the problem, and notes.
 
-    Other instructions about the answer's form are removed: two that contradict each other teach neither. With an empty
-    suffix the prompt stays as it is.
+    Other instructions about the answer's form are removed, because contradicting instructions teach neither. With an
+    empty suffix the prompt stays as it is.
 
     Raises:
-        Unusable: there is no question in plain text, or not the whole of it.
+        Unusable: there is no whole question in plain text.
     """
     columns = columns_of(record)
     column, value = next(present(columns, QUESTION), ("", None))
@@ -85,14 +85,14 @@ def question_of(record: Any, suffix: str) -> tuple[list[dict[str, str]], str, li
 
 
 def columns_of(record: Any) -> dict[str, Any]:
-    """The row's columns by their names in lower case."""
+    """Map the row's column names in lower case to the values."""
     if not isinstance(record, dict):
         raise Unusable("not an object with a problem and an answer", record)
     return {str(name).lower(): value for name, value in record.items()}
 
 
 def present(columns: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Those of the named columns that have a value, in the names' order."""
+    """Yield the named columns that have a value, in the order of ``names``."""
     for name in names:
         value = columns.get(name)
         value = value.tolist() if hasattr(value, "tolist") else value
@@ -101,7 +101,7 @@ def present(columns: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a cell of a table is empty."""
+    """Tell whether a cell of a table is empty."""
     if isinstance(value, (float, Decimal)):
         return str(value).lower() == "nan"
     if isinstance(value, str):
@@ -110,7 +110,7 @@ def is_blank(value: Any) -> bool:
 
 
 def turns_of(column: str, value: Any) -> tuple[str, str, list[Note]]:
-    """The system message and the user's, of a text or of a list of messages, and notes."""
+    """Return the system message, the user's message, and notes, from a text or a list of messages."""
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         parsed = parse(value)
         value = parsed if isinstance(parsed, list) and is_message(parsed[0]) else value
@@ -118,7 +118,7 @@ def turns_of(column: str, value: Any) -> tuple[str, str, list[Note]]:
         return "", plain(value), []
     if not isinstance(value, (list, tuple)) or not all(is_message(turn) for turn in value):
         raise Unusable(f"{column} is neither text nor a list of messages", value)
-    # The second pair of names is ShareGPT's.
+    # "from" and "value" are ShareGPT's names.
     turns = [(str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))) for turn in value]
     turns = [({"human": "user", "gpt": "assistant"}.get(role, role), content) for role, content in turns]
     notes = []
@@ -134,11 +134,12 @@ def turns_of(column: str, value: Any) -> tuple[str, str, list[Note]]:
 
 
 def is_message(turn: Any) -> bool:
+    """Tell whether a value is a message of a conversation."""
     return isinstance(turn, dict) and ("role" in turn or "from" in turn)
 
 
 def parse(text: str) -> Any:
-    """The JSON value in a text, None where it is none."""
+    """Parse JSON; None if the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -146,7 +147,7 @@ def parse(text: str) -> Any:
 
 
 def plain(content: Any) -> str:
-    """A message's text."""
+    """Return a message's text, or raise Unusable."""
     if not isinstance(content, str):
         parts = content if isinstance(content, (list, tuple)) else []
         if any(isinstance(part, dict) and part.get("type", "text") != "text" for part in parts):
@@ -164,7 +165,7 @@ IMAGE = re.compile(r"<\|?(image|video|audio)[\w ]*\|?>|!\[[^\]]{0,500}\]\(", re.
 
 
 def check_whole(columns: dict[str, Any], asked: str) -> None:
-    """Refuse a question of which images or choices are elsewhere."""
+    """Raise Unusable if images or choices of the question are not in its text."""
     names = tuple(name for name in columns if IMAGE_COLUMN.fullmatch(name))
     for name, value in present(columns, names):
         if not isinstance(value, bool):
@@ -185,7 +186,7 @@ OPENERS = (
     r"(?:Return|Write|Give|Box|Provide) (?:your|the)|Make sure|Your (?:final )?answer)"
 )
 BREAK = re.compile(rf"\n\s*|(?<=[.!?])[\"'”’)\]}}$*]*\s+(?!\s|I hope)|(?<=\S)\s+(?={OPENERS})|(?<=[)\]$])\s+(?=[A-Z(])")
-"""Between two sentences. A question may end without a full stop; "I hope it is correct" belongs to what it quotes."""
+"""The gap between two sentences. A question may lack a full stop; "I hope it is correct" belongs to a quotation."""
 
 EMPTY_BOX = re.compile(r"\$?\\{1,4}f?boxed\s*\{[\s.…\w<>$\[\]\\]*\}\$?")
 FORM = re.compile(
@@ -220,9 +221,9 @@ HINT = re.compile(r"\\boxed|####|final answer|</?answer>|\banswer:|\banswer\b.{0
 
 
 def without_instructions(text: str, suffix: str) -> tuple[str, list[str]]:
-    """A prompt without what it says, at either end, about the answer's form, and what was removed.
+    """Remove instructions about the answer's form at either end of a prompt; return the rest and the instructions.
 
-    The suffix itself is removed too, but not told: it is put back.
+    The suffix is removed too, but not returned: it is added again.
     """
     removed = []
     while True:
@@ -247,7 +248,7 @@ def without_instructions(text: str, suffix: str) -> tuple[str, list[str]]:
 
 
 def is_instruction(sentence: str) -> bool:
-    """Whether a sentence only says how to reason or in what form to answer; one with a task or mathematics does not."""
+    """Tell whether a sentence only says how to reason or in what form to answer, without a task or mathematics."""
     if TASK.search(sentence):
         return False
     if STEPS.fullmatch(sentence):
@@ -259,7 +260,7 @@ def is_instruction(sentence: str) -> bool:
 
 
 def edges(text: str) -> tuple[str, str]:
-    """The first and the last sentence."""
+    """Return the first and the last sentence."""
     sentences = [s for s in BREAK.split(text) if s] or [""]
     return sentences[0], sentences[-1]
 
@@ -268,10 +269,10 @@ def edges(text: str) -> tuple[str, str]:
 
 
 def answers_of(record: Any) -> tuple[list[str], list[Unusable]]:
-    """The bare answers, of the first column that has one, and what it has besides that cannot be used.
+    """Return the bare answers of the first column that has one, and those in it that cannot be used.
 
     Raises:
-        Unusable: there is none; the reason is that of the first column with a value.
+        Unusable: there is no answer; the reason is that of the first column with a value.
     """
     columns = columns_of(record)
     rewards = columns.get("reward_model")
@@ -290,13 +291,13 @@ def answers_of(record: Any) -> tuple[list[str], list[Unusable]]:
             return list(dict.fromkeys(truths)), unusable
         reasons += unusable
         if reasons[0].reason.endswith(PLACEHOLDER):
-            # Who wrote it looked for an answer, and in the solution too.
+            # The authors found no answer in the solution either.
             break
     raise reasons[0] if reasons else Unusable("no answer", f"columns {', '.join(columns)}")
 
 
 def texts_of(value: Any, column: str) -> list[str]:
-    """A value as texts: several for a list, or the JSON text of one."""
+    """Convert a value to texts: several for a list, or for a list as JSON."""
     if isinstance(value, Decimal) and value.is_finite():
         value = f"{value:f}".rstrip("0").rstrip(".") if "." in f"{value:f}" else f"{value:f}"
     try:
@@ -311,17 +312,17 @@ PLACEHOLDER = "stands for a missing answer"
 
 
 def bare(text: str, column: str) -> str:
-    """The answer in a text: what follows ``####``, what is in the last box, or all of it.
+    """Find the answer in a text: after ``####``, in the last box, or all of it.
 
     Raises:
-        Unusable: it is a text, a placeholder, or a solution that marks no answer.
+        Unusable: the answer is prose or a placeholder, or a solution without a marked answer.
     """
     text = plain(text)
     _, marked, tail = text.rpartition("####")
     answer, failure = boxed_answer(tail, require_think=False)
     if failure == "no box" and marked:
         line, _, below = tail.strip().partition("\n")
-        # In Markdown it is a heading, with a text below it.
+        # In Markdown, #### starts a heading, with text below it.
         if line and not (below.strip() and prose(line)):
             return checked(line.strip(), column)
         answer, failure = boxed_answer(text, require_think=False)
@@ -332,18 +333,14 @@ def bare(text: str, column: str) -> str:
     if marked:
         raise Unusable(f"{column} marks no answer: nothing after ####", text)
     words = prose(text)
-    if (
-        column in SOLUTION
-        and words
-        and not text.startswith(("\\", "$\\"))
-        and (len(words) > 3 or not re.search(r"\d", text))
-    ):
+    wordy = words and not text.startswith(("\\", "$\\")) and (len(words) > 3 or not re.search(r"\d", text))
+    if wordy and column in SOLUTION:
         raise Unusable(f"{column} is a text, without a box or ####", text)
     return checked(text, column)
 
 
 def checked(answer: str, column: str) -> str:
-    """The answer, if it is one."""
+    """Return the answer, or raise Unusable if it is not one."""
     if not any(c.isalnum() or (not c.isascii() and unicodedata.category(c) == "Sm") for c in answer):
         raise Unusable(f"{column} has neither letter nor digit", answer)
     if re.sub(r"\\text\w*|[^\w/]|_", "", answer).casefold() in PLACEHOLDERS:
@@ -356,15 +353,15 @@ def checked(answer: str, column: str) -> str:
 
 
 MARKS = {*"therefore thus hence because since answer".split()}
-"""Words that are in no bare answer, ..."""
+"""Words that are never in a bare answer."""
 SPEECH = {*"so he she we they you there his her their our your".split()}
-"""... that are not beside another word, ..."""
+"""Words that a bare answer has only alone."""
 VERBS = {*"is are was were be has have had equals gives makes gets needs costs takes becomes".split()}
-"""... and those that tell of a subject before them."""
+"""Words that follow the subject of a sentence."""
 
 
 def prose(text: str) -> list[str]:
-    """The words of a text, in lower case, without LaTeX's commands and without variables side by side in a formula."""
+    """List the words of a text in lower case, without LaTeX commands and adjacent variables in a formula."""
     text = re.sub(r"\\(?:text\w*|mbox|mathrm)\s*\{", " ", text)
     text = re.sub(r"\\(?:begin|end)\s*\{[^}]{0,50}\}|\\[a-zA-Z]+", " ", text)
     words = re.findall(r"[\u4e00-\u9fff]{2}|(?<![\w{^_])[^\W\d_\u4e00-\u9fff]{2,}(?:['’][^\W\d_]+)?", text)
@@ -372,7 +369,7 @@ def prose(text: str) -> list[str]:
 
 
 def is_sentence(text: str) -> bool:
-    """Whether a text tells how, or in a sentence. ``even and positive`` and ``$ax + b$, where $b$ is odd`` do not."""
+    """Tell whether a text explains or is a sentence; ``even and positive`` and ``$ax$, where $a$ is odd`` are neither."""
     words = prose(text)
     if MARKS & set(words) or (len(words) > 1 and SPEECH & set(words)):
         return True
@@ -388,6 +385,6 @@ def is_sentence(text: str) -> bool:
 
 
 def shorten(text: str) -> str:
-    """A text in one line of at most 80 characters, that can be printed."""
+    """Shorten a text to one printable line of at most 80 characters."""
     text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,7 +1,7 @@
-"""One spelling for each way to write an answer: a list of rules, each with its case.
+"""Normalise the spelling of answers by a list of rules, each with an example.
 
-A rule replaces text by text and never evaluates. What it is for stands in its case: ``before`` becomes ``after`` when
-all rules have been applied. The tests try each one, and its time on what could stretch it (answers are short).
+A rule replaces text by text and never evaluates. With all rules, its example ``before`` becomes ``after``. The tests
+try each example, and that hostile answers take little time.
 """
 
 import re
@@ -26,7 +26,7 @@ LOOKS_LIKE = {
     **{c: f"_{{{i}}}" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")},
     **dict.fromkeys("€£¥₹￥", ""),
 }  # fmt: skip
-"""Characters that LaTeX writes otherwise. What Unicode itself calls a variant (１) is left to NFKC."""
+"""Characters and their LaTeX; NFKC handles Unicode's own variants (１)."""
 
 TRANSLATION = str.maketrans(LOOKS_LIKE)
 
@@ -37,22 +37,11 @@ SAID = r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)
 SAID += r"(?:is\s*:?|[:=])"
 NESTED = r"(?:[^()]|\((?:[^()]|\([^()]*\))*\))*"
 DIGITS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-BASES = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "sixteen": 16,
-}
+BASES = {word: DIGITS.index(word) for word in DIGITS[2:11]} | {"sixteen": 16}
 TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SMALL = 15
-"""Digits up to which the two parts of a fraction are compared as numbers."""
+"""The most digits of a fraction's parts that are compared as numbers."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +55,12 @@ class Rule:
 
 
 def _repeating(whole: str, once: str, again: str) -> str:
-    """0.1666... as ``\\frac{16-1}{90}``: exact, and no number is made of what a model wrote."""
+    """Write 0.1666... as ``\\frac{16-1}{90}``: exact, without converting a model's text to a number."""
     return rf"\frac{{{whole}{once}{again}-{whole}{once}}}{{{'9' * len(again)}{'0' * len(once)}}}"
 
 
 def _until_the_dots(match: re.Match[str]) -> str:
-    """A decimal that stops with dots repeats what it has shown three times, or twice if that has several digits."""
+    """Continue a decimal that ends in dots: a digit repeats if it is there three times, several digits if twice."""
     whole, digits = match["whole"], match["digits"]
     for size in range(1, len(digits) // 2 + 1):
         again, times = digits[-size:], 3 if size == 1 else 2
@@ -84,7 +73,7 @@ def _until_the_dots(match: re.Match[str]) -> str:
 
 
 def _mixed(match: re.Match[str]) -> str:
-    """``3 1/2`` and ``3\\frac{1}{2}``, if the fraction is a proper one."""
+    """Write ``3 1/2`` and ``3\\frac{1}{2}`` as a sum, if the fraction is a proper one."""
     top, bottom = match["top"], match["bottom"]
     proper = len(bottom) <= SMALL and len(top) <= SMALL and 0 < int(top) < int(bottom)
     return rf"({match['whole']}+\frac{{{top}}}{{{bottom}}})" if proper else match[0]
@@ -128,7 +117,7 @@ RULES = [
           re.IGNORECASE),
     _rule(r"^\s*(?:\\text\s*\{)?\s*(" + "|".join(DIGITS) + r")\s*\}?$", lambda m: str(DIGITS.index(m[1].lower())),
           r"\text{seven}", "7", re.IGNORECASE),
-    # For which numbers a formula holds, when nothing else is said of them.
+    # The range of a formula's variable.
     _rule(r"^((?:(?!\\[lg]eq|\\neq|[<>]).)*[^\s(,{|])\s*[,(]\s*(?:\\text\s*\{\s*(?:where|for|with)?\s*\}\s*)?[A-Za-z]\s*"
           r"\\in\s*\\math(?:bb|bf)\s*\{[A-Z]\}\s*(?:[\^_]\s*\{?\s*[*+]\s*\}?)?\s*\)?\s*$", r"\1",
           r"4k+1, k \in \mathbb{Z}", "4k+1"),
@@ -178,11 +167,11 @@ RULES = [
     _rule(r"(?<=\})\s*-\s*(?=\\\{)", r"\\setminus ", r"\mathbb{R}-\{0\}", r"\mathbb{R}\setminus \{0\}"),
     _rule(r"\\mathbb\s*\{R\}\s*[\^_]\s*\{?\s*\+\s*\}?", r"(0,\\infty)", r"\mathbb{R}^+", r"(0,\infty)"),
     _rule(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}", r"\\binom{\1}{\2}", r"{10 \choose 3}", r"\binom{10}{3}"),
-    # 4.9.3's grammar knows it as a function alone.
+    # antlr 4.9.3's grammar has it as a function only.
     _rule(r"\\gamma" + END, r"\\text{gamma}", r"2\gamma", r"2\text{gamma}"),
     _rule(r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*\\prime" + END, lambda m: "'" * (m[1] or "1").count("\\") or "'",
           r"f^{\prime\prime}", "f''"),
-    # What stands in a subscript is a name.
+    # A subscript is a name.
     _rule(r"((?<![A-Za-z])[A-Za-z]\s*_\s*\{[^{}\\]*)\\([A-Za-z]+)\s*(?=[^{}\\]*\})", r"\1\2", r"a_{\max}", r"a_{max}"),
     # The grammar's own E takes no subscript.
     _rule(START + r"([EI])(?=\s*_)", r"\\text{\1}", "E_0", r"\text{E}_0"),
@@ -240,9 +229,9 @@ RULES = [
 
 @lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
-    """``text`` with every rule applied."""
+    """Apply every rule to ``text``."""
     text = unicodedata.normalize("NFKC", text.translate(TRANSLATION))
-    # Powers of several digits, each a character of its own.
+    # Join powers of several digits, each from its own character.
     text = re.sub(r"([\^_])\{([-\d])\}(?:\1\{[-\d]\})+", lambda m: m[1] + "{" + re.sub(r"[^-\d]", "", m[0]) + "}", text)
     text = re.sub(r"\s+", " ", text)
     for rule in RULES:
@@ -251,12 +240,12 @@ def normalise(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """What two spellings of one text have in common; spaces count between digits alone."""
+    """Reduce spellings of the same text to one key; spaces count between digits only."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
-    # But a cross product is none of points.
+    # \times is \cdot beside a number only: a cross product is not a product of numbers.
     text = re.sub(r"(?<=\d)\s*(?:\\times(?![A-Za-z])|\*)|(?:\\times(?![A-Za-z])|\*)(?=\s*\d)", r"\\cdot", text)
     text = re.sub(r"\s*(\\[A-Za-z]+)\s*", r"\1 ", text)
-    # 1, 234 is a list, and 1,234 a number.
+    # 1, 234 is a list, 1,234 a number.
     text = re.sub(r"(?<=\d),\s+(?=\d{3}(?!\d))", ";", text)
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
     return re.sub(r"(?<!\\)\{(\w)\}", r"\1", text)

@@ -1,18 +1,18 @@
-"""Training and benchmark sets in verl's parquet format.
+"""Convert training and benchmark sets to verl's parquet format.
 
     python -m verl_ext.tasks.math.prepare --out data/math                          # as published, from the hub
     python -m verl_ext.tasks.math.prepare --out data/math --train dapo_math --benchmarks aime24 math500
     python -m verl_ext.tasks.math.prepare --out data/gsm8k --train gsm8k --benchmarks gsm8k
     python -m verl_ext.tasks.math.prepare --out data/math --train problems.jsonl --local downloads --benchmarks all
 
-Writes ``OUT/train.parquet`` and one file a benchmark, ``OUT/aime24.parquet`` and so on; all of them, or none when a set
-cannot be used. A row: ``data_source`` (the set's name; metrics are reported by it), ``prompt`` (the set's own system
-message, if any, and one user message: the problem and the suffix), ``ability``, ``reward_model.ground_truth`` (a list
-of texts, of which an answer has to meet one) and ``extra_info``.
+Writes ``OUT/train.parquet`` and one file per benchmark, such as ``OUT/aime24.parquet``; no file at all if a set cannot
+be used. Fields of a row: ``data_source`` (the set's name, by which metrics are reported), ``prompt`` (the set's system
+message, if any, and a user message with the problem and the suffix), ``ability``, ``reward_model.ground_truth`` (a list
+of alternatives) and ``extra_info``.
 
-Files may be JSON, JSONL or parquet, also compressed (.gz), with a problem and an answer a row, or rows in verl's own
-format; :mod:`verl_ext.tasks.math.layouts` says how a row is read. What is rejected, removed or left out is counted,
-with the first place: lines count from 1, rows of other files from 0.
+Files may be JSON, JSONL or parquet, also compressed (.gz), with a problem and an answer per row, or rows in verl's own
+format (:mod:`verl_ext.tasks.math.layouts`). Changes to rows are counted, with the first place: lines count from 1, rows
+of other files from 0.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from verl_ext.tasks.math.layouts import QUESTION, Unusable, answers_of, columns_
 from verl_ext.tasks.math.reward import compute_score
 
 SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
-"""The published one (arXiv 2505.12366)."""
+"""The published suffix (arXiv 2505.12366)."""
 
 ENDINGS = ".parquet, .jsonl or .json (also .gz of them)"
 ENDING = re.compile(r"(?<=[^/\\])\.(parquet|jsonl|json)(\.gz)?$", re.IGNORECASE)
@@ -48,20 +48,20 @@ ENDING = re.compile(r"(?<=[^/\\])\.(parquet|jsonl|json)(\.gz)?$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set comes from."""
+    """The source of a set."""
 
     hub: str
     """Name on the Hugging Face hub."""
     split: str
     config: str | None = None
     files: tuple[str, ...] = ()
-    """Names, without ending, that a local copy may have, best first; the set's own where none is given."""
+    """File names of a local copy, without ending, best first; by default the set's name."""
 
 
 TRAIN = {
     # The published runs' training set, about 40.3k problems.
     "deepscaler": Source("agentica-org/DeepScaleR-Preview-Dataset", "train"),
-    # DAPO's, without the hundredfold copies and the prompt around each problem that the original has.
+    # DAPO's set without the original's hundred copies of each problem and the prompt around it.
     "dapo_math": Source("open-r1/DAPO-Math-17k-Processed", "train", config="all"),
     "gsm8k": Source("openai/gsm8k", "train", config="main", files=("gsm8k_train", "train")),
 }
@@ -69,7 +69,7 @@ BENCHMARKS = {
     "aime24": Source("HuggingFaceH4/aime_2024", "train", files=("aime24", "aime")),
     "aime25": Source("math-ai/aime25", "test"),
     "math500": Source("HuggingFaceH4/MATH-500", "test", files=("math500", "math")),
-    # AMC 12 of 2022 and 2023, which reports call AMC 2023: 83 problems.
+    # AMC 12 of 2022 and 2023, 83 problems; papers call it AMC 2023.
     "amc23": Source("AI-MO/aimo-validation-amc", "train", files=("amc23", "amc")),
     "minerva": Source("math-ai/minervamath", "test"),
     "olympiadbench": Source("math-ai/olympiadbench", "test", files=("olympiadbench", "olympiad_bench")),
@@ -79,27 +79,30 @@ PUBLISHED = [name for name in BENCHMARKS if name != "gsm8k"]
 """The six benchmarks of the paper."""
 
 
+MOST_NOTES = 8
+
+
 class DataError(Exception):
-    """A set that cannot be had, read or used; the message says what to do."""
+    """A set cannot be found, read or used; the message says what to do."""
 
 
 @dataclass
 class Report:
-    """What became of a set's rows."""
+    """Counts of a set's rows."""
 
     read: int = 0
     kept: int = 0
     rejected: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
-    """What was changed, or looks odd, in rows that stay."""
+    """Changes and remarks on rows that are kept."""
     first: dict[str, str] = field(default_factory=dict)
-    """Reason or note -> where the first such row is."""
+    """The place of the first row with each reason or note."""
     duplicates: int = 0
-    """Rows whose problem an earlier row has, with an equal answer."""
+    """Rows that repeat an earlier problem with an equal answer."""
     conflicts: int = 0
-    """The same with another answer."""
+    """Rows that repeat an earlier problem with another answer."""
     overlap: Counter = field(default_factory=Counter)
-    """Benchmark -> how many of its problems are here."""
+    """Rows with a problem of each benchmark."""
 
     def add(self, counter: Counter, what: str, where: str, shown: str = "") -> None:
         """Count one row in ``rejected`` or ``notes``."""
@@ -107,7 +110,7 @@ class Report:
         self.first.setdefault(what, f"{where}: {shorten(shown)}" if shown else where)
 
     def lines(self, name: str, done: str, origin: str) -> Iterator[str]:
-        """As printed."""
+        """Format the report for printing."""
         yield f"{name:16} {self.read:7} read {self.kept:7} {done}, from {origin}"
         for reason, count in self.rejected.most_common():
             yield f"{'':16} {count:7} rejected: {reason} (first: {self.first[reason]})"
@@ -121,9 +124,6 @@ class Report:
                 yield f"{'':16} {count:7} repeat an earlier problem with {what}"
         for benchmark, count in self.overlap.items():
             yield f"{'':16} {count:7} problems of {benchmark} are in it"
-
-
-MOST_NOTES = 8
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,12 +141,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--suffix",
         type=str.strip,
         default=SUFFIX,
-        help="what follows each problem, in place of other instructions about the answer's form; default: the "
-        "published one; with '' prompts stay as they are",
+        help="text after each problem; replaces other instructions about the answer's form; default: the published "
+        "suffix; with '' prompts stay as they are",
     )
     parser.add_argument("--drop-duplicates", action="store_true", help="keep the first row of each training problem")
     parser.add_argument(
-        "--drop-overlap", action="store_true", help="leave out training problems that are in a chosen benchmark"
+        "--drop-overlap", action="store_true", help="drop training problems that are in a chosen benchmark"
     )
     args = parser.parse_args(arguments)
     try:
@@ -158,10 +158,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Read, check and write all chosen sets, and print what became of them.
+    """Read, check and write all chosen sets, and print a report.
 
     Raises:
-        DataError: a set cannot be had, read or used, or two would be one file. Nothing is written then.
+        DataError: a set cannot be found, read or used, or two would have the same file. Nothing is written.
     """
     names = PUBLISHED if args.benchmarks == ["all"] else args.benchmarks
     tests = [choose(name, BENCHMARKS, args.local) for name in names]
@@ -175,7 +175,7 @@ def prepare(args: argparse.Namespace) -> None:
     seen: dict[str, str] = {}
     for chosen in tests:
         rows, report = convert(chosen, "test", args.suffix)
-        # A benchmark's rows all stay, repeats too, for published figures have them.
+        # A benchmark keeps all its rows, repeats too, because published figures include them.
         first: dict[str, dict] = {}
         for row in rows:
             is_repeat(row, first, report)
@@ -196,7 +196,7 @@ def prepare(args: argparse.Namespace) -> None:
                 report.kept += 1
         reports.append((chosen, "train", report))
 
-    # A set of which only the two flags above leave nothing is what the user asked for, while its file has rows.
+    # The user's flags may drop all rows of a set, as long as the file has rows.
     unusable = [(chosen.given, file) for chosen, file, report in reports if report.read == report.rejected.total()]
     if "train" in files and not files["train"] and not any(file == "train" for _, file in unusable):
         unusable.append(("the training sets", "train"))
@@ -208,7 +208,7 @@ def prepare(args: argparse.Namespace) -> None:
     if unusable:
         aside = set_aside(args.out, {file for _, file in unusable})
         names = ", ".join(name for name, _ in unusable)
-        raise DataError(f"nothing is left of {names}; see above. Nothing was written{aside}")
+        raise DataError(f"no usable row in {names}; see above. Nothing was written{aside}")
     try:
         save(files, args.out)
     except OSError as e:
@@ -216,25 +216,24 @@ def prepare(args: argparse.Namespace) -> None:
     print(f"written to {args.out}: " + ", ".join(f"{file}.parquet" for file in sorted(files)))
     others = sorted(path.name for path in args.out.glob("*.parquet") if path.stem not in files)
     if others:
-        print(f"there from before: {', '.join(others)}")
+        print(f"already there: {', '.join(others)}")
 
 
 def save(files: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    """Write all files, beside their places first, so that a failure leaves no mixture of old and new."""
+    """Write all files to a temporary folder and then move them, so that a failure leaves no mixture of old and new."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".preparing-") as folder:
         for name, rows in files.items():
-            frame = pd.DataFrame([{k: v for k, v in row.items() if k != "key"} for row in rows])
+            frame = pd.DataFrame(rows).drop(columns="key")
             frame.to_parquet(Path(folder) / f"{name}.parquet", index=False)
         for name in files:
             os.replace(Path(folder) / f"{name}.parquet", out / f"{name}.parquet")
 
 
 def set_aside(out: Path, names: set[str]) -> str:
-    """Rename older files of these names, which would pass for the result; says what was done."""
+    """Rename older files of these names, which could be mistaken for the result; return a note on them."""
     told = ""
-    for name in sorted(names):
-        path = out / f"{name}.parquet"
+    for path in (out / f"{name}.parquet" for name in sorted(names)):
         if path.exists():
             olds = (path.with_name(f"{path.name}.old{number}") for number in ["", *range(2, 1000)])
             old = next(old for old in olds if not old.exists())
@@ -251,21 +250,21 @@ class Chosen:
     """A set to prepare."""
 
     given: str
-    """As the user named it."""
+    """The user's name for it."""
     label: str
-    """Its name: ``data_source``, and a benchmark's file."""
+    """``data_source``, and the name of a benchmark's file."""
     path: Path | None
     """Its file; None for the hub."""
     source: Source | None = None
 
     @property
     def origin(self) -> str:
-        """What its rows are read from."""
+        """The file or the name on the hub."""
         return str(self.path) if self.path else self.source.hub
 
 
 def choose(name: str, known: dict[str, Source], local: Path | None) -> Chosen:
-    """A set by name, or a file.
+    """Find a set by its name, or a file.
 
     Raises:
         DataError: there is no such set, copy or file.
@@ -290,14 +289,10 @@ def choose(name: str, known: dict[str, Source], local: Path | None) -> Chosen:
 
 
 def check_names(tests: list[Chosen], trains: list[Chosen], out: Path) -> None:
-    """Refuse sets that would overwrite each other, or the file that they are read from.
-
-    Raises:
-        DataError: says which.
-    """
+    """Raise DataError if sets would overwrite each other, or the files that they are read from."""
     if not tests and not trains:
         raise DataError("nothing to prepare: give --train or --benchmarks a set or a file")
-    # Without case, for some file systems tell no difference.
+    # In lower case, because some file systems ignore case.
     taken: dict[str, str] = {}
     for chosen in tests:
         place = str(chosen.path or chosen.given)
@@ -315,14 +310,14 @@ def check_names(tests: list[Chosen], trains: list[Chosen], out: Path) -> None:
     written |= {(out / "train.parquet").resolve()} if trains else set()
     for chosen in (*tests, *trains):
         if chosen.path and chosen.path.resolve() in written:
-            raise DataError(f"{chosen.path} would be overwritten by what is made of it; give another --out than {out}")
+            raise DataError(f"{chosen.path} would be overwritten by its own result; give another --out than {out}")
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
 def read(chosen: Chosen) -> Iterator[tuple[str, Any]]:
-    """The rows of a set, each with its place.
+    """Yield the rows of a set, each with its place.
 
     Raises:
         DataError: the file cannot be read, or the hub does not answer.
@@ -342,30 +337,30 @@ def read(chosen: Chosen) -> Iterator[tuple[str, Any]]:
     except Exception as e:
         raise DataError(
             f"cannot get {name} ({source.hub}) from the Hugging Face hub: {type(e).__name__}: "
-            f"{str(e).splitlines()[0] if str(e) else ''}. Without a connection, download it elsewhere and give "
-            f"--local DIR with {(source.files or (name,))[0]}.parquet, .jsonl or .json in it"
+            f"{''.join(str(e).splitlines()[:1])}. Without a connection, download it elsewhere and give --local DIR "
+            f"with {(source.files or (name,))[0]}.parquet, .jsonl or .json in it"
         ) from e
     for number, row in enumerate(rows):
         yield f"{name}, row {number}", row
 
 
 def read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSON, JSONL or parquet file, each with its place there.
+    """Yield the rows of a JSON, JSONL or parquet file, each with its place in it.
 
-    JSON is told from JSONL by what is in it: a list of objects, one list below a key, or an object a line.
+    JSON (a list of objects, or one list below a key) and JSONL (an object per line) are distinguished by content.
 
     Raises:
-        ValueError: it is not what its ending says.
+        ValueError: the content does not fit the ending.
     """
     kind, packed = ENDING.search(path.name).groups()
     data = gzip.decompress(path.read_bytes()) if packed else None
     if kind.lower() == "parquet":
-        # Not by pandas, which makes floats of integers in a column with gaps.
+        # Not by pandas, which converts integers in a column with gaps to floats.
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data) if packed else path)
         rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
         yield from ((f"row {number}", row) for number, row in enumerate(rows))
         return
-    # Windows writes a mark before the text.
+    # utf-8-sig: Windows writes a byte order mark.
     text = (data if packed else path.read_bytes()).decode("utf-8-sig")
     if not text.strip():
         raise ValueError("it is empty")
@@ -397,7 +392,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def whole(digits: str) -> int | Decimal:
-    """An integer in JSON; exact where Python refuses one for its length."""
+    """Parse an integer in JSON, exactly even if Python refuses its length."""
     try:
         return int(digits)
     except ValueError:
@@ -408,10 +403,10 @@ def whole(digits: str) -> int | Decimal:
 
 
 def convert(chosen: Chosen, split: str, suffix: str) -> tuple[list[dict[str, Any]], Report]:
-    """verl's rows, each with its problem's ``key``, and what became of the set's.
+    """Convert a set to verl's rows, each with its problem's ``key``, and a report.
 
     Raises:
-        DataError: the set cannot be read, or answers cannot be graded at all.
+        DataError: the set cannot be read, or no answer can be graded.
     """
     drafts, report = [], Report()
     for number, (where, record) in enumerate(read(chosen)):
@@ -451,9 +446,11 @@ def convert(chosen: Chosen, split: str, suffix: str) -> tuple[list[dict[str, Any
 
 
 def self_graded(truths: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """Each truth, and why the grader does not take it, in a box, for right; empty where it does.
+    """Grade each truth in a box against itself.
 
-    And those that the grader cannot read, so that no other spelling will be right.
+    Returns:
+        For each truth the failure, or "" if it is right; and the truths that the grader cannot read, for which no other
+        spelling is right.
 
     Raises:
         DataError: no grading process can be started.
@@ -465,18 +462,19 @@ def self_graded(truths: Iterable[str]) -> tuple[dict[str, str], set[str]]:
         result = compute_score("", f"\\boxed{{{truth}}}", [truth], require_think=False)
         if result["failure"]:
             return result["failure"], False
-        # A box ends where braces match; a part of the truth may be equal to all of it.
+        # With unbalanced braces, the box holds a part of the truth, which may be equal to it.
         if result["pred"] != truth:
             return "braces do not match", False
         other = compute_score("", f"\\boxed{{{truth}}}", [ANOTHER], require_think=False)
         return "", other["failure"] not in ("", "wrong")
 
-    # It waits for child processes, two at a time.
+    # The threads wait for child processes, two at a time.
     with ThreadPoolExecutor(4) as pool:
         try:
             for truth, (failure, unread) in zip(different, pool.map(grade, different), strict=True):
                 failures[truth] = failure
-                as_text |= {truth} if unread else set()
+                if unread:
+                    as_text.add(truth)
                 if time.monotonic() - told > 10:
                     told = time.monotonic()
                     print(f"graded {len(failures)} of {len(different)} different answers", file=sys.stderr)
@@ -486,21 +484,20 @@ def self_graded(truths: Iterable[str]) -> tuple[dict[str, str], set[str]]:
 
 
 ANOTHER = "-987.5"
-"""What an answer is compared with to see whether it can be read."""
+"""Compared with an answer to test whether the answer can be read."""
 
 
 def key_of(problem: str) -> str:
-    """What two copies of a problem have in common: letters, digits and signs, without case, space and dollars."""
+    """Reduce copies of a problem to one key: without case, spaces and dollar signs."""
     return re.sub(r"[\s$]+", "", problem).casefold()
 
 
 def is_repeat(row: dict[str, Any], first: dict[str, dict], report: Report) -> bool:
-    """Whether an earlier row has the same problem; counts it."""
+    """Tell whether an earlier row has the same problem, and count it."""
     earlier = first.setdefault(row["key"], row)
     if earlier is row:
         return False
-    same = set(earlier["reward_model"]["ground_truth"]) & set(row["reward_model"]["ground_truth"])
-    if same:
+    if set(earlier["reward_model"]["ground_truth"]) & set(row["reward_model"]["ground_truth"]):
         report.duplicates += 1
     else:
         report.conflicts += 1

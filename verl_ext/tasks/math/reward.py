@@ -1,4 +1,4 @@
-"""Reward of 1 for a right final answer to a mathematical question, in a box after the thinking.
+"""The mathematical reward: 1 for a right final answer in a box after the thinking, else 0.
 
 For verl's custom reward function::
 
@@ -6,7 +6,7 @@ For verl's custom reward function::
     reward.custom_reward_function.name=compute_score
     +reward.custom_reward_function.reward_kwargs.require_think=false
 
-Source of the rule: arXiv 2505.12366, whose reward looks for a boxed answer after ``</think>``.
+Source: the reward of arXiv 2505.12366, which reads the boxed answer after ``</think>``.
 """
 
 import json
@@ -20,33 +20,21 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal
 from typing import Any
 
-from verl_ext.tasks.math.grader import Grader, plainly_equal
+from verl_ext.tasks.math.grader import BY_WEIGHT, Grader, plainly_equal
 
 THINK_END = "</think>"
 BOX = re.compile(r"\\(?:f?boxed|fbox)\s*\{")
 UNBRACED = re.compile(r"\\(?:f?boxed|fbox)\s*(-?\d[\d.,/]*|[A-Za-z](?![A-Za-z]))(?!\s*[\w^\\(])")
 BETWEEN = re.compile(r"(?:[\s$,;&]|\\(?:[,;:!()\[\] ]|quad|qquad|text)|[{}]|and|or)*", re.IGNORECASE)
-"""What may stand between boxes that are one answer together."""
+"""Text between boxes that are one answer together."""
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 LONGEST_ANSWER = 2000
 """Characters. The longest ground truth of the six benchmarks has 230."""
 
-FAILURES = (
-    "",
-    "no </think>",
-    "no box",
-    "box not closed",
-    "empty box",
-    "too long",
-    "wrong",
-    "unreadable",
-    "grader error",
-    "memory",
-    "timeout",
-    "grader died",
-)
-"""What ``failure`` can be."""
+NO_ANSWER = ("no </think>", "no box", "box not closed", "empty box", "too long")
+FAILURES = ("", *NO_ANSWER, *BY_WEIGHT, "timeout", "grader died")
+"""The values of ``failure``."""
 
 
 def compute_score(
@@ -61,37 +49,38 @@ def compute_score(
     processes: int = 2,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """1.0 when the last ``\\boxed{}`` after the last ``</think>`` equals one of the ground truths, else 0.0.
+    """Return a score of 1.0 if the last ``\\boxed{}`` after the last ``</think>`` equals a ground truth, else 0.0.
 
-    Equal is equal as text (but for its spelling), as integers or as mathematics (:mod:`verl_ext.tasks.math.equality`).
-    May be called from any thread and process; each process of verl's reward loop grades in children of its own.
+    Answers are equal as text in any spelling, as integers, or as mathematics (:mod:`verl_ext.tasks.math.equality`).
+    Safe in any thread and process; each process of verl's reward loop grades in children of its own.
 
     Args:
         data_source: returned as it is, for the dumps of an evaluation.
-        solution_str: the response, decoded. Untrusted: never evaluated; its box alone is parsed, within the bounds.
-        ground_truth: str, int, float, or a list (or array) of them, of which one has to be met.
-        extra_info: ``stop_reason`` is read where the rollout gives it.
-        require_think: whether a response without ``</think>`` gets 0.0; otherwise all of it is searched for the box.
-        timeout: seconds for one answer.
-        memory_mb: MiB that grading one answer may take.
-        processes: children that grade at the same time, for each process of verl's reward loop.
-        kwargs: what else verl passes; not read.
+        solution_str: the decoded response. Untrusted: never evaluated; only its box is parsed, within the limits.
+        ground_truth: str, int, float, or a list (or array) of alternatives.
+        extra_info: its ``stop_reason`` is read, if the rollout gives it.
+        require_think: a response without ``</think>`` gets 0.0; False: the box may be anywhere in such a response.
+        timeout: seconds to grade one answer.
+        memory_mb: MiB to grade one answer.
+        processes: children that grade at the same time, per process of verl's reward loop.
+        kwargs: not read.
 
     Returns:
-        ``score`` and ``acc``, the reward; ``pred``, the text in the box (verl takes majorities over it); ``failure``,
-        one of ``FAILURES``; ``truncated``, 1.0 for a response that ended without thinking or box being closed;
-        ``data_source``.
+        ``score`` and ``acc``, the reward; ``pred``, the text in the box (for verl's majority votes); ``failure``, one
+        of ``FAILURES``; ``truncated``, 1.0 if the response hit its limit: by ``stop_reason``, else because thinking or
+        box was not closed; ``data_source``.
 
     Raises:
         ValueError: there is no ground truth, or ``timeout``, ``memory_mb`` or ``processes`` is not positive.
-        RuntimeError: no grading process can be started at all (math-verify is not installed, say).
+        RuntimeError: no grading process can be started (for example without math-verify).
     """
     for name, value in (("timeout", timeout), ("memory_mb", memory_mb), ("processes", processes)):
         if not value > 0:
             raise ValueError(f"reward_kwargs.{name} must be positive, got {value!r}")
     truths = ground_truths(ground_truth)
     answer, failure = boxed_answer(solution_str, require_think)
-    truncated = is_truncated(failure, extra_info)
+    reason = (extra_info or {}).get("stop_reason")
+    truncated = failure in ("no </think>", "box not closed") if reason is None else reason == "length"
     right = False
     if not failure:
         seen = [plainly_equal(answer, truth) for truth in truths]
@@ -100,26 +89,18 @@ def compute_score(
         if unclear and not right:
             with grader(memory_mb, processes) as g:
                 right, failure = g.grade(answer, unclear, timeout)
-    score = float(right)
-    return {
-        "score": score,
-        "acc": score,
-        "pred": answer[:LONGEST_ANSWER],
-        "failure": failure,
-        "truncated": float(truncated),
-        "data_source": data_source,
-    }
+    result = {"score": float(right), "acc": float(right), "pred": answer[:LONGEST_ANSWER], "failure": failure}
+    return result | {"truncated": float(truncated), "data_source": data_source}
 
 
 def boxed_answer(text: str, require_think: bool = True) -> tuple[str, str]:
-    """The text in the last box after the last ``</think>``, and a reason when there is none.
+    """Find the text in the last box after the last ``</think>``, in time linear in the text's length.
 
-    Boxes with nothing but a comma, "and" or "or" between them are one list: ``\\boxed{1} and \\boxed{2}`` is 1, 2.
-    ``\\fbox{5}`` is a box, and so is ``\\boxed 5`` where no box has braces. Linear in the text's length, whatever its
-    braces.
+    Boxes with only a comma, "and" or "or" between them are one list: ``\\boxed{1} and \\boxed{2}`` is 1, 2.
+    ``\\fbox{5}`` is a box, and ``\\boxed 5`` too if no box has braces.
 
     Returns:
-        (answer, "") or ("", reason), reason in "no </think>", "no box", "box not closed", "empty box", "too long".
+        (answer, ""), or ("", reason) with a reason of ``NO_ANSWER``.
     """
     _, found, rest = text.rpartition(THINK_END)
     if require_think and not found:
@@ -138,7 +119,7 @@ def boxed_answer(text: str, require_think: bool = True) -> tuple[str, str]:
         if after is not None and (end >= after or not BETWEEN.fullmatch(rest, end + 1, after)):
             break
         part = rest[box.end() : end].strip()
-        # Said twice is said once.
+        # A repeated answer counts once.
         if part and [part] != parts[:1]:
             parts.insert(0, part)
         after = box.start()
@@ -149,7 +130,7 @@ def boxed_answer(text: str, require_think: bool = True) -> tuple[str, str]:
 
 
 def closing_brace(text: str, start: int, end: int | None) -> int | None:
-    """Where the group closes that opens before ``start``, if it does before ``end``."""
+    """Find where the group that opens before ``start`` closes; None if it does not before ``end``."""
     depth = 1
     for match in BRACE.finditer(text, start, len(text) if end is None else end):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
@@ -158,16 +139,8 @@ def closing_brace(text: str, start: int, end: int | None) -> int | None:
     return None
 
 
-def is_truncated(failure: str, extra_info: dict | None) -> bool:
-    """Whether a response hit its limit: as the rollout says, else when thinking or box was not closed."""
-    reason = (extra_info or {}).get("stop_reason")
-    if reason is not None:
-        return reason == "length"
-    return failure in ("no </think>", "box not closed")
-
-
 def ground_truths(value: Any) -> list[str]:
-    """Ground truths as found in the wild, as texts: whole floats without their ``.0``.
+    """Convert ground truths of any data set to texts; whole floats lose their ``.0``.
 
     Raises:
         ValueError: there is none, or one is neither text nor number.
@@ -175,7 +148,7 @@ def ground_truths(value: Any) -> list[str]:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, str) and re.match(r'\s*\[\s*"', value):
-        # A list as JSON text, as some data sets have it. [1, 2] without quotes is an interval.
+        # Some data sets have a list as JSON text. [1, 2] without quotes is an interval.
         with suppress(json.JSONDecodeError):
             value = json.loads(value)
     values = value if isinstance(value, (list, tuple)) else [value]
@@ -191,10 +164,8 @@ def ground_truths(value: Any) -> list[str]:
 
 
 def number_text(x: numbers.Real | Decimal) -> str:
-    """A number's digits; whole ones without ``.0``, and of any size."""
-    if isinstance(x, numbers.Integral):
-        return str(Decimal(int(x)))
-    return str(x).removesuffix(".0")
+    """Write a number without a final ``.0``; integers may have any length, which ``str`` refuses."""
+    return str(Decimal(int(x)) if isinstance(x, numbers.Integral) else x).removesuffix(".0")
 
 
 # Graders of this process ---------------------------------------------------------------------------------------------
@@ -205,8 +176,8 @@ _lock = threading.Lock()
 
 @contextmanager
 def grader(memory_mb: int, processes: int) -> Iterator[Grader]:
-    """One of this process's graders; waits for one while all are at work."""
-    # A fork must not share its parent's pipes.
+    """Lend one of this process's graders; wait while all are busy."""
+    # The process id is part of the key: a fork must not use its parent's pipes.
     key = (os.getpid(), memory_mb, processes)
     with _lock:
         if key not in _pools:

@@ -1,4 +1,4 @@
-"""What kind of thing an answer is: one expression, a list, a set, a pair; which side of an equation is a name."""
+"""Find an answer's structure: one expression, a list, a set, a tuple; and which side of an equation is a name."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ TOKEN = re.compile(
     r"|\\begin\s*\{|\\end\s*\{|\\[A-Za-z]+|\\.|[<>]=?|[\[\](){},;=|:]",
     re.DOTALL,
 )
-"""What the structure of an answer hangs on."""
+"""The tokens that decide the structure of an answer."""
 
 JOINS = {"or": {"or", r"\lor", r"\vee"}, "and": {"and", r"\land", r"\wedge"}}
 SEPARATORS = {",", ";", r"\quad", r"\qquad", r"\cr", *JOINS["or"], *JOINS["and"]}
@@ -25,14 +25,14 @@ INEQUALITIES = {"<", ">", "<=", ">=", "!="}
 
 @dataclass(frozen=True)
 class Thing:
-    """What an answer is.
+    """The structure of an answer.
 
     Args:
         kind: "one" (an expression, a condition, words), "list" (parts in no order), "set" (no order, no repeats) or
-            "tuple" (parts in order, a pair's brackets may be an interval's).
-        parts: texts; of "one" the only one.
-        brackets: of "tuple".
-        joined: "and" or "or" where that stands between the parts of "list", else "".
+            "tuple" (parts in order; a pair may be an interval).
+        parts: texts; "one" has a single part.
+        brackets: those of a "tuple".
+        joined: "and" or "or", if it is between the parts of a "list".
     """
 
     kind: str
@@ -42,9 +42,9 @@ class Thing:
 
 
 def tokens(text: str) -> Iterator[tuple[str, int, int, int]]:
-    """Yield (token, start, end, depth); a bracket has the depth of what is around it.
+    """Yield (token, start, end, depth); a bracket has the depth outside it.
 
-    Round and square brackets may close each other, as those of intervals do.
+    Round and square brackets may close each other, as in intervals.
     """
     depth = 0
     for match in TOKEN.finditer(text):
@@ -58,7 +58,7 @@ def tokens(text: str) -> Iterator[tuple[str, int, int, int]]:
 
 
 def split(text: str, at: Callable[[str], bool]) -> tuple[list[str], list[str]]:
-    """The parts of ``text`` between the outermost tokens for which ``at`` holds, and those tokens."""
+    """Split ``text`` at the outermost tokens for which ``at`` holds; return the parts and those tokens."""
     parts, found, last = [], [], 0
     for token, start, end, depth in tokens(text):
         if depth == 0 and at(token):
@@ -69,7 +69,7 @@ def split(text: str, at: Callable[[str], bool]) -> tuple[list[str], list[str]]:
 
 
 def bracketed(text: str) -> tuple[str, str, str] | None:
-    """(opening, inside, closing) of a text that is one pair of brackets and what is in it."""
+    """Return (opening, inside, closing) of a text that is one pair of brackets; else None."""
     first = next(tokens(text), None)
     if first is None or first[1] != 0 or first[0] not in OPEN:
         return None
@@ -80,7 +80,7 @@ def bracketed(text: str) -> tuple[str, str, str] | None:
 
 
 def without_braces(text: str) -> str:
-    """``text`` without braces around all of it."""
+    """Remove braces around all of ``text``."""
     while (whole := bracketed(text)) and whole[0] == "{" and whole[2] == "}":
         text = whole[1]
     return text
@@ -88,12 +88,7 @@ def without_braces(text: str) -> str:
 
 @lru_cache(maxsize=64)
 def structure(text: str, thousands: bool = True) -> Thing:
-    """What a normalised text is.
-
-    Args:
-        text: normalised.
-        thousands: whether 1,234 is one number.
-    """
+    """Find the structure of a normalised text; with ``thousands``, 1,234 is one number."""
     text = without_braces(text)
     if thousands:
         text = join_thousands(text)
@@ -124,7 +119,7 @@ def structure(text: str, thousands: bool = True) -> Thing:
 
 
 def join_thousands(text: str) -> str:
-    """1,234,567 outside of brackets is one number."""
+    """Remove the commas of 1,234,567 outside brackets."""
     commas = {start for token, start, _, depth in tokens(text) if token == "," and depth == 0}
     numbers = re.finditer(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)", text)
     within = {match.start() + i for match in numbers for i, c in enumerate(match[0]) if c == ","}
@@ -132,7 +127,7 @@ def join_thousands(text: str) -> str:
 
 
 def plus_minus(parts: Sequence[str]) -> list[str]:
-    """Each part twice that has a plus-minus sign: all signs of a part are the upper ones, or the lower ones."""
+    """Write a part with plus-minus signs twice: with all upper signs, and with all lower signs."""
     found = []
     for part in parts:
         if re.search(r"\\pm(?![A-Za-z])", part):
@@ -145,7 +140,7 @@ def plus_minus(parts: Sequence[str]) -> list[str]:
 
 
 def builder(inside: str) -> tuple[str, str] | None:
-    """(domain, condition) of what stands in braces as x \\in domain | condition; the domain may be empty."""
+    """Return (domain, condition) of x \\in domain | condition in braces, else None; the domain may be empty."""
     for sign in ("|", ":"):
         parts, found = split(inside, sign.__eq__)
         if len(found) == 1 and (named := re.fullmatch(r"[A-Za-z](?:\s*\\in(.*))?", parts[0], re.DOTALL)):
@@ -157,7 +152,7 @@ def builder(inside: str) -> tuple[str, str] | None:
 
 
 def relation_chain(text: str) -> tuple[list[str], list[str]]:
-    """The sides of a chain of relations, a < b < c, and the relations under the names of ``RELATIONS``."""
+    """Split a chain of relations, a < b < c, into its sides and the relations by their names in ``RELATIONS``."""
     sides, found = split(text, RELATIONS.__contains__)
     return sides, [RELATIONS[token] for token in found]
 
@@ -173,9 +168,9 @@ SUM = re.compile(r"[A-Za-z]\w*(?:_\{?\w+\}?)?(?:\s*[-+]\s*[A-Za-z]\w*(?:_\{?\w+\
 
 
 def is_name(side: str, sums: bool = False) -> bool:
-    """Whether one side of an equation names the other: x, a_{n}, f(x), |AB|, \\angle ABC, (x, y), V_1 : V_2, words.
+    """Tell whether a side of an equation is a name: x, a_{n}, f(x), |AB|, \\angle ABC, (x, y), V_1 : V_2, words.
 
-    With ``sums`` so does m + n, of which a number was asked for.
+    With ``sums``, m + n is a name too.
     """
     side = side.strip()
     if not re.search(r"[A-Za-z]", side):
@@ -183,8 +178,7 @@ def is_name(side: str, sums: bool = False) -> bool:
     inside = bracketed(side)
     if inside and inside[0] == "(":
         return all(is_name(part) for part in split(inside[1], ",".__eq__)[0])
-    ratio = re.fullmatch(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|([^:/]+)[:/]([^:/]+)", side)
-    if ratio:
+    if ratio := re.fullmatch(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|([^:/]+)[:/]([^:/]+)", side):
         return all(is_name(part) for part in ratio.groups() if part is not None)
     if NAME.fullmatch(side) or (sums and SUM.fullmatch(side)):
         return True
@@ -192,10 +186,10 @@ def is_name(side: str, sums: bool = False) -> bool:
 
 
 def value_of(text: str, sums: bool = False) -> str:
-    """What an equation says that a name is, if it says so: x = 5, 5 = x, x = 2+3 = 5, x \\in (0,1), \\approx 5.
+    """Return the value that an equation gives to a name: x = 5, 5 = x, x = 2+3 = 5, x \\in (0,1), \\approx 5.
 
-    The last value of a chain counts. ``text`` as it is where an equation names nothing, or is one of a list. For
-    ``sums`` see :func:`is_name`.
+    The last value of a chain counts. An equation without a name, or in a list, is returned as it is. For ``sums`` see
+    :func:`is_name`.
     """
     sides, found = relation_chain(text)
     if not found or not set(found) <= {"=", "~", "in"}:
@@ -215,17 +209,17 @@ def value_of(text: str, sums: bool = False) -> str:
     values = sides[1:] if is_name(sides[0], sums) else sides
     if len(values) == len(sides) and not all(map(is_constant, values)):
         return text
-    # The exact one of x = \\sqrt{2} \\approx 1.41.
+    # The exact value of x = \\sqrt{2} \\approx 1.41.
     signs = found[len(found) - len(values) + 1 :]
     return values[signs.index("~")] if "~" in signs else values[-1]
 
 
 def mentions(text: str, letter: str) -> bool:
-    """Whether a letter stands in a text: x = x^2 names nothing."""
+    """Tell whether a letter occurs in a text: x = x^2 gives no value to x."""
     return bool(re.fullmatch("[A-Za-z]", letter) and re.search(rf"(?<![\\A-Za-z]){letter}(?![A-Za-z])", text))
 
 
 def is_constant(text: str) -> bool:
-    """Whether no letter stands in it but those of commands, e and i."""
+    """Tell whether a text has no letters except commands, e and i."""
     bare = re.sub(ENVIRONMENT + r"|\\[A-Za-z]+|(?<![A-Za-z])[ei](?![A-Za-z])", "", text)
     return bool(text) and not re.search(r"[A-Za-z]", bare)

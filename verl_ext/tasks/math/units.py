@@ -1,4 +1,4 @@
-"""Tells a value from its unit: ``5\\text{ cm}^2``, ``80 km/h``, ``5 apples``, ``90^\\circ``; not ``2t`` or ``5ab``."""
+"""Split a value and its unit: ``5\\text{ cm}^2``, ``80 km/h``, ``5 apples``, ``90^\\circ``; not ``2t`` or ``5ab``."""
 
 import re
 
@@ -12,13 +12,13 @@ khz; dollar; cent; euro; yuan; rupee; radian rad; degree deg; celsius; fahrenhei
 w watt; v volt; k kelvin; pa pascal; ev; kev; mev; gev
 """
 UNIT = {name: group.split()[0] for group in SAME_UNIT.split(";") for name in group.split()}
-"""Names of units of measurement -> one of them. Of two different ones neither is the other; nouns are not compared."""
+"""Names of units of measurement, each with one of its names. Different units are unequal; nouns are not compared."""
 
 SHAPES = {"sq": "2", "square": "2", "cu": "3", "cubic": "3"}
-"""Words for powers of the unit that follows."""
+"""Words for powers of the next unit."""
 
 BARE_UNITS = {name for name in UNIT if len(name) > 1} | {*SHAPES, "per", "units", "unit"}
-"""Units that are told from variables without ``\\text{}`` around them."""
+"""Units that differ from variables even without ``\\text{}``."""
 
 NO_UNITS = set(
     """
@@ -28,7 +28,7 @@ NO_UNITS = set(
     cos tan cot sec csc log ln exp max gcd lcm
     """.split()
 )
-"""Words behind a number that change it, or that are functions and names."""
+"""Words after a number that change it, or that are functions or names."""
 
 POWER = r"(?:\s*\^\s*\{?\s*(?P<power>-?\d)\s*\}?)?"
 TEXT_UNIT = re.compile(rf"(?P<value>.*\S)\s*\\text\s*\{{(?P<unit>[^{{}}\d]*)\}}{POWER}$", re.DOTALL)
@@ -40,7 +40,7 @@ TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 
 
 def without_unit(text: str) -> tuple[str, str]:
-    """A value and its unit's words: ("5 apples" -> "5", "apples"); the unit is "" where there is none."""
+    """Split a text into a value and its unit's words, "5 apples" into "5" and "apples"; without a unit, ""."""
     if text.endswith(r"^\circ") and not TRIGONOMETRIC.search(text):
         return text.removesuffix(r"^\circ").strip(), "degree"
     for pattern in (TEXT_UNIT, WORD_UNIT, FOREIGN_UNIT):
@@ -64,18 +64,19 @@ def without_unit(text: str) -> tuple[str, str]:
 
 
 def singular(word: str) -> str:
+    """Remove a final s, unless it belongs to the unit's name."""
     return word if word in UNIT or word in BARE_UNITS else word.removesuffix("s")
 
 
 def units_differ(a: str, b: str) -> bool:
-    """Whether both are units of measurement, and not the same."""
+    """Tell whether both are units of measurement, and different."""
     a, b = ([spelled(word) for word in unit.split()] for unit in (a, b))
     if not a or not b or "?" in a + b:
         return False
-    # Degrees may be of temperature.
+    # Degrees may be those of a temperature.
     return sorted(a) != sorted(b) and {*a, *b} not in ({"degree", "celsius"}, {"degree", "fahrenheit"})
 
 
 def spelled(word: str) -> str:
-    """One name for a unit or a power; ? for a noun."""
+    """Return one name for a unit or a power; ? for a noun."""
     return SHAPES.get(word) or (word if re.fullmatch(r"-?\d", word) else UNIT.get(singular(word), "?"))

@@ -51,7 +51,7 @@ def test_the_table_has_what_the_metrics_say(run):
 def test_a_run_without_an_evaluation_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "timing_s/step": 2.0}\n')
     (tmp_path / "config.yaml").write_text("arithmetic: {test_size: 100}\n")
-    assert "no finished step with an evaluation" in summary.describe(tmp_path)
+    assert "no evaluation followed by a finished step" in summary.describe(tmp_path)
 
 
 def test_the_plots_are_a_png(run):

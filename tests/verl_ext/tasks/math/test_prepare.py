@@ -254,7 +254,7 @@ def test_nothing_kept_is_an_error_and_an_older_file_does_not_pass_for_the_result
     assert status == 1 and "1 rejected: answer stands for a missing answer (first: bad.json, row 0: proof)" in out
     assert " written" not in out
     assert error == (
-        f"error: nothing is left of {bad}; see above. Nothing was written; the older {prepare.out / 'train.parquet'} "
+        f"error: no usable row in {bad}; see above. Nothing was written; the older {prepare.out / 'train.parquet'} "
         "is now train.parquet.old\n"
     )
     assert {p.name: p.read_bytes() for p in prepare.out.iterdir()} == {
@@ -271,7 +271,7 @@ def test_nothing_kept_is_an_error_and_an_older_file_does_not_pass_for_the_result
 def test_nothing_left_by_the_flags(prepare, sets):
     path = sets / "A" / "test.json"
     assert prepare("--train", path, "--benchmarks", path, "--drop-overlap")[2].startswith(
-        "error: nothing is left of the training sets; see above"
+        "error: no usable row in the training sets; see above"
     )
     # While other sets give rows, it is what was asked for.
     copy = sets / "copy.json"
@@ -300,7 +300,7 @@ def test_files_of_another_call_stay_and_are_told(prepare, sets):
     assert prepare("--train", sets / "A" / "train.json", "--benchmarks")[0] == 0
     status, out, _ = prepare("--train", "--benchmarks", sets / "A" / "test.json")
     assert status == 0
-    assert out.endswith(f"written to {prepare.out}: test.parquet\nthere from before: train.parquet\n")
+    assert out.endswith(f"written to {prepare.out}: test.parquet\nalready there: train.parquet\n")
     assert len(rows_of(prepare.out / "train.parquet")) == 3
 
 
