@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from verl_ext import recipes
 from verl_ext.runs.folder import (
@@ -249,8 +250,18 @@ def own_settings(algorithm: str) -> dict:
 def is_the_methods_own(name: str, run: Run) -> bool:
     """Tell whether a setting has the value that the run's algorithm gives it."""
     own = own_settings(run.algorithm)
-    # An interpolation follows from other settings, which are compared themselves.
-    return name in own and ("${" in str(own[name]) or run.settings.get(name) == own[name])
+    if name not in own:
+        return False
+    value = own[name]
+    root = OmegaConf.create({"value": value})
+    for other in re.findall(r"[\w.]+", str(value)):
+        if other in run.settings:
+            OmegaConf.update(root, other, run.settings[other], force_add=True)
+    try:
+        return run.settings.get(name) == root.value
+    except OmegaConfBaseException:
+        # It follows what only verl's process can resolve; that is compared itself.
+        return True
 
 
 def values_of(name: str, settings: list[dict]) -> list:

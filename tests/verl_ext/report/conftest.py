@@ -14,6 +14,7 @@ def settings(algorithm: str, seed: int, **more) -> dict:
         "data.seed": seed,
         "verl_ext.algorithm": algorithm,
         "disco.delta": 0.001,
+        "verl_ext.kl_resolution": 0.001,
         "disco.score": "log_l",
         "algorithm.adv_estimator": {"ppo": "gae", "disco": "disco"}.get(algorithm, "grpo"),
         "actor_rollout_ref.model.path": "models/toy",

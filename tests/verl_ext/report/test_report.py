@@ -110,6 +110,11 @@ def test_a_methods_setting_that_was_changed_is_a_difference(make):
     assert other_differences(read([*as_set, make("ppo", 1, **{name: "token-mean"})])) == {}
     changed = make("dapo", 2, **{name: "seq-mean-token-sum"})
     assert name in other_differences(read([as_set[0], changed]))
+    # What follows another setting is the method's own only as it follows.
+    name, resolution = "disco.delta", "verl_ext.kl_resolution"
+    follows = [make("disco", 1, **{name: 1e-3}), make("grpo", 3, **{name: None, resolution: None})]
+    assert name not in other_differences(read(follows))
+    assert name in other_differences(read([make("disco", 2, **{name: 0.5}), follows[1]]))
     # A knob of verl's own loss makes two methods, not two seeds.
     ratio = "actor_rollout_ref.actor.policy_loss.clip_cov_ratio"
     found = read([make("clip_cov", s, **{ratio: value}) for s, value in ((1, 2e-4), (2, 1e-2))])
