@@ -76,5 +76,5 @@ def test_it_trains_and_summarises_and_a_second_start_only_summarises(tmp_path):
 
     # Another run is not taken for this one.
     other = start("disco.score=l_ratio", status=1)
-    assert f"{run} holds another run: disco.score=l_ratio, there log_l" in other and "step   1" not in other
+    assert f"{run} holds another run: disco.score=l_ratio (that run: log_l)" in other and "step   1" not in other
     assert (run / "metrics.jsonl").read_bytes() == before and (run / "finished").exists()

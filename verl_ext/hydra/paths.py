@@ -1,7 +1,6 @@
-"""Settles what only the process that starts a job knows: relative paths, and Hydra's own interpolations.
+"""Resolve what only the process that starts a job knows: relative paths, and Hydra's own interpolations.
 
-verl's processes run where Ray puts them: their working folder is that of the node's Ray, not the one where the command
-was given, and Hydra is not set up there.
+In verl's other processes, on any of Ray's nodes, the working folder is another one and Hydra is not set up.
 """
 
 import copy
@@ -18,40 +17,36 @@ from verl_ext.preflight.nodes import cluster_address
 from verl_ext.runs.folder import full_names, without_hydra
 
 OF_HYDRA = re.compile(r"\$\{(hydra[.:]|now:|python_version:|verl_ext\.run_name:)")
-"""Interpolations that only Hydra's process resolves."""
+"""Interpolations that only Hydra's process can resolve."""
 
 PLACES = re.compile(r"(.*[._])?(dir|folder|save_path|resume_from_path|timeline_json_file)|data\.(train|val)_files")
-"""Full names of settings with local paths, there or yet to be made."""
+"""Full names of settings with local paths, existing or not."""
 
 REFERENCES = re.compile(r"(.*[._])?(path|paths|file|tokenizer)|.*\.module|model")
-"""Settings with a path or with the name of a model: a path if something is there."""
+"""Settings with a path or with the name of a model or module: a path if it exists."""
 
 NOT_OURS = re.compile(r".*\.env_vars\..*|.*_target_")
 
 
 def settle(config: DictConfig) -> None:
-    """Settle all settings of a job, in place.
-
-    Raises:
-        ValueError: as :func:`settled`.
-    """
+    """Resolve a job's settings in place, as :func:`settled`."""
     for name, value in settled(config).items():
         OmegaConf.update(config, name, value)
 
 
 def settled(config: DictConfig) -> dict[str, Any]:
-    """Find the settings that mean something else in verl's processes: full name -> value that does not.
+    """Find the settings that verl's other processes would read differently: full name -> resolved value.
 
-    Relative paths start where the command was given, also with ``hydra.job.chdir=true``; in a run of stock verl then in
-    Hydra's folder of the job, as verl would have them.
+    Relative paths start in the folder of the command, also with ``hydra.job.chdir=true``; in a run of stock verl they
+    then start in the job's folder, as verl has them.
 
     Args:
-        config: a job's settings with Hydra's own node, before the job starts; it stays as it is.
+        config: a job's settings with Hydra's own node, before the job starts; not changed.
 
     Raises:
-        ValueError: a path that Ray's client cannot make absolute.
+        ValueError: a relative path that would be looked up behind Ray's client, on the cluster.
     """
-    # Read first: the time in it is kept with the settings.
+    # Before the copy, so that the time in it is resolved once.
     output_dir = os.path.abspath(config.hydra.run.dir)
     config = copy.deepcopy(config)
     hydra = config.hydra
@@ -67,14 +62,14 @@ def settled(config: DictConfig) -> dict[str, Any]:
 
 
 def unsettled(config: DictConfig) -> dict[str, Any]:
-    """Find the settings that no other process can resolve, as they are written."""
+    """Find the settings that no other process can resolve, unresolved."""
     return {name: raw for name, raw in _settings(config) if OF_HYDRA.search(str(raw))}
 
 
-def _settings(config: DictConfig) -> Iterator[tuple[str, Any]]:
+def _settings(config: DictConfig) -> list[tuple[str, Any]]:
     raw = full_names("", OmegaConf.to_container(without_hydra(config), resolve=False))
-    # Those that others follow come first.
-    return iter(sorted(raw.items(), key=lambda item: "${" in str(item[1])))
+    # Interpolations last, after the settings that they refer to.
+    return sorted(raw.items(), key=lambda item: "${" in str(item[1]))
 
 
 def _changes(config: DictConfig) -> Iterator[tuple[str, Any]]:
@@ -82,29 +77,29 @@ def _changes(config: DictConfig) -> Iterator[tuple[str, Any]]:
     base = config.hydra.runtime.output_dir if chdir else os.getcwd()
     ray = OmegaConf.to_container(OmegaConf.select(config, "ray_kwargs.ray_init") or OmegaConf.create())
     client = str(cluster_address(ray)).startswith("ray://")
-    # Ray unpacks it on each node, as the working folder: what is named relative to it is there.
+    # Ray unpacks this folder on each node as the working folder, so paths relative to it hold there.
     packed = bool((ray.get("runtime_env") or {}).get("working_dir"))
     for name, raw in _settings(config):
         try:
             value = plain = OmegaConf.select(config, name)
         except (OmegaConfBaseException, ValueError, TypeError):
-            # Named where the settings are checked.
+            # The checks of the settings will report it.
             continue
         if OmegaConf.is_list(value):
             value = plain = OmegaConf.to_container(value, resolve=True)
         if not NOT_OURS.fullmatch(name):
             if PLACES.fullmatch(name) and (not packed or name.startswith("trainer.")):
-                # A data set may be a name that a class of the user's knows.
+                # A bare name may be a data set for a user's own class.
                 value = _each(plain, lambda path, n=name: absolute(path, base, n.endswith("_files") and is_bare(path)))
             elif REFERENCES.fullmatch(name) and not packed:
                 value = _each(plain, lambda path: absolute(path, base, must_exist=True))
         if client and value != plain and ("verl_ext" not in config or str(plain).startswith("~")):
-            # Left to the cluster, as verl does.
+            # As in verl, the cluster resolves it.
             value = plain
         if client and value != plain and name.startswith(("trainer.", "data.", "arithmetic.", "math.")):
             raise ValueError(
-                f"{name}={plain} is relative, and behind Ray's client (ray://) paths are the cluster's; give an "
-                "absolute one that each of its nodes sees"
+                f"{name}={plain} is relative, but with Ray's client (ray://) paths are those of the cluster; give an "
+                "absolute path that each of its nodes sees"
             )
         if value != plain or OF_HYDRA.search(str(raw)):
             OmegaConf.update(config, name, value)
@@ -116,12 +111,12 @@ def _each(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def absolute(path: Any, base: str, must_exist: bool = False) -> Any:
-    """Make a relative local path absolute; whatever is none stays.
+    """Make a relative local path absolute; return anything else unchanged.
 
     Args:
-        path: of a setting.
-        base: where relative paths start.
-        must_exist: whether it may be something else than a path where there is nothing.
+        path: a setting's value.
+        base: folder in which relative paths start.
+        must_exist: return ``path`` unchanged if nothing is there, because it may not be a path.
     """
     if not isinstance(path, str):
         return path
@@ -133,12 +128,12 @@ def absolute(path: Any, base: str, must_exist: bool = False) -> Any:
 
 
 def is_bare(path: Any) -> bool:
-    """Tell whether a path has no ending, as the name of a data set has none."""
+    """Tell whether a path has no suffix, like the name of a data set."""
     return isinstance(path, str) and not os.path.splitext(path)[1]
 
 
 def as_override(name: str, value: Any) -> str:
-    """Write a setting as Hydra reads it on the command line, whether it has a value yet or not."""
+    """Write a setting as an override for Hydra's command line, whether it exists yet or not."""
     return f"++{name}={_quoted(value)}"
 
 
@@ -147,5 +142,5 @@ def _quoted(value: Any) -> str:
         return f"[{','.join(map(_quoted, value))}]"
     if not isinstance(value, str):
         return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    # Backslashes are themselves, but before a quote.
+    # Hydra reads backslashes literally, except before a quote.
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), value) + "'"

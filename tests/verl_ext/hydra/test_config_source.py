@@ -445,15 +445,17 @@ def test_a_stock_run_is_refused_in_the_folder_of_another(jobs, tmp_path, capsys)
     run = tmp_path / "checkpoints/verl_examples/gsm8k"
     before = (run / runs.CONFIG_FILE).read_bytes()
     (run / runs.METRICS_FILE).write_text('{"step": 1, "actor/lr": 1}\n')
-    with pytest.raises(SystemExit, match=f"{run} holds another run: actor_rollout_ref.model.path=x, there .*; choose"):
+    with pytest.raises(
+        SystemExit, match=f"{run} holds another run: actor_rollout_ref.model.path=x .that run: .*; choose"
+    ):
         jobs("actor_rollout_ref.model.path=x")
-    with pytest.raises(SystemExit, match=f"{run} holds another run: .*=2, there 8; choose another"):
+    with pytest.raises(SystemExit, match=f"{run} holds another run: .*=2 .that run: 8.; choose another"):
         jobs("trainer.n_gpus_per_node=2")
     assert (run / runs.CONFIG_FILE).read_bytes() == before and len(jobs.got) == 1
     # Otherwise it goes on as verl would, and is told where there is something to go on from.
     (run / runs.CHECKPOINT_FILE).write_text("1")
     jobs("algorithm.gamma=0.9")
-    assert "is resumed with algorithm.gamma=0.9, was 1.0" in capsys.readouterr().out
+    assert "with algorithm.gamma=0.9, was 1.0" in capsys.readouterr().out
 
 
 def test_a_job_that_ends_early_is_not_finished(jobs, tmp_path, capsys):

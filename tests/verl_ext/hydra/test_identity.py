@@ -90,7 +90,7 @@ def test_a_project_may_be_moved():
 
 def test_secrets_are_not_shown():
     name = "ray_kwargs.ray_init.runtime_env.env_vars.WANDB_API_KEY"
-    assert identity.describe({name: ("old-secret", "new-secret")}) == f"{name}=***, there ***"
+    assert identity.describe({name: ("old-secret", "new-secret")}) == f"{name}=*** (that run: ***)"
 
 
 # Starts ---------------------------------------------------------------------------------------------------------------
@@ -153,14 +153,20 @@ ASYNC = ("trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.rollout.ag
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["disco.score=l_ratio"], "holds another run: disco.score=l_ratio, there log_l; choose another folder, or"),
-        (["seed=2"], "another run: seed=2, there 1; choose another folder, or trainer.resume_mode=disable, which"),
-        (["verl_ext=null"], "another run: .*verl_ext.algorithm=ppo, there disco"),
-        (["verl_ext.algorithm=grpo"], "another run: verl_ext.algorithm=grpo, there disco; choose"),
-        (["trainer.nnodes=2"], r"another run: trainer.nnodes x trainer.n_gpus_per_node=4, there 2; choose"),
-        (ASYNC, "another run: .*trainer.v1.trainer_mode=colocate_async, there sync; choose"),
-        (["reward.custom_reward_function.reward_kwargs.x=1"], r"function.reward_kwargs.x=1, there \(not set\); choose"),
-        (["trainer.total_training_steps=49"], "trainer.total_training_steps=49, but .*/run is at step 50 already"),
+        (
+            ["disco.score=l_ratio"],
+            "holds another run: disco.score=l_ratio .that run: log_l.; choose another folder, or",
+        ),
+        (["seed=2"], "another run: seed=2 .that run: 1.; choose another folder, or trainer.resume_mode=disable to"),
+        (["verl_ext=null"], "another run: .*verl_ext.algorithm=ppo .that run: disco"),
+        (["verl_ext.algorithm=grpo"], "another run: verl_ext.algorithm=grpo .that run: disco.; choose"),
+        (["trainer.nnodes=2"], r"another run: trainer.nnodes x trainer.n_gpus_per_node=4 .that run: 2.; choose"),
+        (ASYNC, "another run: .*trainer.v1.trainer_mode=colocate_async .that run: sync.; choose"),
+        (
+            ["reward.custom_reward_function.reward_kwargs.x=1"],
+            r"function.reward_kwargs.x=1 .that run: \(not set\).; choose",
+        ),
+        (["trainer.total_training_steps=49"], "trainer.total_training_steps=49, but .*/run is already at step 50"),
     ],
 )
 def test_a_folder_of_another_run_is_refused_and_nothing_is_changed(start, half, overrides, message, mode):
@@ -178,13 +184,13 @@ def test_many_differences_are_counted(start, half):
     many = [f"disco.{name}=7" for name in ("beta", "coefficient", "delta", "rho", "scale", "tau", "top_share")]
     with pytest.raises(ValueError) as e:
         start(*many[:6], "data.shuffle=false", "seed=2", "data.train_batch_size=8", "data.truncation=left")
-    assert str(e.value).count(", there ") == identity.MOST_TOLD and "; and 2 more; choose" in str(e.value)
+    assert str(e.value).count(" (that run: ") == identity.MOST_TOLD and "; and 2 more; choose" in str(e.value)
 
 
 def test_a_run_without_a_checkpoint_is_not_replaced_either(start, half):
     (half / runs.CHECKPOINT_FILE).unlink()
     shutil.rmtree(half / "global_step_50")
-    with pytest.raises(ValueError, match="holds another run: seed=2, there 1"):
+    with pytest.raises(ValueError, match="holds another run: seed=2 .that run: 1"):
         start("seed=2")
     # Of one that never trained, nothing can be lost.
     (half / runs.METRICS_FILE).write_text("")
@@ -196,13 +202,13 @@ def test_what_another_version_sets_does_not_count(start, half):
     del config.disco["delta"]
     del config.actor_rollout_ref.actor.policy_loss.disco["delta"]
     OmegaConf.save(config, half / runs.CONFIG_FILE)
-    assert "is resumed with disco.delta=0.001, was (not set)" in start()
+    assert f"resuming {half} with disco.delta=0.001, was (not set)" in start()
 
 
 def test_what_changes_no_results_is_told(start, half):
     out = start("trainer.total_training_steps=200", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8")
-    assert f"verl-disco: {half} is resumed with trainer.total_training_steps=200, was 100" in out
-    assert "is resumed with actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8, was 32" in out
+    assert f"verl-disco: resuming {half} with trainer.total_training_steps=200, was 100" in out
+    assert f"resuming {half} with actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8, was 32" in out
     assert "is at step 50 of 50: nothing is left to train" in start("trainer.total_training_steps=50")
 
 
@@ -212,7 +218,7 @@ def test_a_run_that_starts_anew_moves_the_old_ones_files_aside(start, half):
         (half / name).write_text(name)
     before = content(half)
     out = start("trainer.resume_mode=disable", "seed=2")
-    assert f"the run in {half} is now in {half}/earlier_1" in out
+    assert f"moved the run in {half} to {half}/earlier_1" in out
     stays = {"log.txt", "mine.txt"}
     assert content(half / "earlier_1") == {n: b for n, b in before.items() if n not in stays}
     assert content(half).keys() - {f"earlier_1/{n}" for n in before} == {*stays, runs.CONFIG_FILE}
@@ -227,15 +233,19 @@ def test_a_checkpoint_of_another_run_is_a_new_runs_start(start, half, tmp_path):
     common = [f"trainer.default_local_dir={tmp_path}/new", "trainer.resume_mode=resume_path"]
     at = f"trainer.resume_from_path={half}/global_step"
     for wrong in (f"{at}_60", f"trainer.resume_from_path={half}", "trainer.resume_from_path=null"):
-        with pytest.raises(ValueError, match="is no checkpoint; .* needs an existing folder"):
+        with pytest.raises(ValueError, match="is not a checkpoint; .* needs an existing folder"):
             start(*common, wrong)
     for unloadable in ("trainer.n_gpus_per_node=1", "actor_rollout_ref.model.lora_rank=8", ASYNC[0]):
-        with pytest.raises(ValueError, match=f"{half}/global_step_50 cannot be loaded with .*, there (2|0|sync); use"):
+        with pytest.raises(
+            ValueError, match=f"{half}/global_step_50 cannot be loaded with .*that run: (2|0|sync).; use"
+        ):
             start(*common, f"{at}_50", ASYNC[1], unloadable)
     out = start(*common, f"{at}_50", "seed=2")
-    assert f"starts from {half}/global_step_50 with other settings: seed=2, there 1" in out
+    assert f"starting from {half}/global_step_50 with other settings: seed=2 (that run: 1)" in out
     logged(tmp_path / "new", HALF | {"step": 60})
-    with pytest.raises(ValueError, match=f"new holds another run: trainer.resume_from_path={half}/global_step_10, "):
+    with pytest.raises(
+        ValueError, match=f"new holds another run: trainer.resume_from_path={half}/global_step_10 .that"
+    ):
         start(*common, f"{at}_10", "seed=2")
     # By itself it goes on.
     start(*common[:1], "seed=2")
@@ -245,9 +255,9 @@ def test_where_the_settings_are_unknown_the_shards_tell_the_number_of_ranks(star
     (half / runs.CONFIG_FILE).unlink()
     for rank in range(2):
         (half / f"global_step_50/actor/model_world_size_2_rank_{rank}.pt").touch()
-    with pytest.raises(ValueError, match=r"trainer.n_gpus_per_node=4, but .*/global_step_50 is of 2 ranks"):
+    with pytest.raises(ValueError, match=r"trainer.n_gpus_per_node=4, but .*/global_step_50 was written by 2 ranks"):
         start("trainer.nnodes=2")
-    assert f"{half} holds a run without config.yaml: its settings cannot be compared" in start()
+    assert f"the run in {half} has no config.yaml, so its settings cannot be compared" in start()
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.5, 0.7, "lines", "a: [b\n"])
@@ -258,7 +268,7 @@ def test_a_broken_file_of_settings_is_named(start, half, part):
     lines = text.splitlines(keepends=True)
     broken = {"lines": "".join(lines[: lines.index("trainer:\n")]), "a: [b\n": "a: [b\n"}
     file.write_text(broken.get(part) or text[: int(part * len(text))])
-    with pytest.raises(ValueError, match=f"{file} .*; it is broken, so nothing tells whether the run in {half} is"):
+    with pytest.raises(ValueError, match=f"{file} .*; without it the run in {half} cannot be compared"):
         start()
     before = file.read_bytes()
     start("trainer.resume_mode=disable")
@@ -279,7 +289,7 @@ def test_settings_are_written_whole_or_not_at_all(start, half, monkeypatch):
 
 def test_a_file_of_the_users_own_is_not_replaced(start, tmp_path):
     (tmp_path / "config.yaml").write_text("optimizer: {lr: 1}\n")
-    with pytest.raises(ValueError, match="has a config.yaml that is no run's"):
+    with pytest.raises(ValueError, match="has a config.yaml that does not belong to a run"):
         start(f"trainer.default_local_dir={tmp_path}")
     assert (tmp_path / "config.yaml").read_text() == "optimizer: {lr: 1}\n"
 
@@ -290,7 +300,7 @@ def test_a_folder_in_use_is_refused(start, tmp_path):
         start()
     lock.release()
     # A start that was refused gives it back.
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         start("trainer.resume_mode=resume_path")
     start()
 
@@ -359,14 +369,14 @@ def test_the_quickstart_asks_for_a_runs_folder(tmp_path, monkeypatch, capsys):
 
 
 def test_what_says_that_it_is_the_same_run_goes_on(start, half):
-    with pytest.raises(ValueError, match="or here, with [+][+]verl_ext.same_run=true"):
+    with pytest.raises(ValueError, match="or this folder with [+][+]verl_ext.same_run=true"):
         start("data.train_batch_size=8")
     out = start("data.train_batch_size=8", "verl_ext.same_run=true")
-    assert "is resumed with data.train_batch_size=8, was 16" in out
+    assert f"resuming {half} with data.train_batch_size=8, was 16" in out
 
 
 def test_an_evaluation_does_not_move_a_trained_run_aside(start, half):
     (half / "global_step_50").mkdir(exist_ok=True)
-    with pytest.raises(ValueError, match="trainer.val_only=true with trainer.resume_mode=disable evaluates the model"):
+    with pytest.raises(ValueError, match="trainer.val_only=true with trainer.resume_mode=disable would evaluate"):
         start("trainer.val_only=true", "trainer.resume_mode=disable")
     assert not list(half.glob("earlier_*"))

@@ -150,7 +150,7 @@ def test_behind_rays_client_a_relative_path_is_refused(config, monkeypatch, name
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     settled(config)
     OmegaConf.update(config, name, "x/y.parquet")
-    with pytest.raises(ValueError, match=f"{name}=x/y.parquet is relative, and behind Ray's client .* an absolute one"):
+    with pytest.raises(ValueError, match=f"{name}=x/y.parquet is relative, but with Ray's client .* an absolute path"):
         settled(config)
 
 
