@@ -1,8 +1,8 @@
-"""Entry point of the group ``verl.plugins``: registers everything that this package adds to verl.
+"""Register everything that this package adds to verl; entry point of the group ``verl.plugins``.
 
-verl imports this module at the end of ``import verl``, in every process (driver, TaskRunner, each Ray worker), so it
-stays cheap: what needs half of verl is registered when verl itself imports it. verl logs a plugin's exception at DEBUG
-level and goes on; so :func:`activate` reports its own.
+verl imports this module at the end of ``import verl`` in every process (driver, TaskRunner, each Ray worker), so it
+must be cheap: what needs large parts of verl is registered once verl imports them. verl logs a plugin's exception only
+at DEBUG level, so errors are printed here.
 """
 
 import sys
@@ -12,18 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SUPPORTED_VERL = ">=0.9.1,<0.10"
-"""verl versions that this package is written for, as a PEP 440 specifier."""
+"""Supported versions of verl, as a PEP 440 specifier."""
 
 error: BaseException | None = None
-"""What kept the plugin from activating in this process, if anything did (``verl_ext.doctor`` shows it)."""
+"""Why the plugin is not active in this process, if it is not; ``verl_ext.doctor`` shows it."""
 
 
 def check_verl_version(found: str) -> None:
-    """Refuse a verl release that this package was not written for.
-
-    Raises:
-        RuntimeError: names the version found and the versions supported.
-    """
+    """Raise RuntimeError for a version of verl that is not supported."""
     from packaging.specifiers import SpecifierSet
 
     if not SpecifierSet(SUPPORTED_VERL).contains(found, prereleases=True):
@@ -34,13 +30,9 @@ def check_verl_version(found: str) -> None:
 
 
 def check_not_hidden() -> None:
-    """Refuse to start where a package of the same name, such as one in the working folder, hides ours.
+    """Raise RuntimeError if another package, such as one in the working folder, hides our launcher or a recipe.
 
-    Our launcher and recipes lie in packages that others may have, too: without an ``__init__.py``, they join; with one,
-    it hides all others.
-
-    Raises:
-        RuntimeError: names what hides it.
+    They are in namespace packages, which other distributions may share; one with an ``__init__.py`` hides all others.
     """
     from verl_ext import recipes
 
@@ -50,26 +42,24 @@ def check_not_hidden() -> None:
         package, _, part = name.partition(".")
         mine = [root / package / f"{part}.py", root / package / part / "__init__.py"]
         if not any(map(Path.exists, mine)):
-            # A recipe of another distribution.
-            continue
+            continue  # a recipe of another distribution
         try:
             outer = find_spec(package)
         except ValueError:
-            # Somebody put a module there by hand.
-            outer = None
+            outer = None  # a module without a spec, put into sys.modules by hand
         places = outer.submodule_search_locations if outer else None
         inner = PathFinder.find_spec(name, list(places)) if places else None
         if inner and inner.origin and Path(inner.origin).resolve() in mine:
             continue
         hiding = (inner and inner.origin) or (outer and outer.origin) or f"sys.modules['{package}']"
         raise RuntimeError(
-            f"{hiding} hides verl-disco's {name}, since Python takes the first {package} on sys.path; rename that "
-            "one, or start in another folder"
+            f"{hiding} hides verl-disco's {name}, because Python takes the first {package} on sys.path; rename it, or "
+            "start in another folder"
         )
 
 
 def activate() -> None:
-    """Register all extensions, in the order in which they matter."""
+    """Register all extensions."""
     import verl
 
     check_verl_version(verl.__version__)

@@ -1,9 +1,9 @@
-"""Recipes are methods in packages of their own; each announces itself by an entry point, which names a :class:`Recipe`.
+"""Find recipes: methods in packages of their own, each announced by an entry point that names a :class:`Recipe`.
 
     [project.entry-points."verl_ext.recipes"]
     NAME = "package.plugin:RECIPE"
 
-They are loaded where something of theirs is needed, because this package's plugin runs in every process.
+They are loaded only when needed, because this package's plugin runs in every process.
 """
 
 import importlib.metadata as metadata
@@ -21,7 +21,7 @@ GROUP = "verl_ext.recipes"
 """Group of the entry points."""
 
 CONFIG = "verl_ext.config"
-"""Package of our own config groups, one directory each."""
+"""Package of this package's config groups, one directory each."""
 
 DEFAULT_ALGORITHM = "ppo"
 """The option of ``algorithm`` that leaves verl's own settings as they are."""
@@ -29,22 +29,22 @@ DEFAULT_ALGORITHM = "ppo"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What this package has to know of a recipe.
+    """What a recipe tells this package.
 
     Args:
         package: its Python package.
         config: package (with an ``__init__.py``) of its Hydra config groups, one directory each.
         registering: modules whose ``register()`` is called once verl has its registries of advantages and losses.
-        losses: ``actor.policy_loss.loss_mode`` -> the loss of a whole mini-batch, for methods that verl's ``ppo_loss``
-            does not compute; called as :func:`verl_ext.report.weights.batch_loss`.
+        losses: ``actor.policy_loss.loss_mode`` -> loss of a whole mini-batch, for methods that verl's ``ppo_loss`` does
+            not compute; with the signature of :func:`verl_ext.report.weights.batch_loss`.
         compared: options of ``algorithm`` that are drawn beside verl's own methods.
-        metrics: ``kl``, ``entropy``, ``coefficient`` or ``lengths`` -> the recipe's metrics that show it.
-        totals: metrics of which a step logs the sum, not the mean, over its local updates.
-        kl_bound: a run's settings by full name -> largest KL that costs nothing, if the method has one.
-        copies: beginnings of settings that repeat others or follow from them.
-        optional: beginnings of settings that stand in a config only where they were given.
+        metrics: ``kl``, ``entropy``, ``coefficient`` or ``lengths`` -> the recipe's metrics for it.
+        totals: metrics that a step logs as a sum over its local updates, not as a mean.
+        kl_bound: a run's settings by full name -> highest KL without a penalty; None if the method has none.
+        copies: prefixes of settings that repeat or follow from others.
+        optional: prefixes of settings that are in a config only if they were given.
         published: file in ``config`` with published pass@1: model -> method -> benchmark.
-        source: where they were published.
+        source: citation of the published results.
     """
 
     package: str
@@ -62,10 +62,10 @@ class Recipe:
 
 
 def entry_points() -> list[metadata.EntryPoint]:
-    """What the installed distributions announce, without importing it.
+    """List the entry points of the installed distributions, without importing them.
 
-    ``importlib.metadata.entry_points`` reads one record of a distribution: in a checkout that of its last build, which
-    may be older than what is installed.
+    ``importlib.metadata.entry_points`` reads only one record per distribution: in a checkout that of its last build,
+    which may be older than the installed one.
     """
     points = [point for found in metadata.distributions() for point in found.entry_points if point.group == GROUP]
     return list({point.value: point for point in points}.values())
@@ -76,7 +76,7 @@ def installed() -> tuple[Recipe, ...]:
     """Load the recipes of this environment.
 
     Raises:
-        RuntimeError: an entry point leads to no recipe; says which, why, and what to do.
+        RuntimeError: an entry point does not load or is not a recipe.
     """
     found = []
     for point in sorted(entry_points(), key=lambda point: point.name):
@@ -93,29 +93,30 @@ def installed() -> tuple[Recipe, ...]:
 
 
 def config_packages() -> tuple[str, ...]:
-    """Packages with config groups: ours, then the recipes'."""
+    """List the packages with config groups: this package's, then the recipes'."""
     return (CONFIG, *(recipe.config for recipe in installed()))
 
 
+def _files(pattern: str) -> list[Path]:
+    return [f for package in config_packages() for f in Path(str(resources.files(package))).glob(pattern)]
+
+
 def options(group: str) -> dict[str, Path]:
-    """Find the options of a config group: name -> YAML file, by name."""
-    folders = [Path(str(resources.files(package))) / group for package in config_packages()]
-    # Of two of a name, Hydra takes the first.
-    found = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
-    return dict(sorted(found.items()))
+    """Find the options of a config group: name -> YAML file, sorted by name."""
+    # Of two options with the same name, Hydra takes the first.
+    return dict(sorted({file.stem: file for file in reversed(_files(f"{group}/*.yaml"))}.items()))
 
 
 def describe_algorithms() -> dict[str, str]:
-    """Options of ``algorithm=NAME`` -> the comment in the second line of its YAML file (the first is the package)."""
+    """Describe each option of ``algorithm`` by the second line of its YAML file, a comment."""
     return {name: file.read_text().splitlines()[1].lstrip("# ") for name, file in options("algorithm").items()}
 
 
 def groups() -> set[str]:
-    """Names of the config groups."""
-    folders = [Path(str(resources.files(package))) for package in config_packages()]
-    return {file.parent.name for folder in folders for file in folder.glob("*/*.yaml")}
+    """Name the config groups."""
+    return {file.parent.name for file in _files("*/*.yaml")}
 
 
 def metric_names(curve: str, *stock: str) -> tuple[str, ...]:
-    """Give the metrics that show a curve: verl's, then the recipes' (see :attr:`Recipe.metrics`)."""
+    """List the metrics for a curve: verl's own, then the recipes' (see :attr:`Recipe.metrics`)."""
     return (*stock, *(name for recipe in installed() for name in recipe.metrics.get(curve, ())))
