@@ -1,7 +1,8 @@
-"""A run's settings as ``verl.trainer.main_ppo`` composes them, and what they would be without the user's values."""
+"""Composes a run's settings as ``verl.trainer.main_ppo`` does, with and without the user's values."""
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.preflight.data import Data
-from verl_ext.preflight.nodes import cluster_address
+from verl_ext.preflight.nodes import cluster_address, ray_settings
 from verl_ext.runs.folder import full_names, without_hydra
 
 PRIMARY = "ppo_trainer"
@@ -18,12 +19,12 @@ PRIMARY = "ppo_trainer"
 
 @dataclass
 class Run:
-    """What every check is given.
+    """The run that checks judge.
 
     Args:
-        composed: the settings as composed, interpolations and all.
-        plain: the same groups (algorithm, experiment ...) alone.
-        folder: the run's, once a start has it.
+        composed: the settings as composed, with interpolations.
+        plain: the same groups (algorithm, experiment ...) without the user's values.
+        folder: the run's folder, once a start has it.
     """
 
     composed: DictConfig
@@ -32,7 +33,7 @@ class Run:
 
     @cached_property
     def config(self) -> DictConfig:
-        """The settings as verl's trainer sees them: interpolations resolved, old names of the reward's settings moved.
+        """The settings as verl's trainer sees them: interpolations resolved, the reward's old names replaced.
 
         Raises:
             omegaconf.errors.OmegaConfBaseException: an interpolation does not resolve.
@@ -49,23 +50,22 @@ class Run:
 
     @property
     def is_stock(self) -> bool:
-        """Whether the run asks for none of our extensions."""
+        """Whether the run uses none of our extensions."""
         return "verl_ext" not in self.composed and OmegaConf.select(self.composed, "trainer.device") != "cpu"
 
     def is_elsewhere(self, path: str) -> bool:
         """Whether a path is the cluster's: behind Ray's client, or in the folder that Ray unpacks on each node."""
-        ray = OmegaConf.to_container(OmegaConf.select(self.config, "ray_kwargs.ray_init") or OmegaConf.create())
+        ray = ray_settings(self.config)
         packed = bool((ray.get("runtime_env") or {}).get("working_dir"))
-        return str(cluster_address(ray)).startswith("ray://") or (
-            packed and not os.path.isabs(os.path.expanduser(path))
-        )
+        behind_client = str(cluster_address(ray)).startswith("ray://")
+        return behind_client or (packed and not os.path.isabs(os.path.expanduser(path)))
 
 
 def compose(overrides: Sequence[str]) -> Run:
     """Compose what ``main_ppo`` would get.
 
     Raises:
-        Exception: of Hydra's; :func:`verl_ext.preflight.errors.explain` says what it means.
+        Exception: Hydra's own, which :func:`verl_ext.preflight.errors.explain` explains.
     """
     with verl_configs():
         import hydra
@@ -74,30 +74,29 @@ def compose(overrides: Sequence[str]) -> Run:
 
 
 def of_job(config: DictConfig) -> Run:
-    """The same for the job that Hydra is about to start."""
+    """Compose the same for the job that Hydra is about to start."""
     overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
     return Run(without_hydra(config), groups_alone(config.hydra.job.config_name, overrides))
 
 
 def unset(config: DictConfig) -> list[str]:
-    """Names of the settings that a run needs and that have no value."""
-    # A rollout engine of a reward model that is not used, and the like, may be missing.
+    """List the settings that a run needs and that have no value."""
+    # An unused reward model needs no rollout engine, and the like.
     unused = ("reward", "distillation.", "critic.model")
     raw = OmegaConf.to_container(config, resolve=False)
     missing = [s.name for s in walk(raw) if s.value == "???" and not s.name.startswith(unused)]
-    # ``model`` is for others to follow, and they may be set themselves.
+    # ``model`` only gives its value to others, which may be set themselves.
     return [name for name in missing if "." in name or f"${{{name}}}" in str(raw)]
 
 
 def names(config: DictConfig) -> set[str]:
-    """Full names of all settings and of the nodes above them."""
-    leaves = full_names("", OmegaConf.to_container(config, resolve=False))
-    parts = [name.split(".") for name in leaves]
+    """Return the full names of all settings and of the nodes above them."""
+    parts = [name.split(".") for name in full_names("", OmegaConf.to_container(config, resolve=False))]
     return {".".join(p[:i]) for p in parts for i in range(1, len(p) + 1)} - {""}
 
 
 def verl_configs():
-    """A context in which Hydra composes verl's configs."""
+    """Open a context in which Hydra composes verl's configs."""
     import hydra
     import verl  # noqa: F401  (loads the plugin, which makes the config groups)
 
@@ -105,7 +104,7 @@ def verl_configs():
 
 
 def groups_alone(primary: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose the groups among these overrides, without the values; Hydra must be initialised."""
+    """Compose the groups among these overrides, without the values; needs an initialised Hydra."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -125,18 +124,18 @@ def groups_alone(primary: str, overrides: Sequence[str]) -> DictConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting or a node: its full name, its value unresolved, and the dataclass and annotation that it belongs to."""
+    """A setting or a node: its full name, its unresolved value, and the dataclass and annotation of its field."""
 
     name: str
     value: Any
     owner: type | None
     annotation: Any
     siblings: dict[str, Any]
-    """The node that it stands in, itself included."""
+    """The node that holds it."""
 
 
 def walk(node: dict[str, Any], owner: type | None = None, prefix: str = "") -> Iterator[Setting]:
-    """All settings and nodes of a plain dictionary, nodes before what they hold."""
+    """Yield all settings and nodes of a plain dictionary, nodes before their contents."""
     owner = _dataclass_named(node.get("_target_")) or owner
     for key, value in node.items():
         annotation = hints(owner).get(str(key))
@@ -148,22 +147,17 @@ def walk(node: dict[str, Any], owner: type | None = None, prefix: str = "") -> I
 
 @cache
 def hints(owner: type | None) -> dict[str, Any]:
-    """Fields of a dataclass -> their annotations."""
-    if owner is None:
-        return {}
-    try:
-        known = get_type_hints(owner)
-    except NameError:
-        known = {}
-    return {f.name: known.get(f.name, Any) for f in fields(owner)}
+    """Map a dataclass's fields to their annotations."""
+    known = {}
+    with suppress(NameError):
+        known = get_type_hints(owner) if owner else {}
+    return {f.name: known.get(f.name, Any) for f in fields(owner)} if owner else {}
 
 
 @cache
 def _dataclass_named(target: str | None) -> type | None:
     from hydra.utils import get_class
 
-    if not isinstance(target, str):
-        return None
     try:
         found = get_class(target)
     except Exception:

@@ -1,7 +1,7 @@
-"""Refuses a Ray cluster of which some node lacks this plugin, or has it or verl in another version.
+"""Refuses a Ray cluster if a node lacks this plugin, or has another version of it or of verl.
 
-verl's processes run on any node, and where the plugin is missing verl would quietly train without it, or end in an
-import error that names no node. Nodes that do not see the run's files are named, too.
+Without the plugin a node's processes would train by verl alone, or end in an import error that names no node. Nodes
+that do not see the run's files are named, too.
 """
 
 import os
@@ -20,29 +20,25 @@ SECONDS_TO_ANSWER = 300.0
 
 
 def ask_cluster(config: DictConfig, folder: Path | None = None) -> Iterator[Finding]:
-    """Ask each node of the cluster that ``config`` will train on; on a Ray of the run's own there is nothing to ask.
+    """Compare each node of the cluster that ``config`` names with this one; do nothing for a cluster of the run's own.
 
     Args:
         config: the settings.
-        folder: the run's, which is there.
+        folder: the run's folder, which exists.
 
     Yields:
-        What each node has that differs from this one, with its Python, and which files it does not see.
+        Nodes that differ, with their Python, and nodes that do not see some of the run's files.
     """
-    settings = OmegaConf.to_container(OmegaConf.select(config, "ray_kwargs.ray_init") or OmegaConf.create())
+    settings = ray_settings(config)
     address = cluster_address(settings)
     if address in (None, "local") or not is_listening(address):
         return
     import ray
 
-    environment = settings.get("runtime_env") or {}
+    # verl's runtime environment, so that what it sends to the nodes (working_dir, py_executable ...) is there.
+    environment = {name: value for name, value in (settings.get("runtime_env") or {}).items() if value is not None}
     try:
-        # As verl will, so that what it sends to the nodes (working_dir, py_executable ...) is there.
-        ray.init(
-            address=address,
-            runtime_env={name: value for name, value in environment.items() if value is not None},
-            log_to_driver=False,
-        )
+        ray.init(address=address, runtime_env=environment, log_to_driver=False)
     except ConnectionError:
         # verl will say why it cannot connect.
         return
@@ -53,13 +49,13 @@ def ask_cluster(config: DictConfig, folder: Path | None = None) -> Iterator[Find
         ray.shutdown()
     if problems := [f"{node}: {problem}" for node, found in answers.items() if (problem := compare(found, here))]:
         has = f"verl-disco {here['verl-disco']} and verl {here['verl']}"
-        problem = f"ray_kwargs.ray_init.address={address}: not every node has what this one has, {has}"
+        problem = f"ray_kwargs.ray_init.address={address}: not every node has what this one has: {has}"
         yield Finding("nodes", "", problem, f"install the same there: {'; '.join(problems)}")
         return
     yield Finding("nodes", f"{len(answers)} at {address} have what this one has")
     if address.startswith("ray://"):
-        problem = f"behind Ray's client ({address}) files are the cluster's: what lies in trainer.default_local_dir="
-        problem += f"{OmegaConf.select(config, 'trainer.default_local_dir')} there cannot be seen from here"
+        place = f"trainer.default_local_dir={OmegaConf.select(config, 'trainer.default_local_dir')}"
+        problem = f"behind Ray's client ({address}) files are the cluster's: {place} there cannot be seen from here"
         yield Finding("nodes", "", problem, "make sure that all its nodes share it", warning=True)
     for node, names in unseen.items():
         problem = f"node {node} does not see {', '.join(names)} of this one: what its processes write stays there, and "
@@ -69,14 +65,13 @@ def ask_cluster(config: DictConfig, folder: Path | None = None) -> Iterator[Find
 
 def what_is_not_seen(config: DictConfig, folder: Path | None) -> dict[str, list[str]]:
     """Ask each node of the connected cluster for the run's files: node -> settings whose files it does not see."""
-    names = ("data.train_files", "data.val_files", "actor_rollout_ref.model.path")
-    values = {name: OmegaConf.select(config, name) for name in names}
-    places = {
-        name: [path for path in (value if OmegaConf.is_list(value) else [value]) if os.path.isabs(str(path))]
-        for name, value in values.items()
-    }
-    # What is to be built yet is nowhere.
-    places = {name: paths for name, paths in places.items() if paths and all(map(os.path.exists, paths))}
+    places = {}
+    for name in ("data.train_files", "data.val_files", "actor_rollout_ref.model.path"):
+        value = OmegaConf.select(config, name)
+        paths = [path for path in (value if OmegaConf.is_list(value) else [value]) if os.path.isabs(str(path))]
+        # Files that are yet to be built are nowhere.
+        if paths and all(map(os.path.exists, paths)):
+            places[name] = paths
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen_") as mark:
         if folder is not None:
             places["trainer.default_local_dir"] = [mark.name]
@@ -90,24 +85,26 @@ def what_is_not_seen(config: DictConfig, folder: Path | None) -> dict[str, list[
     return {node: found for node, found in answers.items() if isinstance(found, list) and found}
 
 
+def ray_settings(config: DictConfig) -> dict[str, Any]:
+    """Return what verl passes to ``ray.init``."""
+    return OmegaConf.to_container(OmegaConf.select(config, "ray_kwargs.ray_init") or OmegaConf.create())
+
+
 def cluster_address(settings: dict[str, Any]) -> str | None:
-    """Where ``ray.init(**settings)`` will connect to; None where it starts a cluster of its own."""
+    """Return the address that ``ray.init(**settings)`` will connect to; None if it starts a cluster of its own."""
     address = settings.get("address")
     if address not in (None, "auto"):
         return address
     if found := os.environ.get("RAY_ADDRESS"):
         return found
-    # Where `ray start` on this machine has left it.
+    # `ray start` writes it there.
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     file = os.path.join(settings.get("_temp_dir") or os.path.join(folder, "ray"), "ray_current_cluster")
-    if not os.path.exists(file):
-        return None
-    with open(file) as f:
-        return f.read().strip() or None
+    return Path(file).read_text().strip() or None if os.path.exists(file) else None
 
 
 def is_listening(address: str) -> bool:
-    """Whether something does there: Ray would wait for minutes for a cluster that is gone."""
+    """Try to connect, since Ray would wait for minutes for a cluster that is gone."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=10):
@@ -117,10 +114,10 @@ def is_listening(address: str) -> bool:
 
 
 def what_is_installed():
-    """A function that Ray sends as code, since a node may not have this module: version by package, ``python``.
+    """Make the function that each node runs; Ray sends it as code, since a node may not have this module.
 
-    None for a package that is not there. The plugin's version ends in a digest of its files and of the recipes',
-    because a checkout that was not updated has the same number.
+    It returns the Python, and the version of each package or None. The plugin's version ends in a digest of its files
+    and of the recipes' files, because a checkout that was not updated has the same number.
     """
     packages = ["verl_ext", *(recipe.package for recipe in installed())]
 
@@ -143,12 +140,9 @@ def what_is_installed():
         digest = hashlib.sha256()
         for name in packages:
             try:
-                spec = find_spec(name)
-            except ModuleNotFoundError:
-                spec = None
-            if spec is None:
+                folder = pathlib.Path(find_spec(name).origin).parent
+            except (ModuleNotFoundError, AttributeError):
                 return versions | {"verl-disco": f"{versions['verl-disco']} without {name}"}
-            folder = pathlib.Path(spec.origin).parent
             for file in sorted(f for kind in ("py", "yaml") for f in folder.rglob(f"*.{kind}")):
                 digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
         return versions | {"verl-disco": f"{versions['verl-disco']} ({digest.hexdigest()[:8]})"}
@@ -157,10 +151,7 @@ def what_is_installed():
 
 
 def ask_nodes(question: Callable[[], Any]) -> dict[str, Any]:
-    """What a function returns on each living node of the connected cluster, by its address and id; text where it fails.
-
-    Ray sends it as code, with what it refers to: a node may not have this module.
-    """
+    """Call a function on each living node of the connected cluster: address and id -> result, or error as text."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -184,12 +175,8 @@ def ask_nodes(question: Callable[[], Any]) -> dict[str, Any]:
 
 
 def compare(found: dict[str, str | None] | str, here: dict[str, str | None]) -> str:
-    """What is wrong with a node's answer; "" if nothing is."""
+    """Say what is wrong with a node's answer; "" if nothing is."""
     if isinstance(found, str):
         return found
-    wrong = [
-        f"{name} is {'missing' if found[name] is None else found[name]}"
-        for name in ("verl-disco", "verl")
-        if found[name] != here[name]
-    ]
+    wrong = [f"{name} is {found[name] or 'missing'}" for name in ("verl-disco", "verl") if found[name] != here[name]]
     return f"{' and '.join(wrong)} ({found['python']})" if wrong else ""

@@ -1,10 +1,11 @@
-"""Files, models, modules, functions and classes that settings name: are they there, and can they be called?"""
+"""Checks that the files, models, modules, functions and classes that settings name exist and can be called."""
 
 import importlib.util
 import inspect
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,10 +19,10 @@ from verl_ext.preflight.values import wrong_type
 REWARD = "reward.custom_reward_function"
 
 PASSED = ("data_source", "solution_str", "ground_truth", "extra_info")
-"""What verl's reward managers pass to a reward function."""
+"""Arguments that verl's reward managers pass to a reward function."""
 
 OBJECTS = (REWARD, "data.custom_cls", "trainer.v1.sampler.custom_sampler")
-"""Nodes with the path of a module and the name of what is in it."""
+"""Nodes with the path of a module and the name of an object in it."""
 
 CLASSES = (
     "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
@@ -30,13 +31,13 @@ CLASSES = (
     "verl_ext.validator",
     "verl_ext.prepare",
 )
-"""Settings with the full name of a class or function."""
+"""Settings whose value is the full name of a class or function."""
 
 MODULES = (
     "actor_rollout_ref.model.external_lib",
     "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module",
 )
-"""Settings with modules that verl imports."""
+"""Settings whose value is a module that verl imports, or several."""
 
 FILES = (
     "actor_rollout_ref.rollout.multi_turn.tool_config_path",
@@ -55,28 +56,24 @@ MODELS = {
     "actor_rollout_ref.model.lora_adapter_path": ("adapter_config.json",),
     "data.tokenizer": TOKENIZER,
 }
-"""Settings with a folder or a name on the hub -> files of which such a folder holds one."""
+"""Settings whose value is a folder or a name on the hub -> files of which the folder needs one."""
 
 
 @dataclass(frozen=True)
 class Object:
-    """A function or class that settings name.
-
-    Args:
-        where: the setting of its module, with the value.
-        what: the setting of its name.
-        path: of the module, as verl takes it.
-        name: of it, in the module.
-    """
+    """A function or class that settings name."""
 
     where: str
+    """The setting of its module, with the value."""
     what: str
+    """The setting of its name."""
     path: str
+    """The module, as verl takes it: a file, or ``pkg://MODULE``."""
     name: str | None
 
 
 def objects(config: DictConfig) -> Iterator[Object]:
-    """All that these settings name."""
+    """Yield all functions and classes that these settings name."""
     for setting in CLASSES:
         if full_name := OmegaConf.select(config, setting):
             module, _, name = str(full_name).rpartition(".")
@@ -92,7 +89,7 @@ def objects(config: DictConfig) -> Iterator[Object]:
 
 
 def check_code(run: Run) -> Iterator[Finding]:
-    """Name each module, function and class that is not there, without importing it."""
+    """Name each module, function and class that does not exist, without importing it."""
     for wanted in objects(run.config):
         if not run.is_elsewhere(wanted.path):
             yield from _missing(wanted)
@@ -104,22 +101,19 @@ def check_code(run: Run) -> Iterator[Finding]:
 
 
 def check_imports(run: Run) -> Iterator[Finding]:
-    """Import what settings name, as verl will, and see whether it can be called."""
+    """Import what settings name, as verl will, and name what cannot be called."""
+    reward = run.config.reward
     for wanted in objects(run.config):
         if any(_missing(wanted)):
             continue
         found, problems = _wrong_object(wanted)
         yield from problems
-        if (
-            found is not None
-            and wanted.what.startswith(REWARD)
-            and run.config.reward.reward_manager.source == "register"
-        ):
-            yield from _wrong_call(found, run.config.reward.custom_reward_function.get("reward_kwargs") or {})
+        if found is not None and wanted.what.startswith(REWARD) and reward.reward_manager.source == "register":
+            yield from _wrong_call(found, reward.custom_reward_function.get("reward_kwargs") or {})
 
 
 def check_paths(run: Run) -> Iterator[Finding]:
-    """Name each file and model that is not there."""
+    """Name each file and model that does not exist."""
     from verl.trainer.ppo.utils import need_critic
 
     config, models = run.config, dict(MODELS)
@@ -145,11 +139,11 @@ def check_paths(run: Run) -> Iterator[Finding]:
 
 
 def _module_file(path: str) -> Path | None:
-    """The file of a module as verl names it: a path, or ``pkg://MODULE``."""
+    """Return the file of a module as verl names it: a path, or ``pkg://MODULE``."""
     if path.startswith("pkg://"):
         spec = _find_spec(path.removeprefix("pkg://").replace("/", "."))
         return Path(spec.origin) if spec is not None and spec.origin else None
-    # As verl reads it: a ~ is not expanded.
+    # verl does not expand a ~.
     file = Path(path.removeprefix("file://"))
     return file if file.is_file() else None
 
@@ -180,15 +174,12 @@ def _wrong_model(name: str, value: Any, holds: tuple[str, ...]) -> Iterator[Find
     path = Path(os.path.expanduser(str(value)))
     if path.is_dir():
         if not any((path / file).exists() for file in holds):
-            yield Finding("model", "", f"{name}={value}: the folder has no {holds[0]}", "give a folder that has")
+            yield Finding("model", "", f"{name}={value}: the folder has no {holds[0]}", "give a folder that has it")
         return
-    local = str(value).startswith(("/", "~", "."))
-    if not local and not path.exists():
-        try:
+    if not str(value).startswith(("/", "~", ".")) and not path.exists():
+        with suppress(HFValidationError):
             validate_repo_id(str(value))
             return
-        except HFValidationError:
-            pass
     problem = f"{name}={value}: there is no such folder, and it is not a name on the hub"
     yield Finding("model", "", problem, "give an existing folder, or a name on the hub such as Qwen/Qwen3-4B")
 
@@ -196,10 +187,11 @@ def _wrong_model(name: str, value: Any, holds: tuple[str, ...]) -> Iterator[Find
 def _wrong_resume(config: DictConfig) -> Iterator[Finding]:
     mode, path = config.trainer.resume_mode, config.trainer.resume_from_path
     name = f"trainer.resume_from_path={'null' if path is None else path}"
-    if mode != "resume_path":
-        if path:
-            problem = f"{name} is read only with trainer.resume_mode=resume_path, and that is {mode}"
-            yield Finding("resume", "", problem, "set trainer.resume_mode=resume_path, or leave the path out")
+    if mode != "resume_path" and path:
+        problem = f"{name} is read only with trainer.resume_mode=resume_path, but that is {mode}"
+        yield Finding("resume", "", problem, "set trainer.resume_mode=resume_path, or leave the path out")
+    elif mode != "resume_path":
+        return
     elif not path or "global_step_" not in str(path):
         fix = "give a checkpoint's folder: .../global_step_N"
         yield Finding("resume", "", f"{name} does not name a checkpoint to resume from", fix)
@@ -208,7 +200,7 @@ def _wrong_resume(config: DictConfig) -> Iterator[Finding]:
 
 
 def _missing(wanted: Object) -> Iterator[Finding]:
-    """What shows without importing the module."""
+    """Find what can be found without importing the module."""
     file = _module_file(wanted.path)
     if file is None:
         problem = f"{wanted.where}: there is no such {'module' if wanted.path.startswith('pkg://') else 'file'}"
@@ -226,14 +218,14 @@ def _not_in(wanted: Object, defined: Iterable[str]) -> Finding:
 
 
 def _wrong_object(wanted: Object) -> tuple[Any, list[Finding]]:
-    """The function or class, imported as verl imports it, or what is wrong with it."""
+    """Import the function or class as verl does, and find what is wrong with it."""
     from verl.utils.import_utils import load_module
 
     try:
         module = load_module(wanted.path)
     except (Exception, SystemExit) as e:
         cause = e.__cause__ or e
-        # Its own part of the way is there; what it imports may be on the nodes that train.
+        # The module exists; the packages that it imports may be on the nodes that train.
         elsewhere = isinstance(cause, ModuleNotFoundError)
         problem = f"{wanted.where} cannot be imported: {type(cause).__name__}: {first_lines(cause)}"
         return None, [Finding("modules", "", problem, "install what it needs, or fix it", warning=elsewhere)]
@@ -247,7 +239,7 @@ def _wrong_object(wanted: Object) -> tuple[Any, list[Finding]]:
 
 
 def _wrong_call(function: Any, kwargs: DictConfig | dict) -> Iterator[Finding]:
-    """Whether verl's call and ``reward_kwargs`` fit the reward function's parameters."""
+    """Compare verl's call and ``reward_kwargs`` with the reward function's parameters."""
     try:
         parameters = inspect.signature(function).parameters
         annotations = get_type_hints(function)
@@ -275,9 +267,9 @@ def _wrong_call(function: Any, kwargs: DictConfig | dict) -> Iterator[Finding]:
         inspect.signature(function).bind(**dict.fromkeys(PASSED), **kwargs)
     except TypeError as e:
         problem = f"{REWARD}.name={function.__name__} does not fit verl's call: {e}"
-        yield Finding("reward", "", problem, f"its parameters must take {', '.join(PASSED)}")
+        yield Finding("reward", "", problem, f"let it take the parameters {', '.join(PASSED)}")
         return
-    # Ours refuse wrong values when called, and calling them costs nothing.
+    # Our reward functions refuse wrong values when called, and calling them costs nothing.
     if function.__module__.startswith("verl_ext."):
         try:
             function(data_source="", solution_str="", ground_truth="1", extra_info={}, **kwargs)
@@ -286,7 +278,7 @@ def _wrong_call(function: Any, kwargs: DictConfig | dict) -> Iterator[Finding]:
 
 
 def _uses(function: Any, catch_all: str) -> bool:
-    """Whether the function does anything with the arguments that it catches."""
+    """Whether the function uses its catch-all parameter."""
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):
