@@ -6,6 +6,7 @@ No environment variable is needed: verl's own detection finds the platform when 
 """
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from wrapt import register_post_import_hook
@@ -21,7 +22,7 @@ def register() -> None:
     platform.register()
     patches.register()
     vllm.register()
-    register_post_import_hook(_register_engines, "verl.workers.engine.fsdp.transformer_impl")
+    register_post_import_hook(lambda _: _register_engines(), "verl.workers.engine.fsdp.transformer_impl")
     register_post_import_hook(_register_rollout_adapter, "verl.workers.rollout.base")
     register_post_import_hook(_register_rollout_replica, "verl.workers.rollout.replica")
 
@@ -55,7 +56,7 @@ def check(config: "DictConfig") -> None:
         vllm.check(rollout)
 
 
-def _register_engines(_module) -> None:
+def _register_engines() -> None:
     from verl_ext.lazy import import_whole
 
     import_whole("verl_ext.cpu.engine").register()
@@ -66,10 +67,6 @@ def _register_rollout_adapter(module) -> None:
 
 
 def _register_rollout_replica(module) -> None:
-    def load():
-        from verl_ext.cpu.rollout.replica import HFReplica
-
-        return HFReplica
-
-    if "hf" not in module.RolloutReplicaRegistry._registry:
-        module.RolloutReplicaRegistry.register("hf", load)
+    registry = module.RolloutReplicaRegistry
+    if "hf" not in registry._registry:
+        registry.register("hf", lambda: import_module("verl_ext.cpu.rollout.replica").HFReplica)

@@ -80,7 +80,7 @@ def export(
             raise ExportError(f"{run / CONFIG_FILE} has {name}={settings.get(name)}, which must be a text")
     for fault in found.faults if found else ():
         print(f"note: {fault}", file=sys.stderr)
-    evaluations = found.pass_at.get(1, pd.DataFrame()) if found else pd.DataFrame()
+    evaluations = found.pass_at_1 if found else pd.DataFrame()
     try:
         checkpoint = choose(run, settings["actor_rollout_ref.actor.strategy"] == "megatron", evaluations, step)
         out = (out or run / "export" / f"global_step_{checkpoint.step}").resolve()
@@ -197,13 +197,9 @@ def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, w
         lines.append("")
     lines += ["## Weights", "", *(f"- {sentence}" for sentence in weights), ""]
     lines += ["## Settings", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {name} | {cell(value)} |" for name, value in shown.items()]
+    cells = {name: " ".join(str(value).split()).replace("|", "\\|") for name, value in shown.items()}
+    lines += [f"| {name} | {value} |" for name, value in cells.items()]
     return "\n".join(lines) + "\n"
-
-
-def cell(value: Any) -> str:
-    """Format a setting's value for a cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":

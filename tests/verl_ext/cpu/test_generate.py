@@ -80,11 +80,8 @@ def test_rows_that_ended_leave_the_batch(model):
 
 def test_mixed_settings_in_one_batch(model):
     settings = [{"temperature": 0}, {"top_k": 2}, {"max_tokens": 3}, {"repetition_penalty": 2.0}, {"ignore_eos": True}]
-    base = {"max_tokens": 12}
-    check(
-        model,
-        [Request(p, SamplingParams(**base | s), (i,)) for i, (p, s) in enumerate(zip(PROMPTS, settings, strict=True))],
-    )
+    params = [SamplingParams(**{"max_tokens": 12} | s) for s in settings]
+    check(model, [Request(p, s, (i,)) for i, (p, s) in enumerate(zip(PROMPTS, params, strict=True))])
 
 
 def test_without_padding_no_mask_is_given_and_nothing_changes(model):

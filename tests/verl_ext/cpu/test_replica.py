@@ -48,12 +48,8 @@ def test_settings_of_the_server(make, model_path):
         "actor_rollout_ref.rollout.seed=5",
         "actor_rollout_ref.rollout.engine_kwargs.hf.num_threads=2",
     )
-    assert (spec.model_path, spec.dtype, spec.device, spec.attn_implementation) == (
-        model_path,
-        "float32",
-        "cpu",
-        "sdpa",
-    )
+    assert (spec.model_path, spec.dtype, spec.device) == (model_path, "float32", "cpu")
+    assert spec.attn_implementation == "sdpa"
     assert (spec.prompt_length, spec.response_length, spec.max_model_len) == (10, 20, 64)
     assert (spec.max_num_seqs, spec.seed, spec.replica_rank, spec.num_threads) == (32, 5, 3, 2)
     assert spec.eos_token_ids == [1, 2]  # the tokenizer's, and the generation config's
@@ -78,10 +74,7 @@ def test_on_an_accelerator_the_actors_attention_and_memory_release(make):
         ("actor_rollout_ref.rollout.enable_rollout_routing_replay=True", "enable_rollout_routing_replay=True"),
         ("actor_rollout_ref.rollout.prometheus.enable=True", "rollout.prometheus.enable=True"),
         ("actor_rollout_ref.model.lora_rank=8", "model.lora.merge=False; possible: True"),
-        (
-            "actor_rollout_ref.rollout.max_model_len=65",
-            "max_model_len=65 exceeds the model.s max_position_embeddings=64",
-        ),
+        ("actor_rollout_ref.rollout.max_model_len=65", "max_model_len=65 exceeds .* max_position_embeddings=64"),
         ("actor_rollout_ref.rollout.engine_kwargs.hf.threads=2", "engine_kwargs.hf has no option .'threads'"),
     ],
 )

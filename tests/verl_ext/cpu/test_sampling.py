@@ -129,13 +129,8 @@ def test_random_numbers_are_a_function_of_the_key():
 
 def test_what_verl_passes_is_understood():
     """The dict that verl's agent-loop worker sends; None is not given."""
-    got = SamplingParams.parse(
-        dict(
-            temperature=0, top_p=1.0, top_k=-1, repetition_penalty=1.0, logprobs=True, stop_token_ids=[3, 4], seed=None
-        )
-        | {"max_tokens": 5},
-        ignore_eos=True,
-    )
+    sent = dict(temperature=0, top_p=1.0, top_k=-1, repetition_penalty=1.0, logprobs=True, stop_token_ids=[3, 4])
+    got = SamplingParams.parse(sent | {"max_tokens": 5, "seed": None}, ignore_eos=True)
     assert got == SamplingParams(5, 0, 1.0, -1, 1.0, True, (3, 4), True, None)
 
 

@@ -80,10 +80,7 @@ def test_answers_are_the_models(spec, model):
 
 
 def test_log_probs_only_when_asked_for(spec):
-    async def go():
-        return await HFServer(spec).generate([5], PARAMS | {"logprobs": False})
-
-    assert run(go()).log_probs is None
+    assert run(HFServer(spec).generate([5], PARAMS | {"logprobs": False})).log_probs is None
 
 
 def test_requests_are_batched_up_to_max_num_seqs(spec, monkeypatch):
@@ -149,10 +146,8 @@ def test_a_seed_in_the_request_alone_decides(spec):
     [(4, {}, 12), (20, {}, 8), (4, {"max_tokens": 3}, 3), (4, {"max_new_tokens": 3}, 3), (38, {"max_tokens": 9}, 2)],
 )
 def test_longest_response(spec, prompt_length, asked, limit):
-    async def go():
-        return await HFServer(spec).generate([5] * prompt_length, PARAMS | {"ignore_eos": True} | asked)
-
-    assert len(run(go()).token_ids) == limit
+    output = run(HFServer(spec).generate([5] * prompt_length, PARAMS | {"ignore_eos": True} | asked))
+    assert len(output.token_ids) == limit
 
 
 def test_ignore_eos_of_the_configuration(spec):
@@ -174,13 +169,8 @@ def test_refused_requests(spec, prompt, others, message):
 
 
 def test_one_bad_request_of_a_batch_fails_alone(spec):
-    async def go():
-        server = HFServer(spec)
-        return await server.generate_batch(
-            [([5], PARAMS, ("a",)), ([6], PARAMS | {"min_p": 0.5}, ("b",)), ([7], PARAMS, ("c",))]
-        )
-
-    good, bad, also_good = run(go())
+    requests = [([5], PARAMS, ("a",)), ([6], PARAMS | {"min_p": 0.5}, ("b",)), ([7], PARAMS, ("c",))]
+    good, bad, also_good = run(HFServer(spec).generate_batch(requests))
     assert isinstance(bad, ValueError) and good.token_ids and also_good.token_ids
 
 
@@ -320,15 +310,12 @@ def test_adapters_and_differences_are_refused(monkeypatch):
 
 
 def test_no_generation_without_complete_weights(spec, model):
-    async def go(server):
-        return await server.generate_batch([([5], PARAMS, ("a",))])
-
-    dummy = HFServer(dataclasses.replace(spec, load_format="dummy"))
-    assert "has not sent this server all weights" in str(run(go(dummy))[0])
-    half = HFServer(spec)
+    dummy, half = HFServer(dataclasses.replace(spec, load_format="dummy")), HFServer(spec)
     data = model.model.norm.weight.numpy().view(np.uint8)
     run(half.update_weights(["model.norm.weight"], [(32,)], data, first=True, last=False))
-    assert "has not sent this server all weights" in str(run(go(half))[0])
+    for server in (dummy, half):
+        (error,) = run(server.generate_batch([([5], PARAMS, ("a",))]))
+        assert "has not sent this server all weights" in str(error)
 
 
 def test_adapter_finds_the_server_by_the_replicas_name(monkeypatch):

@@ -111,12 +111,8 @@ class TestWithVllm:
     def test_verl_and_vllm_still_have_what_we_override(self):
         from verl_ext.cpu.vllm import adapter, server, worker
 
-        for ours in (
-            adapter.CPUServerAdapter,
-            server.CPUvLLMHttpServer,
-            server.CPUvLLMReplica,
-            worker.CPUWorkerExtension,
-        ):
+        servers = (server.CPUvLLMHttpServer, server.CPUvLLMReplica)
+        for ours in (adapter.CPUServerAdapter, *servers, worker.CPUWorkerExtension):
             verls = ours.__mro__[1]
             own = {"_error_of_vllm"} | {name for name in vars(ours) if name.startswith("__")}
             missing = [name for name in vars(ours) if name not in own and not hasattr(verls, name)]

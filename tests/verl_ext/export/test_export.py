@@ -112,9 +112,7 @@ def test_the_best_one_is_exported_and_described(run, exported, capsys):
     assert dtype is None and trust_remote_code is False
     card = (out / "README.md").read_text()
     assert card.startswith("---\nbase_model: org/Base-1B\n") and "# Base-1B, trained by disco" in card
-    assert (
-        "| benchmark | before | step 20 |" in card and "| a | 10.0 | 50.0 |" in card and "| b | 30.0 | 70.0 |" in card
-    )
+    assert "| benchmark | before | step 20 |\n|---|---|---|\n| a | 10.0 | 50.0 |\n| b | 30.0 | 70.0 |\n" in card
     assert "## Weights\n\n- float32, as in the checkpoint.\n- Checked.\n" in card
     assert "| disco.tau | 10.0 |" in card and "_target_" not in card and "| seed | 1 |" in card
     assert (out / "model.safetensors").exists() and not out.with_name("global_step_20.unfinished").exists()
@@ -233,9 +231,9 @@ def test_a_setting_that_is_no_text_is_named(run, exported, refused, name, value)
 
 
 def test_what_cannot_be_exported_is_one_sentence(run, exported, refused, tmp_path):
-    assert "is no run" in refused(tmp_path)
-    assert "is no run" in refused(tmp_path / "nowhere")
-    assert "is no run" in refused(run / CONFIG_FILE)
+    assert "is not a run" in refused(tmp_path)
+    assert "is not a run" in refused(tmp_path / "nowhere")
+    assert "is not a run" in refused(run / CONFIG_FILE)
     assert "has no checkpoint of step 7; it has 10, 20, 100" in refused(run, "--step", 7)
     assert export.main([str(run)]) == 0
     assert "is not empty" in refused(run)

@@ -466,11 +466,7 @@ def test_values_that_do_not_fit_the_type_asked_for_are_named(base, checkpoint, t
         (dict(lora_alpha=None), None, "actor_rollout_ref.model.lora_alpha=None, but the checkpoint holds an adapter"),
         (dict(lora_alpha=32), {"r": 4, "lora_alpha": 10}, "alpha 32, but lora_train_meta.json beside .* alpha 10"),
         (dict(lora_rank=8), None, "has in another shape"),
-        (
-            dict(target_modules=["q_proj"]),
-            None,
-            "lacks tensors: base_model.model.model.layers.0.mlp.down_proj.weight",
-        ),
+        (dict(target_modules=["q_proj"]), None, "lacks tensors: base_model.model.model.layers.0.mlp.down_proj.weight"),
     ],
     ids=["rank 0", "no alpha", "another run's", "rank", "targets"],
 )

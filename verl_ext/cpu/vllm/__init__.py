@@ -12,7 +12,7 @@ Without a CPU build of vLLM, nothing is replaced.
 
 import sys
 from collections.abc import Mapping
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any
 
 from wrapt import register_post_import_hook
@@ -81,12 +81,7 @@ def _register_adapter(module: Any) -> None:
 
 
 def _register_replica(module: Any) -> None:
-    def load() -> type:
-        from verl_ext.cpu.vllm.server import CPUvLLMReplica
-
-        return CPUvLLMReplica
-
-    module.RolloutReplicaRegistry.register("vllm", load)
+    module.RolloutReplicaRegistry.register("vllm", lambda: import_module("verl_ext.cpu.vllm.server").CPUvLLMReplica)
 
 
 class _VllmCpuAsVllm(metadata.DistributionFinder):

@@ -369,7 +369,7 @@ def prose(text: str) -> list[str]:
 
 
 def is_sentence(text: str) -> bool:
-    """Tell whether a text explains or is a sentence; ``even and positive`` and ``$ax$, where $a$ is odd`` are neither."""
+    """Tell whether a text explains, or is a sentence, unlike ``even and positive`` or ``$ax$, where $a$ is odd``."""
     words = prose(text)
     if MARKS & set(words) or (len(words) > 1 and SPEECH & set(words)):
         return True

@@ -75,13 +75,8 @@ def test_the_bare_answer_is_found_by_content(row, truths):
     "answer",
     [
         *("\\text{east}", "Evelyn", "June 20", "odd", "2 hours 30 minutes", "x = 3 or x = 5", "all real numbers", "A"),
-        *(
-            "(-\\infty, 2) \\cup (3, \\infty)",
-            "even and positive",
-            "no solution",
-            "all real numbers except 0",
-            "n is odd",
-        ),
+        *("(-\\infty, 2) \\cup (3, \\infty)", "even and positive", "no solution", "all real numbers except 0"),
+        "n is odd",
         *("10:30 a.m.", "e^{it} + e^{is}", "ab+it", "-(ab + ac + bc)", "34\\text{ sq. units}", "SRAC=LRAC", "∞"),
         *("\\text{Softball, Kickball, Picnic}", "7 \\text{ distinct integers}", "The first player wins", "undefined"),
         "$f(x)=ax+b$, where $b$ is an arbitrary integer and $a$ is an arbitrary positive integer with $a > 1$",
@@ -137,10 +132,8 @@ def test_rows_without_an_answer_say_why(row, expected):
 def test_one_of_several_answers_may_be_left_out():
     truths, left_out = answers_of({"answer": ["2", "the answer is 3", None]})
     assert truths == ["2"]
-    assert [e.reason for e in left_out] == [
-        "answer is a text, not a bare answer",
-        "answer is neither text nor a number",
-    ]
+    reasons = ["answer is a text, not a bare answer", "answer is neither text nor a number"]
+    assert [e.reason for e in left_out] == reasons
 
 
 # Questions ------------------------------------------------------------------------------------------------------------
@@ -167,10 +160,8 @@ def test_the_question_is_found(row):
 
 def test_a_system_message_stays_and_an_instruction_in_it_does_not():
     row = {"prompt": [{"role": "system", "content": "Think."}, ASKED]}
-    assert question_of(row, SUFFIX)[0] == [
-        {"role": "system", "content": "Think."},
-        {"role": "user", "content": f"1+1? {SUFFIX}"},
-    ]
+    user = {"role": "user", "content": f"1+1? {SUFFIX}"}
+    assert question_of(row, SUFFIX)[0] == [{"role": "system", "content": "Think."}, user]
     row["prompt"][0]["content"] = "You are kind.\nEnclose the final answer in <answer> </answer> tags."
     messages, _, notes = question_of(row, SUFFIX)
     assert messages[0] == {"role": "system", "content": "You are kind."}
@@ -277,10 +268,7 @@ IMAGES = "with images: the text alone is another question"
         ({"problem": LONE}, "text that is not Unicode (a lone surrogate)"),
         ({"prompt": [{"role": "system", "content": LONE}, ASKED]}, "text that is not Unicode (a lone surrogate)"),
         ({"prompt": [{"role": "user", "content": None}]}, "no problem"),
-        (
-            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}]},
-            "content that is not plain text",
-        ),
+        ({"prompt": [ASKED | {"content": [{"type": "text", "text": "1+1?"}]}]}, "content that is not plain text"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, IMAGES),
         ({"prompt": [ASKED, ASKED]}, "prompt is not one turn of the user"),
         ({"messages": [ASKED, {"role": "assistant", "content": "2"}, ASKED]}, "messages is not one turn of the user"),
@@ -291,10 +279,7 @@ IMAGES = "with images: the text alone is another question"
         ({"problem": "<image> Area?"}, IMAGES),
         ({"problem": "Area? ![](https://example.com/a.png)"}, IMAGES),
         ({"question": "Which?", "choices": ["one", "two"], "answer": 1}, "its choices are not in the problem's text"),
-        (
-            {"question": "Which?", "options": {"label": ["A"], "text": ["one"]}},
-            "its options are not in the problem's text",
-        ),
+        ({"question": "Which?", "options": {"text": ["one"]}}, "its options are not in the problem's text"),
         ({"problem": "1+1?" * 30_000}, "longer than 100000 characters"),
         ([1], "not an object with a problem and an answer"),
         (None, "not an object with a problem and an answer"),
