@@ -77,11 +77,9 @@ def markdown(table: pd.DataFrame, form: str = "") -> str:
             return ""
         return format(x, form) if isinstance(x, float) and form else plain(x)
 
-    table = table.reset_index()
-    lines = [" | ".join("" if str(c) == "index" else cell(c) for c in table.columns)]
-    lines.append(" | ".join(["---"] * table.shape[1]))
-    lines += [" | ".join(cell(x) for x in row) for row in table.itertuples(index=False)]
-    return "\n".join(f"| {line} |" for line in lines)
+    table = table.reset_index().rename(columns={"index": ""})
+    rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in rows)
 
 
 def short_names(folders: list[Path]) -> dict[Path, str]:
@@ -159,7 +157,7 @@ def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str],
     elif len({r.method for r in runs}) > 1:
         parts.append("The runs differ only in method and seed.")
 
-    if any(1 in r.pass_at for r in runs):
+    if any(len(r.pass_at_1) for r in runs):
         text = "Mean over seeds, with its 95 % interval (Student's t) if there are several."
         parts += ["## pass@1, %", text, markdown(pass_table(runs, last))]
     else:

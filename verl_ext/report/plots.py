@@ -33,18 +33,15 @@ def curve_of(run: Run, name: str) -> pd.Series:
     return run.column(*metric_names(name, CURVES[name][1])).rolling(SMOOTHING, min_periods=1).mean()
 
 
-def pass_at_1_of(run: Run) -> pd.Series:
-    """Average pass@1 over benchmarks."""
-    return run.pass_at[1].mean(axis=1) if 1 in run.pass_at else pd.Series(dtype=float)
-
-
 def draw_all(runs: list[Run], difficulty: pd.DataFrame, out: Path) -> list[tuple[str, str]]:
     """Write the plots that have anything to show into ``out``; return their file names and titles."""
     import matplotlib
 
     matplotlib.use("Agg")
     written = []
-    panels: dict[str, tuple[str, Callable]] = {"pass_at_1": ("pass@1, mean over benchmarks", pass_at_1_of)}
+    panels: dict[str, tuple[str, Callable]] = {
+        "pass_at_1": ("pass@1, mean over benchmarks", lambda run: run.pass_at_1.mean(axis=1))
+    }
     panels |= {name: (title, functools.partial(curve_of, name=name)) for name, (title, _) in CURVES.items()}
     # A method's name may hold a setting's value with a dollar sign, which must not start a formula.
     with matplotlib.rc_context({"text.parse_math": False}):

@@ -52,7 +52,7 @@ class Run:
         settings: by full name.
         metrics: one row per logged step, indexed by step; one numeric column per metric.
         method: the algorithm, plus the settings in which its other runs differ.
-        pass_at: {1: pass@1 by step and benchmark, as verl logged it}.
+        pass_at_1: by step and benchmark, as verl logged it; empty without an evaluation.
         dumps: evaluated step -> file of its stored responses.
         faults: what is damaged and left out.
     """
@@ -61,7 +61,7 @@ class Run:
     settings: dict
     metrics: pd.DataFrame
     method: str = ""
-    pass_at: dict[int, pd.DataFrame] = field(default_factory=dict)
+    pass_at_1: pd.DataFrame = field(default_factory=pd.DataFrame)
     dumps: dict[int, Path] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     _answers: dict[int, pd.DataFrame] = field(default_factory=dict, init=False, repr=False)
@@ -93,7 +93,7 @@ class Run:
         A damaged file is added to ``faults``, and all stored responses of the run are left out.
         """
         if step not in self._answers and step in self.dumps:
-            known = list(self.pass_at.get(1, ()))
+            known = list(self.pass_at_1)
             try:
                 self._answers[step], faults = read_answers(self.dumps[step], known[0] if len(known) == 1 else POOLED)
                 self.faults += faults
@@ -124,8 +124,8 @@ def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
     Raises:
         ValueError: the file is damaged; names file, line and fault.
     """
-    questions: dict = {}
-    outputs = set()
+    rows, outputs = [], set()
+    numbers: dict = {}
     for number, line in read_json_lines(file):
         text, source, uid = line.get("input"), line.get("data_source"), line.get("uid")
         name, right = next(((n, line[n]) for n in ("acc", "score") if line.get(n) is not None), ("acc or score", None))
@@ -142,20 +142,16 @@ def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
                 if (sample := uid.rpartition("_")[0]) in outputs:
                     continue
                 outputs.add(sample)
-        if (row := questions.get(key)) is None:
-            # Interned, so that the runs of a sweep share memory. pandas cannot store a lone surrogate.
-            text = sys.intern(text.encode(errors="replace").decode())
-            row = questions[key] = [text, benchmark, 0, 0.0, math.nan]
-        if row[1] is benchmark and isinstance(source, str):
-            row[1] = one_line(source)
-        row[2] += 1
-        row[3] += right
-        if right not in (0, 1):
-            row[4] = right
-    if not questions:
+        # Interned, so that the runs of a sweep share memory. pandas cannot store a lone surrogate.
+        text = sys.intern(text.encode(errors="replace").decode())
+        name = one_line(source) if isinstance(source, str) else benchmark
+        rows.append((numbers.setdefault(key, len(numbers)), text, name, float(right)))
+    if not rows:
         raise ValueError(f"{file} holds no responses")
-    table = pd.DataFrame(list(questions.values()), columns=[*ANSWERS[:-1], "graded"])
-    graded = table.groupby("benchmark")["graded"].first().dropna()
+    responses = pd.DataFrame(rows, columns=["number", "question", "benchmark", "right"])
+    questions = responses.groupby("number")
+    table = questions.agg({"question": "first", "benchmark": "first", "right": "sum"}).assign(samples=questions.size())
+    graded = responses[~responses["right"].isin((0, 1))].groupby("benchmark")["right"].first()
     usual = table.groupby("benchmark")["samples"].transform(lambda n: n.mode().max())
     table["largest_k"] = usual.where(~table["benchmark"].isin(graded.index), 0)
     faults = [
@@ -212,9 +208,8 @@ def read_run(folder: Path) -> Run | None:
         if value is not None and not is_number(value)
     ]:
         faults.append(f"{folder / METRICS_FILE}: {len(odd)} values that are not numbers are left out, first {odd[0]}")
-    pass_at = {1: found} if len(found := evaluations(metrics)) else {}
     dumps = stored_responses(folder, settings, metrics.index)
-    return Run(folder, settings, metrics, pass_at=pass_at, dumps=dumps, faults=faults)
+    return Run(folder, settings, metrics, pass_at_1=evaluations(metrics), dumps=dumps, faults=faults)
 
 
 def stored_responses(folder: Path, settings: dict, steps: pd.Index) -> dict[int, Path]:

@@ -63,7 +63,7 @@ def pass_table(runs: list[Run], last: int) -> pd.DataFrame:
     """
     rows = {}
     for method, group in by_method(runs).items():
-        tables = {r.seed: r.pass_at[1] for r in group if 1 in r.pass_at}
+        tables = {r.seed: r.pass_at_1 for r in group if len(r.pass_at_1)}
         common = set.intersection(*(set(t.index) for t in tables.values())) if tables else set()
         if not common:
             continue
@@ -172,7 +172,7 @@ def published_tables(runs: list[Run]) -> dict[str, pd.DataFrame]:
     """Tabulate published pass@1 by source, for the models and benchmarks of the runs."""
     # An evaluation of a trained model names its base model.
     models = {Path(str(r.settings.get("base_model") or model_of(r))).name for r in runs}
-    benchmarks = [b for r in runs for b in r.pass_at.get(1, ())]
+    benchmarks = [b for r in runs for b in r.pass_at_1]
     tables = {}
     for source, results in published().items():
         rows = {}

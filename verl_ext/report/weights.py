@@ -27,9 +27,6 @@ from verl.workers.utils.losses import ppo_loss
 
 from verl_ext.recipes import installed
 
-ALGORITHMS = ("grpo", "dr_grpo")
-"""Algorithms drawn by default, besides those that recipes name."""
-
 TOKENS = 8
 """Length of the constructed responses."""
 
@@ -162,7 +159,7 @@ def draw(algorithms: Sequence[str], sizes: Sequence[int], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [*ALGORITHMS, *(name for recipe in installed() for name in recipe.compared)]
+    default = ["grpo", "dr_grpo", *(name for recipe in installed() for name in recipe.compared)]
     parser.add_argument("algorithms", nargs="*", default=default, metavar="ALGORITHM[,OVERRIDE...]")
     parser.add_argument("--out", type=Path, default=Path("weights.png"))
     parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="responses per question")

@@ -40,9 +40,6 @@ from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows
 from verl_ext.training.transfer import Batch, RowKey, parse_key, read, write
 from verl_ext.training.watch import Watch
 
-MOST_FAILED_REWARDS = 0.1
-"""Default of ``verl_ext.max_failed_rewards``."""
-
 UNREAD = {"rm_scores", "log_probs", "entropy"}
 """Tensors that no model and no loss reads: verl copies them to other names, or uses them in the trainer only."""
 
@@ -298,15 +295,17 @@ class ExtendedTrainer:
         metrics["training/mixed_questions"], metrics["training/right_questions"] = shares(group, reward)
         if not self._whole_groups:
             return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
-        actor = self.config.actor_rollout_ref.actor
-        refuse_several_trajectories(rows, self.config.actor_rollout_ref.rollout.agent.default_agent_loop)
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        refuse_several_trajectories(rows, rollout.agent.default_agent_loop)
+        # Fixed sizes must divide a rank's rows.
+        micro_batches = [actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu]
         lengths = [tag["seq_len"] for tag in batch.tags]
         plan = deal(
             group,
             lengths,
             groups_per_mini_batch=actor.ppo_mini_batch_size,
             ranks=self._actor_data_parallel_size(),
-            micro_batches=self._fixed_micro_batches(),
+            micro_batches=[] if actor.use_dynamic_bsz else micro_batches,
             padding_length=SYNTHETIC_PADDING_SEQ_LEN,
             shuffle_seed=actor.data_loader_seed + self.global_steps if actor.shuffle else None,
         )
@@ -349,13 +348,6 @@ class ExtendedTrainer:
         batch = super()._step_once(metrics, timing_raw, sample_batch_size)
         self._totals.update({name: metrics[name] for name in totals() if name in metrics})
         return batch
-
-    def _fixed_micro_batches(self) -> list[int]:
-        """List the fixed micro-batch sizes, for training and log-probabilities, that must divide a rank's rows."""
-        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
-        if actor.use_dynamic_bsz:
-            return []
-        return [actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu]
 
     def _compute_advantage(self, batch: Batch, metrics: dict) -> Batch:
         with estimating(self.config, lambda name: read(batch, [name]).to_padded_tensor()[name]):
@@ -405,7 +397,7 @@ def most_failed_rewards(config: DictConfig) -> float:
     Raises:
         ValueError: it is not a number from 0 to 1.
     """
-    most = OmegaConf.select(config, "verl_ext.max_failed_rewards", default=MOST_FAILED_REWARDS)
+    most = OmegaConf.select(config, "verl_ext.max_failed_rewards", default=0.1)
     if type(most) not in (int, float) or not 0 <= most <= 1:
         raise ValueError(f"verl_ext.max_failed_rewards={most} must be a number from 0 (none may fail) to 1")
     return most

@@ -230,7 +230,7 @@ def test_another_number_of_samples_after_resuming_keeps_the_evaluations_before(m
     with open(folder / runs.METRICS_FILE, "a") as f:
         f.write('{"step": 21, "val-core/toy/acc/mean@16": 0.65}\n')
     (run,), _ = read_runs([folder])
-    assert run.pass_at[1]["toy"].to_dict() == {0: 0.5, 10: 0.9, 15: 0.7, 20: 0.8, 21: 0.65}
+    assert run.pass_at_1["toy"].to_dict() == {0: 0.5, 10: 0.9, 15: 0.7, 20: 0.8, 21: 0.65}
 
 
 def test_with_no_run_left_the_status_is_1_and_each_is_named(make, tmp_path, capsys):
