@@ -64,7 +64,10 @@ def test_attention_is_sdpa_unless_the_user_says_otherwise():
 
 def test_reference_policy_is_built_without_offload(monkeypatch):
     seen = []
-    build = lambda self, module: seen.append(self.engine_config.forward_only)  # noqa: E731
+
+    def build(self, module):
+        seen.append(self.engine_config.forward_only)
+
     monkeypatch.setattr(engine.FSDPEngineWithLMHead, "_build_fsdp_module", build)
     reference = object.__new__(engine.CPUEngineWithLMHead)
     reference.engine_config = engine.settings_for_cpu(config(forward_only=True), "sdpa")
@@ -73,9 +76,7 @@ def test_reference_policy_is_built_without_offload(monkeypatch):
 
 
 def test_micro_batches_reach_verls_forward_step_unmoved(monkeypatch):
-    monkeypatch.setattr(
-        engine.FSDPEngineWithLMHead, "forward_step", lambda self, micro_batch, *_: micro_batch.to("cpu")
-    )
+    monkeypatch.setattr(engine.FSDPEngineWithLMHead, "forward_step", lambda self, batch, *_: batch.to("cpu"))
     micro_batch = object()
     for engine_class in (engine.CPUEngineWithLMHead, engine.CPUEngineWithValueHead):
         assert object.__new__(engine_class).forward_step(micro_batch, None, True) is micro_batch
