@@ -234,25 +234,17 @@ class ExtendedTrainer:
             self._count_rewards(where)
             raise
         # An evaluation stops a run only if all its rewards failed: a small set can exceed the limit by a few.
-        metrics["validation/failed_rewards"] = self._count_rewards(where, stops_at=1.0)
+        metrics["validation/failed_rewards"] = self._count_rewards(where, only_if_all=True)
         self._rewards = before
         return metrics
 
     def _take_tally(self) -> None:
         self._rewards += self.reward_loop_manager.take_tally()
 
-    def _count_rewards(self, where: str, stops_at: float | None = None) -> int:
-        """Count the rewards that failed since the last call, and print the first error.
-
-        Args:
-            where: the step or evaluation, for the message.
-            stops_at: share from which the limit applies; None: always.
-
-        Raises:
-            ValueError: as :meth:`_refuse_failures`.
-        """
+    def _count_rewards(self, where: str, only_if_all: bool = False) -> int:
+        """Count and print the failures since the last call; stop if too many, or with ``only_if_all`` all, failed."""
         self._take_tally()
-        if stops_at is None or 0 < stops_at * self._rewards.asked <= self._rewards.failed:
+        if not only_if_all or 0 < self._rewards.asked <= self._rewards.failed:
             self._refuse_failures(where)
         tally, self._rewards = self._rewards, Tally()
         if tally.failed:

@@ -27,11 +27,7 @@ class Stretch:
 
 
 class Watch:
-    """Reads each step's metrics and says in words what is wrong.
-
-    Args:
-        config: the run's settings.
-    """
+    """Reads each step's metrics, given a run's settings, and says in words what is wrong."""
 
     def __init__(self, config: DictConfig):
         self._config = config

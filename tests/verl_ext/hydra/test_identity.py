@@ -153,19 +153,13 @@ ASYNC = ("trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.rollout.ag
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (
-            ["disco.score=l_ratio"],
-            "holds another run: disco.score=l_ratio .that run: log_l.; choose another folder, or",
-        ),
+        (["disco.score=l_ratio"], "another run: disco.score=l_ratio .that run: log_l.; choose another folder, or"),
         (["seed=2"], "another run: seed=2 .that run: 1.; choose another folder, or trainer.resume_mode=disable to"),
         (["verl_ext=null"], "another run: .*verl_ext.algorithm=ppo .that run: disco"),
         (["verl_ext.algorithm=grpo"], "another run: verl_ext.algorithm=grpo .that run: disco.; choose"),
         (["trainer.nnodes=2"], r"another run: trainer.nnodes x trainer.n_gpus_per_node=4 .that run: 2.; choose"),
         (ASYNC, "another run: .*trainer.v1.trainer_mode=colocate_async .that run: sync.; choose"),
-        (
-            ["reward.custom_reward_function.reward_kwargs.x=1"],
-            r"function.reward_kwargs.x=1 .that run: \(not set\).; choose",
-        ),
+        (["reward.custom_reward_function.reward_kwargs.x=1"], r"kwargs.x=1 .that run: \(not set\).; choose"),
         (["trainer.total_training_steps=49"], "trainer.total_training_steps=49, but .*/run is already at step 50"),
     ],
 )
@@ -236,16 +230,12 @@ def test_a_checkpoint_of_another_run_is_a_new_runs_start(start, half, tmp_path):
         with pytest.raises(ValueError, match="is not a checkpoint; .* needs an existing folder"):
             start(*common, wrong)
     for unloadable in ("trainer.n_gpus_per_node=1", "actor_rollout_ref.model.lora_rank=8", ASYNC[0]):
-        with pytest.raises(
-            ValueError, match=f"{half}/global_step_50 cannot be loaded with .*that run: (2|0|sync).; use"
-        ):
+        with pytest.raises(ValueError, match="/global_step_50 cannot be loaded with .*that run: (2|0|sync).; use"):
             start(*common, f"{at}_50", ASYNC[1], unloadable)
     out = start(*common, f"{at}_50", "seed=2")
     assert f"starting from {half}/global_step_50 with other settings: seed=2 (that run: 1)" in out
     logged(tmp_path / "new", HALF | {"step": 60})
-    with pytest.raises(
-        ValueError, match=f"new holds another run: trainer.resume_from_path={half}/global_step_10 .that"
-    ):
+    with pytest.raises(ValueError, match=f"new holds another run: trainer.resume_from_path={half}/global_step_10 "):
         start(*common, f"{at}_10", "seed=2")
     # By itself it goes on.
     start(*common[:1], "seed=2")
