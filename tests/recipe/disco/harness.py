@@ -2,10 +2,10 @@
 
 Run by test_worker.py under torchrun, on gloo ranks without Ray:
 
-    torchrun --nproc-per-node 2 tests/recipe/disco/harness.py SPECS.json
+    torchrun --nproc-per-node 2 tests/recipe/disco/harness.py SPECS.json RESULTS.jsonl
 
 SPECS: [{"name": ..., "model": DIR, "engine": {...}, "cases": [{...}, ...]}, ...], one engine after another. Rank 0
-prints one JSON line a case with ``error``, |theta - theta_ref| / |theta_ref - theta_0| over all parameters after the
+adds a JSON line per case with ``error``, |theta - theta_ref| / |theta_ref - theta_0| over all parameters after the
 case's updates, and ``parameters``, the same relative to |theta_ref|. The reference is float64: the Hugging Face model,
 ``disco_loss`` on each mini-batch in one piece (for ``measure=lagged`` the loss written out below), plain SGD.
 """
@@ -482,7 +482,9 @@ def run_engine(spec: dict) -> None:
         except ValueError as e:
             result = {"refused": str(e)}
         if worker.engine.is_mp_src_rank_with_outputs() and worker.engine.get_data_parallel_rank() == 0:
-            print("RESULT " + json.dumps({"name": spec["name"], "case": DEFAULTS | case, **result}), flush=True)
+            # Not printed: the output is the other ranks', too, and their lines get in between.
+            with open(sys.argv[2], "a") as f:
+                f.write(json.dumps({"name": spec["name"], "case": DEFAULTS | case, **result}) + "\n")
 
 
 def main() -> None:

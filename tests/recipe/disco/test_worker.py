@@ -76,17 +76,17 @@ def run(folder: Path, ranks: int, specs: list[dict]) -> tuple[dict[str, list[dic
     megatron = [str(MEGATRON)] if any("megatron" in spec["engine"] for spec in specs) else []
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        + [str(HERE / "harness.py"), str(file)],
+        + [str(HERE / "harness.py"), str(file), str(folder / "results.jsonl")],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *megatron])},
         capture_output=True,
         text=True,
         timeout=900,
     )
     results = {spec["name"]: [] for spec in specs}
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            result = json.loads(line[7:])
-            results[result["name"]].append(result)
+    found = folder / "results.jsonl"
+    for line in found.read_text().splitlines() if found.exists() else ():
+        result = json.loads(line)
+        results[result["name"]].append(result)
     return results, done.stdout[-3000:] + done.stderr[-6000:]
 
 
