@@ -72,7 +72,7 @@ STOCK_IDENTITY = {ALGORITHM, "actor_rollout_ref.model.path", "trainer.resume_fro
 
 SECRET = re.compile(r"\.env_vars\.|api_key|secret|password|token$", re.IGNORECASE)
 
-MOST_TOLD = 8
+MOST_SHOWN = 8
 
 _WITHOUT_EFFECT = re.compile("|".join(WITHOUT_EFFECT))
 
@@ -169,14 +169,14 @@ def _check_run(config: DictConfig, folder: Path, given: Collection[str], origin:
         _check_shards(config, latest)
         return
     before = _settings_of(folder)
-    changed, told = compare(before, config, given)
+    changed, harmless = compare(before, config, given)
     if origin is not None and not _is_same(before.get("trainer.resume_from_path"), str(origin)):
         changed["trainer.resume_from_path"] = before.get("trainer.resume_from_path"), str(origin)
     same = bool(OmegaConf.select(config, "verl_ext.same_run"))
     if same or "verl_ext" not in config:
         # As in verl itself, runs of stock verl may change anything but method and model.
         refused = {name for name in changed if LOADED.fullmatch(name) or (not same and name in STOCK_IDENTITY)}
-        told |= {name: pair for name, pair in changed.items() if name not in refused}
+        harmless |= {name: pair for name, pair in changed.items() if name not in refused}
         changed = {name: pair for name, pair in changed.items() if name in refused}
     if changed:
         resume = (
@@ -188,7 +188,7 @@ def _check_run(config: DictConfig, folder: Path, given: Collection[str], origin:
             "trainer.resume_mode=disable to start from step 0 there, with that run's files moved aside"
             + (resume if latest else "")
         )
-    for name, (old, new) in told.items() if latest else ():
+    for name, (old, new) in harmless.items() if latest else ():
         print(f"verl-disco: resuming {folder} with {name}={_shown(new, name)}, was {_shown(old, name)}", flush=True)
 
 
@@ -209,9 +209,9 @@ def compare(before: Mapping[str, Any], config: DictConfig, given: Collection[str
 
 def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Write differences in one line: ``seed=2 (that run: 1); algorithm.gamma=0.9 (that run: 1.0)``."""
-    told = [f"{name}={_shown(new, name)} (that run: {_shown(old, name)})" for name, (old, new) in changed.items()]
-    more = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
-    return "; ".join(told[:MOST_TOLD] + more)
+    shown = [f"{name}={_shown(new, name)} (that run: {_shown(old, name)})" for name, (old, new) in changed.items()]
+    more = [f"and {len(shown) - MOST_SHOWN} more"] if len(shown) > MOST_SHOWN else []
+    return "; ".join(shown[:MOST_SHOWN] + more)
 
 
 def _shown(value: Any, name: str = "") -> str:

@@ -214,8 +214,8 @@ def read_run(folder: Path) -> Run | None:
 
 def stored_responses(folder: Path, settings: dict, steps: pd.Index) -> dict[int, Path]:
     """Find the files of stored responses of ``steps``, in the run's folder or else where its settings say."""
-    told = settings.get("trainer.validation_data_dir")
-    places = [Path(told)] if isinstance(told, str) and told else []
+    place = settings.get("trainer.validation_data_dir")
+    places = [Path(place)] if isinstance(place, str) and place else []
     files = [f for place in (*places, folder / "validation") for f in place.glob("*.jsonl")]
     return {int(f.stem): f for f in files if f.stem.isdecimal() and int(f.stem) in steps}
 
@@ -299,12 +299,12 @@ def name_methods(runs: list[Run]) -> None:
     alike = [run.settings for run in runs]
     # A setting that only some runs have was given if it is optional; else it belongs to another version.
     optional = tuple(name for recipe in recipes.installed() for name in recipe.optional)
-    told = [n for n in differences(alike) if n.startswith(optional) or all(n in s for s in alike)]
+    compared = [n for n in differences(alike) if n.startswith(optional) or all(n in s for s in alike)]
     for run in runs:
-        values = ", ".join(f"{n.rsplit('.', 1)[-1]}={run.settings.get(n, '(not set)')}" for n in told)
+        values = ", ".join(f"{n.rsplit('.', 1)[-1]}={run.settings.get(n, '(not set)')}" for n in compared)
         run.method = one_line(f"{run.algorithm} ({values})" if values else run.algorithm)
     names = sorted({run.method for run in runs})
-    if any(len(name) > LONGEST_NAME for name in names) and told:
+    if any(len(name) > LONGEST_NAME for name in names) and compared:
         for run in runs:
             run.method = f"{run.algorithm} #{names.index(run.method) + 1}"
 

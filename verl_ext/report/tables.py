@@ -159,8 +159,8 @@ def by_method(runs: list[Run]) -> dict[str, list[Run]]:
 @cache
 def published() -> dict:
     """Read published results: source -> model -> method -> benchmark -> pass@1."""
-    told = {r.source: resources.files(r.config) / r.published for r in recipes.installed() if r.published}
-    return {source: OmegaConf.to_container(OmegaConf.load(str(file))) for source, file in told.items()}
+    files = {r.source: resources.files(r.config) / r.published for r in recipes.installed() if r.published}
+    return {source: OmegaConf.to_container(OmegaConf.load(str(file))) for source, file in files.items()}
 
 
 def plain(name: str) -> str:

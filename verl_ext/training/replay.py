@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-TOLD_AFTER = 5
+WARN_AFTER = 5
 """Batches of questions replaced in a row, with none kept, after which a warning is printed."""
-MOST_BATCHES = 20
+STOP_AFTER = 20
 """The same number, after which the run stops."""
 
 
@@ -25,7 +25,7 @@ class WatchedReplayBuffer:
         self._replaced: Counter[float | None] = Counter()
         self._since_kept: Counter[float | None] = Counter()
         """Number of questions by the value that all their responses have; None: a response failed."""
-        self._told = False
+        self._warned = False
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
         """Sample a batch, as verl does."""
@@ -51,7 +51,7 @@ class WatchedReplayBuffer:
             counter.update([None] * len(failed))
         if self.finished_keys[partition_id]:
             self._since_kept.clear()
-            self._told = False
+            self._warned = False
         self._judge(global_steps, complete=len(self.finished_keys[partition_id]) >= self._batch_size)
         return result
 
@@ -66,9 +66,9 @@ class WatchedReplayBuffer:
             ValueError: too many questions were replaced; names the setting and the likely reasons.
         """
         batch, without = self._batch_size, self._since_kept.total()
-        if without >= MOST_BATCHES * batch:
+        if without >= STOP_AFTER * batch:
             raise ValueError(
-                f"{self._reasons(step, self._since_kept)}. The run stops: none was kept in {MOST_BATCHES} batches of "
+                f"{self._reasons(step, self._since_kept)}. The run stops: none was kept in {STOP_AFTER} batches of "
                 "questions"
             )
         if complete:
@@ -78,8 +78,8 @@ class WatchedReplayBuffer:
                 f"{self._reasons(step, self._replaced)}. algorithm.filter_groups.max_num_gen_batches="
                 f"{self._most_batches} allows no more; raise it, or set it to 0 for no limit"
             )
-        if without >= TOLD_AFTER * batch and not self._told:
-            self._told = True
+        if without >= WARN_AFTER * batch and not self._warned:
+            self._warned = True
             print(f"verl-disco: warning: {self._reasons(step, self._since_kept)}", flush=True)
 
     def _reasons(self, step: int, replaced: Counter[float | None]) -> str:

@@ -178,7 +178,7 @@ def test_many_differences_are_counted(start, half):
     many = [f"disco.{name}=7" for name in ("beta", "coefficient", "delta", "rho", "scale", "tau", "top_share")]
     with pytest.raises(ValueError) as e:
         start(*many[:6], "data.shuffle=false", "seed=2", "data.train_batch_size=8", "data.truncation=left")
-    assert str(e.value).count(" (that run: ") == identity.MOST_TOLD and "; and 2 more; choose" in str(e.value)
+    assert str(e.value).count(" (that run: ") == identity.MOST_SHOWN and "; and 2 more; choose" in str(e.value)
 
 
 def test_a_run_without_a_checkpoint_is_not_replaced_either(start, half):

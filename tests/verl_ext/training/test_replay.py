@@ -8,7 +8,7 @@ import torch
 from verl.trainer.ppo.v1 import replay_buffer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-from verl_ext.training.replay import MOST_BATCHES, TOLD_AFTER, WatchedReplayBuffer, watched
+from verl_ext.training.replay import STOP_AFTER, WARN_AFTER, WatchedReplayBuffer, watched
 
 BATCH = 4
 
@@ -87,13 +87,13 @@ def test_equal_rewards_for_ever_are_told_and_end_the_run(sample, capsys):
         "had the same reward for all their responses (0 in ",
         "algorithm.filter_groups",
         "the reward function gives every response the same reward, or the questions are too hard or too easy",
-        f"The run stops: none was kept in {MOST_BATCHES} batches of questions",
+        f"The run stops: none was kept in {STOP_AFTER} batches of questions",
     ):
         assert part in str(error.value)
     out = capsys.readouterr().out
     assert out.count("questions were replaced") == 1
     told = int(out.split("step 1: ")[1].split()[0])
-    assert TOLD_AFTER * BATCH <= told < (TOLD_AFTER + 3) * BATCH
+    assert WARN_AFTER * BATCH <= told < (WARN_AFTER + 3) * BATCH
 
 
 def test_a_run_that_keeps_some_goes_on_without_a_word(sample, capsys):
@@ -113,7 +113,7 @@ def test_verls_own_setting_for_the_most_batches_is_kept(sample):
 def test_a_batch_that_is_complete_asks_for_no_more_and_ends_nothing():
     buffer = WatchedReplayBuffer.__new__(WatchedReplayBuffer)
     buffer.filter_groups_metric = "acc"
-    buffer._batch_size, buffer._most_batches, buffer._told = BATCH, 3, False
+    buffer._batch_size, buffer._most_batches, buffer._warned = BATCH, 3, False
     buffer._since_kept, buffer._replaced = Counter(), Counter({1.0: 3 * BATCH})
     buffer._judge(1, complete=True)
     with pytest.raises(ValueError, match="max_num_gen_batches=3 allows no more"):
