@@ -404,10 +404,9 @@ class Scratch:
         return cls(folder, available)
 
     def copy(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Copy a tensor into a file."""
-        file = self.folder / str(next(self._numbers))
-        held = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=dtype)
-        return held.view(tensor.shape).copy_(tensor)
+        """Copy a tensor into a new file."""
+        file = str(self.folder / str(next(self._numbers)))
+        return torch.from_file(file, shared=True, size=tensor.numel(), dtype=dtype).view(tensor.shape).copy_(tensor)
 
 
 def hold(tensor: torch.Tensor, dtype: torch.dtype, scratch: Scratch | None) -> torch.Tensor:

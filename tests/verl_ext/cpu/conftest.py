@@ -32,7 +32,7 @@ def model() -> Qwen3ForCausalLM:
         eos_token_id=[1, 2],
     )
     model = Qwen3ForCausalLM(config).eval()
-    # From its own initialisation the next token hardly depends on the prompt.
+    # With the default initialisation, the next token would barely depend on the prompt.
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(8)

@@ -1,4 +1,4 @@
-"""The batch agent-loop manager writes what verl's own worker writes, and refuses what it cannot do.
+"""The batch agent-loop manager writes the same rows as verl's own worker, and refuses unsupported settings.
 
 No Ray: servers, reward workers and TransferQueue are stand-ins that answer at once.
 """
@@ -231,7 +231,7 @@ def comparable(value):
 def test_it_writes_what_verl_writes(make, config, monkeypatch, queue, validate, reward, log_probs):
     overrides = [f"actor_rollout_ref.rollout.calculate_log_probs={log_probs}"]
     overrides += ["actor_rollout_ref.rollout.val_kwargs.n=2"]
-    manager = make(*overrides, servers=[generation_server(alike=True)])  # verl's order of responses is by chance
+    manager = make(*overrides, servers=[generation_server(alike=True)])  # verl's order of responses is random
     if not reward:
         manager.reward_workers = None
     batches = [questions(), questions()]

@@ -1,4 +1,4 @@
-"""The patches of verl: what they cure, that they act on a CPU only, and what fails when verl changes under them."""
+"""The patches of verl: what they fix, that they act on a CPU only, and that a change of verl is noticed."""
 
 import inspect
 import subprocess
@@ -91,7 +91,7 @@ def test_verl_still_looks_its_value_model_loader_up_when_called():
 
 
 def test_verl_still_moves_a_micro_batch_before_it_looks_at_it():
-    """``_OnCPU.forward_step`` stands in for that call alone."""
+    """``_OnCPU.forward_step`` replaces that call only."""
     body = inspect.getsource(transformer_impl.FSDPEngineWithLMHead.forward_step).split("):", 1)[1]
     assert next(line.strip() for line in body.splitlines() if "micro_batch" in line) == (
         "micro_batch = micro_batch.to(get_device_id())"

@@ -1,4 +1,4 @@
-"""From verl's configuration to the server's settings, with what cannot be honoured refused by name."""
+"""The server's settings from verl's configuration, and the refusal of settings that the rollout does not support."""
 
 import pytest
 from verl.utils.config import omega_conf_to_dataclass

@@ -1,4 +1,4 @@
-"""One draw against a plain reference: filters, greedy, penalties, the distribution, log-probabilities, parsing."""
+"""One draw against plain Python: filters, greedy, penalties, the distribution, log-probabilities, parsing."""
 
 import dataclasses
 

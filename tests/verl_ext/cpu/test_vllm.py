@@ -1,4 +1,4 @@
-"""verl's vLLM rollout on a CPU build of vLLM: what can be said without vLLM, with it, and with a running engine."""
+"""verl's vLLM rollout on a CPU build of vLLM: tests without vLLM, with vLLM, and with a running engine."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ needs_vllm = pytest.mark.skipif(cpu_vllm.cpu_build() is None, reason="requiremen
 
 @pytest.fixture
 def installed(monkeypatch):
-    """``installed({"name": "version"})``: let ``importlib.metadata`` find these alone, and what we add."""
+    """``installed({"name": "version"})``: let ``importlib.metadata`` find only these, and ours."""
 
     def install(versions):
         class Installed(metadata.DistributionFinder):
@@ -71,7 +71,7 @@ def test_check_accepts():
 
 @needs_vllm
 def test_useful_cache():
-    """In float32: 2 (keys, values) x 3 layers x 2 heads x 32 x 4 bytes a token, in blocks of 128 tokens."""
+    """In float32: 2 (keys, values) x 3 layers x 2 heads x 32 x 4 bytes per token, in blocks of 128 tokens."""
     from transformers import Qwen2Config
 
     from verl_ext.cpu.vllm.server import useful_cache_bytes

@@ -1,4 +1,4 @@
-"""Which checkpoint is exported, what its card says, and what is refused; the weights are in test_trained_model."""
+"""The choice of the checkpoint, the card, and refusals; test_model.py tests the weights."""
 
 import json
 
@@ -56,7 +56,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def exported(monkeypatch):
-    """The export of the weights, replaced by one that writes a file; what it was given."""
+    """Replace the export of the weights by a function that writes a file; returns its arguments."""
     calls = []
 
     def write(checkpoint, out, settings, dtype, trust_remote_code):

@@ -1,4 +1,4 @@
-"""The exported weights against the formula W + alpha/r B A and the checkpoint's tensors, and what the checks refuse.
+"""The exported weights against the formula W + alpha/r B A and the checkpoint's tensors, and the checks' refusals.
 
 The checkpoints are written as verl's FSDP engine writes them: per rank one dictionary of DTensors.
 """

@@ -11,7 +11,7 @@ from verl_ext.tasks.arithmetic.summary import pass_at_1
 STEP = re.compile(r"step:(\d+) - (.*)")
 # Validation metrics are printed as np.float64(...).
 VALUE = re.compile(r"([\w@/.-]+):(?:np\.\w+\()?(-?[\d.]+(?:e[+-]?\d+)?|nan|inf)")
-# A method's own KL, else verl's.
+# The KL is the method's own, otherwise verl's ppo_kl.
 SHOWN = {
     "reward": "critic/score/mean",
     "mixed": "training/mixed_questions",

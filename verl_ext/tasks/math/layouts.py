@@ -355,7 +355,7 @@ def checked(answer: str, column: str) -> str:
 MARKS = {*"therefore thus hence because since answer".split()}
 """Words that are never in a bare answer."""
 SPEECH = {*"so he she we they you there his her their our your".split()}
-"""Words that a bare answer has only alone."""
+"""Words that a bare answer never has beside another word."""
 VERBS = {*"is are was were be has have had equals gives makes gets needs costs takes becomes".split()}
 """Words that follow the subject of a sentence."""
 

@@ -117,7 +117,7 @@ def test_a_folder_of_the_users_is_refused_and_stays(tmp_path, trained, held):
     with pytest.raises(ValueError, match=rf"arithmetic.folder={folder} holds .*; building would remove that"):
         build_assets(folder, **PARAMETERS)
     assert hashes(folder) == before and not trained
-    # By a link, too.
+    # Through a link too.
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(ValueError, match="would remove that"):
         build_assets(tmp_path / "link", **PARAMETERS)

@@ -1,4 +1,4 @@
-"""The reward: strict, and bounded whatever it reads."""
+"""The reward: strict about the form, and fast on any text."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_what_verl_is_told():
         "level_2", "12 7#8", "7", extra_info={"level": 2, "num_turns": 2}, reward_router_address=None
     )
     assert result == {"score": 0.0, "acc": 0.0, "parsed": 1.0, "pred": "8", "data_source": "level_2"}
-    # verl averages what is a number and skips what starts as text.
+    # verl averages numbers and skips texts.
     assert all(isinstance(v, str) or math.isfinite(v) for v in result.values())
 
 

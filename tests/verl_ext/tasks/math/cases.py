@@ -1,4 +1,4 @@
-"""Pairs of a ground truth and an answer, by what is easily confused: those that are equal, and those that are not."""
+"""Pairs of a ground truth and an answer that are easily confused: those that are equal, and those that are not."""
 
 RIGHT = [
     ("12,345", "x=12345"),

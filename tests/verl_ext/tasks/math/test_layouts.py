@@ -37,7 +37,7 @@ def reason(function, *arguments) -> str:
         # The last box, with braces in it.
         ({"solution": "First $\\boxed{1}$, then $\\boxed{\\frac{1}{2}}$, as 1/2 = 0.5."}, ["\\frac{1}{2}"]),
         ({"answer": "\\boxed{72}"}, ["72"]),
-        # Columns: bare before long, by what is in them, whatever their case.
+        # Columns, in any case: bare answers before long texts.
         ({"expected_answer": "3", "solution": "so it is three"}, ["3"]),
         ({"expected_answer": "3", "solution": "so \\boxed{4}"}, ["3"]),
         ({"answer": "We add them to get four.", "final_answer": "4"}, ["4"]),
@@ -63,7 +63,7 @@ def reason(function, *arguments) -> str:
         ({"answer": 10**400}, ["1" + "0" * 400]),
         ({"answer": Decimal("2.50")}, ["2.5"]),
         ({"answer": Decimal("1E+3")}, ["1000"]),
-        # An interval is no list of answers.
+        # An interval is not a list of answers.
         ({"answer": "[0, \\infty)"}, ["[0, \\infty)"]),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_system_message_stays_and_an_instruction_in_it_does_not():
     assert [what for what, _ in notes] == [
         'instruction removed: "Enclose the final answer in <answer> </answer> tags."'
     ]
-    # One that is not recognised is told.
+    # An instruction that is not recognised is noted.
     row["prompt"][0]["content"] = "Reply with <answer>5</answer> in the end."
     messages, _, notes = question_of(row, SUFFIX)
     assert messages[0]["content"] == "Reply with <answer>5</answer> in the end."

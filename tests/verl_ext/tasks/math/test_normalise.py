@@ -1,4 +1,4 @@
-"""Each rule of the list does what its case says, is needed for it, and takes time that a response cannot stretch."""
+"""Each rule does what its example says, is needed for it, and takes bounded time."""
 
 import time
 

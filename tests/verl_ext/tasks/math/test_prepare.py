@@ -1,4 +1,4 @@
-"""Sets in the formats that are found in the wild become verl's parquet, and what happens to each row is told."""
+"""Sets in the formats of public data sets become verl's parquet, and changes to rows are reported."""
 
 import gzip
 import json
@@ -108,7 +108,7 @@ def test_an_odd_row_is_rejected_with_its_place_and_the_others_stay(prepare, tmp_
     assert status == 0 and "3 read       1 written" in out
     assert re.search(r" 2 rejected: [^\n]+ \(first: mine\.jsonl, line 3[:)]", out)
     assert "lines count from 1" in out and len(rows_of(prepare.out / "train.parquet")) == 1
-    # As a list it has a row's number; and alone, nothing is left.
+    # In a list it has a row number; a set of this row only is unusable.
     (tmp_path / "list.json").write_text(f"[{good}, {odd}]")
     out = prepare("--train", tmp_path / "list.json", "--benchmarks")[1]
     assert re.search(r" 1 rejected: [^\n]+ \(first: list\.json, row 1[:)]", out) and "rows from 0" in out

@@ -1,4 +1,4 @@
-"""The mathematical reward: what it finds, what it takes for equal, and what a hostile answer can do."""
+"""The mathematical reward: finding the answer, comparing answers, and hostile answers."""
 
 import json
 import os
@@ -328,7 +328,7 @@ def benchmarks(shared):
 
 
 def graded(answers: list[tuple[str, list[str]]]) -> list[tuple[bool, str]]:
-    """By math-verify, whatever the text."""
+    """Grade by math-verify, without the comparison of texts."""
     graders = [Grader(), Grader()]
     try:
         with ThreadPoolExecutor(2) as threads:
@@ -346,7 +346,7 @@ def test_every_ground_truth_of_the_benchmarks_equals_itself(benchmarks):
     assert {name: len(truths) for name, truths in benchmarks.items()} == SETS
     pairs = [(truth, [truth]) for sets in benchmarks.values() for truths in sets for truth in truths]
     assert all(compute_score("", rf"</think> \boxed{{{x}}}", truths)["score"] == 1.0 for x, truths in pairs)
-    # For math-verify alone, too.
+    # By math-verify too.
     harder = [pair for pair in dict(pairs).items() if not INTEGER.fullmatch(pair[0])]
     assert len(harder) > 500
     assert [pair for pair, result in zip(harder, graded(harder), strict=True) if result != (True, "")] == []
@@ -367,5 +367,5 @@ def test_wrong_answers_to_the_benchmarks_are_wrong(benchmarks):
     unclear = [pair for pair in pairs if all(plainly_equal(pair[0], truth) is None for truth in pair[1])]
     assert all(not plainly_equal(answer, truth) for answer, truths in pairs for truth in truths)
     wrong = [(*pair, r) for pair, r in zip(unclear, graded(unclear), strict=True) if r != (False, "wrong")]
-    # One ground truth is no mathematics.
+    # One ground truth is not mathematics.
     assert [pair for pair in wrong if pair[2] != (False, "unreadable") or "$t(0,4]$" not in (pair[0], *pair[1])] == []
