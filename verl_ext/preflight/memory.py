@@ -118,12 +118,8 @@ class Memory:
 class Model:
     """What one trained model needs on one GPU, in bytes."""
 
-    weights: float
-    gradients: float
-    """As many as the weights: in float32 with Megatron, in the weights' own type with FSDP."""
-    optimizer: float
-    whole: float
-    """FSDP's gathered weights in the forward pass's type: two layers and the output layer."""
+    states: dict[str, float]
+    """Weights, gradients, optimizer, and FSDP's gathered weights."""
     reduced: float
     """FSDP's gradients before they are sharded: a layer's, their float32 copy, and the output layer's."""
     kept: float
@@ -140,9 +136,9 @@ class Model:
     @property
     def training(self) -> dict[str, float]:
         """Parts at the larger of two moments: the loss, which has the logits, and the backward pass of a layer."""
-        states = dict(weights=self.weights, gradients=self.gradients, optimizer=self.optimizer, gathered=self.whole)
-        loss = states | {"activations": self.kept, "logits": self.logits}
-        layer = states | {"activations": self.kept + self.inside, "gradients": self.gradients + self.reduced}
+        loss = self.states | {"activations": self.kept, "logits": self.logits}
+        gradients = self.states["gradients"] + self.reduced
+        layer = self.states | {"activations": self.kept + self.inside, "gradients": gradients}
         return max(loss, layer, key=lambda parts: sum(parts.values()))
 
 
@@ -226,7 +222,6 @@ def _by_fsdp(
 ) -> Model:
     engine = node.get("fsdp_config") or node.fsdp
     shards = min(engine.fsdp_size, world) if engine.fsdp_size > 0 else world
-    layers = shape.num_hidden_layers
     layer = shape.attention + shape.dense + shape.experts
     each, computed = element_size(node), _compute_size(engine)
     adapters = lora_parameters(shape, model.lora_rank) if model.lora_rank else 0
@@ -235,8 +230,9 @@ def _by_fsdp(
     # Gradients are sharded in the weights' type, and Adam has two moments per weight.
     gradients, optimizer = each * trainable / shards, 2 * each * trainable / shards
     # The root module, with the output layer, stays gathered between forward and backward pass.
-    whole = computed * (2 * layer + head if engine.reshard_after_forward else parameters)
-    reduced = computed * (0 if adapters else head) + (computed + 4) * (adapters / layers if adapters else layer)
+    gathered = computed * (2 * layer + head if engine.reshard_after_forward else parameters)
+    trained_layer = adapters / shape.num_hidden_layers if adapters else layer
+    reduced = computed * (0 if adapters else head) + (computed + 4) * trained_layer
     if engine.use_no_sync_for_gradient_accumulation:
         # Whole float32 sums over the micro-batches, on each GPU.
         reduced += 4 * trainable
@@ -244,12 +240,9 @@ def _by_fsdp(
     if engine.offload_policy:
         moved, weights, gradients, optimizer = weights + gradients + optimizer, 0, 0, 0
     return Model(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        whole=whole,
+        states=dict(weights=weights, gradients=gradients, optimizer=optimizer, gathered=gathered),
         reduced=reduced,
-        **_activations(shape, tokens, layers, model.enable_gradient_checkpointing),
+        **_activations(shape, tokens, shape.num_hidden_layers, model.enable_gradient_checkpointing),
         logits=_logits(node, model, engine, tokens, shape.vocab_size) if head else 0,
         # Gradients are freed after each update.
         resident=max(weights + optimizer - moved, 0),
@@ -272,10 +265,7 @@ def _by_megatron(split: DictConfig, shape: Shape, world: int, tokens: float, par
     optimizer = 12 * parameters / world
     moved = (weights + gradients if split.param_offload else 0) + (optimizer if split.optimizer_offload else 0)
     return Model(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        whole=0,
+        states=dict(weights=weights, gradients=gradients, optimizer=optimizer),
         reduced=0,
         # Sequence parallelism splits the layers' inputs; a pipeline's first stage holds a micro-batch per stage.
         kept=activations["kept"] / (tensor if split.sequence_parallel else 1) * pipeline,

@@ -1,6 +1,7 @@
 """The estimate of a GPU's memory, against figures calculated by hand and runs that are known to fit or not to."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from omegaconf import DictConfig
@@ -11,6 +12,7 @@ from verl_ext.preflight.model import find_shape, memory_findings
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 OFFLOAD = [f"{ACTOR}.fsdp_config.{what}_offload=true" for what in ("param", "optimizer")]
+ULYSSES = [f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2"]
 BUCKET = 2 * GIB
 
 SMALL = Shape.of(
@@ -63,9 +65,7 @@ def test_training_by_fsdp(plain):
 
 
 def test_the_moment_of_the_loss_has_logits_and_no_activations_within_layers():
-    shape = Shape.of(
-        dict(hidden_size=1024, num_hidden_layers=10, num_attention_heads=8, intermediate_size=4096, vocab_size=150000)
-    )
+    shape = replace(SMALL, vocab_size=150000)
     parts = estimate(run_of(), shape, 80 * GIB).phases["training"]
     # bfloat16 logits and their copy; a float32 chunk of 2048 tokens, its softmax and their product.
     assert parts["logits"] == 150000 * (4 * TOKENS + 12 * 2048)
@@ -86,21 +86,15 @@ def test_the_moment_of_the_loss_has_logits_and_no_activations_within_layers():
         ([f"{ACTOR}.entropy_coeff=0.001", f"{ACTOR}.entropy_checkpointing=true"], 4 * TOKENS + 12 * 2048),
         ([f"{ACTOR}.entropy_from_logits_chunk_size=1024"], 4 * TOKENS + 12 * 1024),
         # The tokens of each of the GPUs that share sequences, or fixed micro-batches of 9216 tokens split over them.
-        ([f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2"], 4 * TOKENS + 12 * 2048),
+        (ULYSSES, 4 * TOKENS + 12 * 2048),
         (
-            [
-                f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2",
-                f"{ACTOR}.use_dynamic_bsz=false",
-                f"{ACTOR}.ppo_micro_batch_size_per_gpu=3",
-            ],
+            [*ULYSSES, f"{ACTOR}.use_dynamic_bsz=false", f"{ACTOR}.ppo_micro_batch_size_per_gpu=3"],
             4 * 3 * 9216 / 2 + 12 * 2048,
         ),
     ],
 )
 def test_logits_and_entropy(overrides, each):
-    shape = Shape.of(
-        dict(hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, intermediate_size=1024, vocab_size=150000)
-    )
+    shape = replace(SMALL, num_hidden_layers=2, intermediate_size=1024, vocab_size=150000)
     parts = estimate(run_of(*overrides, algorithm="grpo"), shape, 80 * GIB).phases["training"]
     assert parts["logits"] == 150000 * each
 

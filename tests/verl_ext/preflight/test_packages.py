@@ -9,6 +9,8 @@ from verl_ext.preflight import composition, packages
 from verl_ext.preflight.packages import Need, check_packages, is_installed, needs
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+MEGATRON = {"experiment": "deepseek_qwen_1_5b_megatron"}
+ATTENTION = "+actor_rollout_ref.model.override_config.attn_implementation"
 ON_CPU = ["trainer.device=cpu", f"{ROLLOUT}.name=hf"]
 
 
@@ -22,18 +24,10 @@ def config_of(*overrides: str, algorithm: str = "disco", experiment: str = "deep
         ([], {}, {"vllm", "flash-attn"}),
         ([f"{ROLLOUT}.name=sglang"], {}, {"sglang", "flash-attn"}),
         ([f"{ROLLOUT}.name=hf"], {}, {"flash-attn"}),
-        (["+actor_rollout_ref.model.override_config.attn_implementation=sdpa"], {}, {"vllm"}),
-        (
-            ["+actor_rollout_ref.model.override_config.attn_implementation=flash_attention_3"],
-            {},
-            {"vllm", "flash-attn-3"},
-        ),
+        ([f"{ATTENTION}=sdpa"], {}, {"vllm"}),
+        ([f"{ATTENTION}=flash_attention_3"], {}, {"vllm", "flash-attn-3"}),
         # verl loads the critic with FlashAttention, whatever the actor has.
-        (
-            ["+actor_rollout_ref.model.override_config.attn_implementation=sdpa"],
-            {"algorithm": "ppo"},
-            {"vllm", "flash-attn"},
-        ),
+        ([f"{ATTENTION}=sdpa"], {"algorithm": "ppo"}, {"vllm", "flash-attn"}),
         ([f"{ROLLOUT}.checkpoint_engine.backend=nccl"], {}, {"vllm", "flash-attn", "cupy"}),
         ([f"{ROLLOUT}.checkpoint_engine.backend=nixl"], {}, {"vllm", "flash-attn", "cupy", "nixl"}),
         (
@@ -43,14 +37,10 @@ def config_of(*overrides: str, algorithm: str = "disco", experiment: str = "deep
         ),
         (["actor_rollout_ref.model.use_liger=true"], {}, {"vllm", "flash-attn", "liger-kernel"}),
         ([f"{ACTOR}.optim.optimizer_impl=bitsandbytes.optim"], {}, {"vllm", "flash-attn", "bitsandbytes"}),
-        (
-            [],
-            {"experiment": "deepseek_qwen_1_5b_megatron"},
-            {"vllm", "flash-attn", "megatron-core", "transformer-engine", "megatron-bridge"},
-        ),
+        ([], MEGATRON, {"vllm", "flash-attn", "megatron-core", "transformer-engine", "megatron-bridge"}),
         (
             [f"{ACTOR}.megatron.vanilla_mbridge=true"],
-            {"experiment": "deepseek_qwen_1_5b_megatron"},
+            MEGATRON,
             {"vllm", "flash-attn", "megatron-core", "transformer-engine", "mbridge"},
         ),
         (["trainer.logger=[console,swanlab,tracking]"], {}, {"vllm", "flash-attn", "swanlab", "wandb"}),
@@ -92,7 +82,7 @@ def test_where_the_gpus_are_it_is_wrong(monkeypatch):
 
 def test_log_probabilities_without_flash_attention_are_slow(monkeypatch):
     monkeypatch.setattr(packages, "is_installed", lambda need: True)
-    config = config_of("+actor_rollout_ref.model.override_config.attn_implementation=sdpa")
+    config = config_of(f"{ATTENTION}=sdpa")
     (finding,) = check_packages(SimpleNamespace(config=config))
     assert finding.warning and "row by row" in finding.problem
 

@@ -12,7 +12,8 @@ from verl_ext.preflight.composition import Run
 from verl_ext.preflight.references import check_code, check_imports, check_paths
 from verl_ext.preflight.rows import check_data_files
 
-REWARD = "reward.custom_reward_function"
+MODEL, ROLLOUT, REWARD = "actor_rollout_ref.model", "actor_rollout_ref.rollout", "reward.custom_reward_function"
+RESUME = "trainer.resume_from_path"
 TAKES = "data_source, solution_str, ground_truth, extra_info=None"
 
 
@@ -61,25 +62,17 @@ def findings(config: DictConfig, *overrides: str) -> list:
 @pytest.mark.parametrize(
     "overrides, problem, fix",
     [
-        (
-            ["actor_rollout_ref.model.path=/nope"],
-            "model.path=/nope: there is no such folder",
-            "give an existing folder",
-        ),
-        (["actor_rollout_ref.model.path=~/nope"], "model.path=~/nope: there is no such folder", ""),
-        (["actor_rollout_ref.model.path=./nope"], "model.path=./nope: there is no such folder", ""),
-        (["actor_rollout_ref.model.path=a/b/c"], "model.path=a/b/c: there is no such folder", ""),
-        (["actor_rollout_ref.model.path=empty"], "model.path=empty: the folder has no config.json", ""),
-        (["actor_rollout_ref.model.path=plain.py"], "model.path=plain.py: there is no such folder", ""),
-        (["actor_rollout_ref.model.tokenizer_path=/nope"], "tokenizer_path=/nope: there is no such folder", ""),
-        (["actor_rollout_ref.model.external_lib=nope_lib"], "external_lib=nope_lib: there is no such module", ""),
-        (
-            ["actor_rollout_ref.model.custom_chat_template=/x.jinja"],
-            "is not a Jinja template",
-            "give the template's text",
-        ),
-        (["actor_rollout_ref.rollout.multi_turn.tool_config_path=/nope.yaml"], "/nope.yaml: there is no such file", ""),
-        (["actor_rollout_ref.rollout.agent.agent_loop_config_path=nope.yaml"], "nope.yaml: there is no such file", ""),
+        ([f"{MODEL}.path=/nope"], "model.path=/nope: there is no such folder", "give an existing folder"),
+        ([f"{MODEL}.path=~/nope"], "model.path=~/nope: there is no such folder", ""),
+        ([f"{MODEL}.path=./nope"], "model.path=./nope: there is no such folder", ""),
+        ([f"{MODEL}.path=a/b/c"], "model.path=a/b/c: there is no such folder", ""),
+        ([f"{MODEL}.path=empty"], "model.path=empty: the folder has no config.json", ""),
+        ([f"{MODEL}.path=plain.py"], "model.path=plain.py: there is no such folder", ""),
+        ([f"{MODEL}.tokenizer_path=/nope"], "tokenizer_path=/nope: there is no such folder", ""),
+        ([f"{MODEL}.external_lib=nope_lib"], "external_lib=nope_lib: there is no such module", ""),
+        ([f"{MODEL}.custom_chat_template=/x.jinja"], "is not a Jinja template", "give the template's text"),
+        ([f"{ROLLOUT}.multi_turn.tool_config_path=/nope.yaml"], "/nope.yaml: there is no such file", ""),
+        ([f"{ROLLOUT}.agent.agent_loop_config_path=nope.yaml"], "nope.yaml: there is no such file", ""),
         (["trainer.checkpoint_callback_class=nope.Callback"], "nope.Callback: there is no such module", ""),
         (
             ["verl_ext.validator=recipe.disco.validate.valdate"],
@@ -88,11 +81,11 @@ def findings(config: DictConfig, *overrides: str) -> list:
         ),
         (["trainer.resume_mode=resume_path"], "resume_from_path=null does not name a checkpoint", "give a checkpoint"),
         (
-            ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/nope/global_step_5"],
+            ["trainer.resume_mode=resume_path", f"{RESUME}=/nope/global_step_5"],
             "global_step_5: there is no such folder",
             "",
         ),
-        (["trainer.resume_from_path=steps/global_step_5"], "is read only with trainer.resume_mode=resume_path", ""),
+        ([f"{RESUME}=steps/global_step_5"], "is read only with trainer.resume_mode=resume_path", ""),
         (["data.custom_cls.path=/nope.py", "data.custom_cls.name=Mine"], "path=/nope.py: there is no such file", ""),
         ([f"{REWARD}.path=/nope.py"], f"{REWARD}.path=/nope.py: there is no such file", "give an existing one"),
         ([f"{REWARD}.path=pkg://verl_ext.tasks.maths"], "tasks.maths: there is no such module", ""),
@@ -134,12 +127,12 @@ def test_what_is_not_there_or_does_not_fit_is_named(config, folder, overrides, p
     "overrides",
     [
         [],
-        ["actor_rollout_ref.model.path=Qwen/Qwen3-4B"],
-        ["actor_rollout_ref.model.path=gpt2"],
-        ["actor_rollout_ref.model.path=hdfs://host/a/b/c"],
-        ["actor_rollout_ref.model.custom_chat_template='{{ messages[0].content }}'"],
-        ["actor_rollout_ref.rollout.multi_turn.tool_config_path=tools.yaml"],
-        ["trainer.resume_mode=resume_path", "trainer.resume_from_path=steps/global_step_5"],
+        [f"{MODEL}.path=Qwen/Qwen3-4B"],
+        [f"{MODEL}.path=gpt2"],
+        [f"{MODEL}.path=hdfs://host/a/b/c"],
+        [f"{MODEL}.custom_chat_template='{{{{ messages[0].content }}}}'"],
+        [f"{ROLLOUT}.multi_turn.tool_config_path=tools.yaml"],
+        ["trainer.resume_mode=resume_path", f"{RESUME}=steps/global_step_5"],
         [f"{REWARD}.path=null"],
         [f"{REWARD}.path=plain.py", f"{REWARD}.name=score", f"{REWARD}.reward_kwargs.weight=2"],
         [f"{REWARD}.path=reads.py", f"{REWARD}.name=score", f"{REWARD}.reward_kwargs.bonus=2"],
@@ -163,9 +156,9 @@ def test_what_a_reward_imports_may_be_on_the_nodes_that_train(config, folder):
         (f"{REWARD}.path", "pkg://verl_ext.tasks.maths"),
         (f"{REWARD}.name", "compute_scores"),
         ("verl_ext.prepare", "verl_ext.tasks.arithmetic.assets.ensure"),
-        ("actor_rollout_ref.model.external_lib", "nope_lib"),
-        ("actor_rollout_ref.model.path", "/nope"),
-        ("actor_rollout_ref.rollout.multi_turn.tool_config_path", "/nope.yaml"),
+        (f"{MODEL}.external_lib", "nope_lib"),
+        (f"{MODEL}.path", "/nope"),
+        (f"{ROLLOUT}.multi_turn.tool_config_path", "/nope.yaml"),
         ("data.train_files", "/nope.parquet"),
     ],
 )
