@@ -1,7 +1,7 @@
-"""What to know before a long run.
+"""Checks a machine, or a run without starting it.
 
     python -m verl_ext.doctor                                              # this machine
-    python -m verl_ext.doctor experiment algorithm=NAME +experiment=NAME   # one run, without starting it
+    python -m verl_ext.doctor experiment algorithm=NAME +experiment=NAME   # one run
 
 The first shows versions, the plugin's state, algorithms, devices and rollout engines; the second runs all checks of
 :mod:`verl_ext.preflight.checks`. Both end with OK, or with what is wrong and how to fix it (exit status 1).
@@ -14,7 +14,7 @@ from verl_ext.preflight.findings import run_checks
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; 0 if nothing is wrong, else 1."""
+    """Print the report; return 0 if nothing is wrong, else 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] != "experiment":
         print(f"unknown argument {arguments[0]}\n\n{__doc__}")

@@ -1,7 +1,7 @@
-"""The one list of checks of a run, and the two that use it: every start, and the doctor.
+"""Lists all checks of a run, for every start and for the doctor.
 
-A check is a function of the :class:`~verl_ext.preflight.composition.Run` that yields findings: what is there, or what
-is wrong and how to fix it. Add one to :data:`CHECKS`: what it needs says when it runs.
+A check is a function of the :class:`~verl_ext.preflight.composition.Run` that yields findings: what it saw, or what is
+wrong and how to fix it. Add yours to :data:`CHECKS`, under what it needs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,16 +13,20 @@ from verl_ext.preflight import composition
 from verl_ext.preflight.composition import Run
 from verl_ext.preflight.errors import explain
 from verl_ext.preflight.findings import Finding, first_lines, run_checks
-from verl_ext.preflight.lost_updates import check_adapters, check_lost_updates
-from verl_ext.preflight.model import check_model
-from verl_ext.preflight.next_verl import check_next_verl
+from verl_ext.preflight.model import check_model, check_tokenizer
 from verl_ext.preflight.nodes import ask_cluster
 from verl_ext.preflight.packages import check_packages
 from verl_ext.preflight.references import check_code, check_imports, check_paths
 from verl_ext.preflight.rows import check_data_files, check_rows
 from verl_ext.preflight.settings import check_cpu, check_dataclasses, check_validator, check_verls_own
 from verl_ext.preflight.sizes import check_first_evaluation, check_sizes, check_steps
-from verl_ext.preflight.trainer import check_asynchrony, check_trainer
+from verl_ext.preflight.trainer import (
+    check_adapters,
+    check_asynchrony,
+    check_lost_updates,
+    check_next_verl,
+    check_trainer,
+)
 from verl_ext.preflight.unread import check_unread
 from verl_ext.preflight.values import check_values
 
@@ -31,27 +35,29 @@ class Needs(Enum):
     """What a check needs, and so what it costs and who runs it."""
 
     OVERRIDES = auto()
-    """The settings as composed: milliseconds, at every start. A run of stock verl is told, and goes on."""
+    """The settings as composed: milliseconds, at every start. A run of stock verl is warned, not refused."""
     CODE = auto()
-    """To look for the code that settings name, without importing it: milliseconds, at every start."""
+    """The code that settings name, without importing it: milliseconds, at every start."""
     FILES = auto()
-    """To look for data and models: milliseconds, at every start, once ``verl_ext.prepare`` has built what it builds."""
+    """Data and models to exist: milliseconds, at every start, after ``verl_ext.prepare`` has built its files."""
     CONTENTS = auto()
     """To read data and import code: seconds, the doctor alone."""
     SETTINGS = auto()
     """Right values: milliseconds, at every start."""
     CLUSTER = auto()
-    """An answer of each node of a cluster that runs already: seconds, at every start."""
+    """An answer of each node of a running cluster: seconds, at every start."""
     PLAN = auto()
     """Right values, verl's dataclasses, the tokenizer and an estimate of memory: seconds, the doctor alone."""
 
 
 def check_nodes(run: Run) -> Iterator[Finding]:
-    """Name nodes of the cluster that lack what this one has."""
+    """Name nodes of the cluster that differ from this one."""
     if not run.is_stock:
         yield from ask_cluster(run.config, run.folder)
 
 
+_PLAN = [check_dataclasses, check_verls_own, check_sizes, check_steps, check_model, check_tokenizer]
+_PLAN += [check_first_evaluation, check_packages]
 CHECKS: dict[Needs, list[Callable[[Run], Iterator[Finding]]]] = {
     Needs.OVERRIDES: [check_unread, check_values, check_lost_updates],
     Needs.CODE: [check_code],
@@ -59,20 +65,12 @@ CHECKS: dict[Needs, list[Callable[[Run], Iterator[Finding]]]] = {
     Needs.CONTENTS: [check_imports, check_rows],
     Needs.SETTINGS: [check_trainer, check_asynchrony, check_next_verl, check_adapters, check_cpu, check_validator],
     Needs.CLUSTER: [check_nodes],
-    Needs.PLAN: [
-        check_dataclasses,
-        check_verls_own,
-        check_sizes,
-        check_steps,
-        check_model,
-        check_first_evaluation,
-        check_packages,
-    ],
+    Needs.PLAN: _PLAN,
 }
 
 
 def refuse(run: Run, *needs: Needs) -> None:
-    """Run these checks of a start: print the warnings, and end it where something is wrong.
+    """Run these checks of a start: print the warnings, and end the start if something is wrong.
 
     Raises:
         ValueError: says what is wrong, and what would be right.
@@ -81,10 +79,8 @@ def refuse(run: Run, *needs: Needs) -> None:
         if run.is_stock and need is not Needs.OVERRIDES:
             continue
         wrong = []
-        for finding in run_checks(CHECKS[need], run):
-            if not finding.problem:
-                continue
-            # These judge by what sources read: if one fails itself, that says nothing about the settings.
+        for finding in filter(lambda f: f.problem, run_checks(CHECKS[need], run)):
+            # These checks read sources: if a check itself fails, that says nothing about the settings.
             if finding.warning or (need is Needs.OVERRIDES and (run.is_stock or finding.error)):
                 print(f"verl-disco: warning: {finding}", flush=True)
             else:
@@ -96,7 +92,7 @@ def refuse(run: Run, *needs: Needs) -> None:
 
 
 def examine(overrides: Sequence[str]) -> Iterator[Finding]:
-    """Run all checks of the run with these overrides, without starting it, in the order in which a reader wants them.
+    """Run all checks of the run with these overrides, in the order of the report, without starting it.
 
     Stops at the first error that later checks depend on: settings that do not compose, or values that cannot be right.
     """
@@ -107,10 +103,10 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
         return
     values = [o for o in overrides if "." in o.split("=")[0]]
     hint = f"; it may come from {', '.join(values)}" if values else ""
-    found = {check: list(run_checks([check], run, hint=hint)) for check in CHECKS[Needs.OVERRIDES]}
-    for findings in found.values():
-        yield from findings
-    wrong = any(f.problem and not f.warning for check in found if check is not check_unread for f in found[check])
+    unread = list(run_checks([check_unread], run, hint=hint))
+    others = list(run_checks([c for c in CHECKS[Needs.OVERRIDES] if c is not check_unread], run, hint=hint))
+    yield from unread + others
+    wrong = any(f.problem and not f.warning for f in others)
     for name in composition.unset(run.composed)[:1]:
         yield Finding("settings", "", f"the settings do not compose: {name} is not set", f"give {name}=...")
         return
@@ -121,10 +117,13 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
             problem = f"the settings do not compose: {first_lines(e)}"
             yield Finding("settings", "", problem, "fix the setting that it names")
         return
-    known = composition.names(run.plain)
-    for finding in found[check_unread]:
-        if finding.name not in known:
-            leave_out(config, finding.name)
+    # A name reported once is not to be refused again by its node's dataclass.
+    for name in {finding.name for finding in unread} - composition.names(run.plain):
+        parent, _, key = name.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        if isinstance(node, DictConfig) and key in node:
+            with open_dict(node):
+                del node[key]
     for need in (Needs.CODE, Needs.FILES, Needs.CONTENTS):
         yield from run_checks(CHECKS[need], run, hint=hint)
     if wrong:
@@ -132,12 +131,3 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
         return
     for need in (Needs.SETTINGS, Needs.PLAN, Needs.CLUSTER):
         yield from run_checks(CHECKS[need], run, hint=hint)
-
-
-def leave_out(config: DictConfig, name: str) -> None:
-    """Take a setting out, so that a name reported once is not refused again by what is made of its node."""
-    parent, _, key = name.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
-    if isinstance(node, DictConfig) and key in node:
-        with open_dict(node):
-            del node[key]

@@ -158,9 +158,9 @@ def hints(owner: type | None) -> dict[str, Any]:
 def _dataclass_named(target: str | None) -> type | None:
     from hydra.utils import get_class
 
-    try:
-        found = get_class(target)
-    except Exception:
-        # A wrong _target_ is named where the dataclass is made.
+    if not isinstance(target, str):
         return None
-    return found if is_dataclass(found) else None
+    # A wrong _target_ is named where the dataclass is made.
+    with suppress(Exception):
+        return found if is_dataclass(found := get_class(target)) else None
+    return None

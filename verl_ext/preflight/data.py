@@ -1,4 +1,4 @@
-"""The files of data that a run reads, as verl reads them."""
+"""Reads a run's data files as verl does."""
 
 import os
 import tempfile
@@ -13,7 +13,7 @@ from verl_ext.preflight.findings import first_lines
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of a split, and why verl cannot read it, as far as that shows without opening it."""
+    """A file of a split, and why verl cannot read it, as far as that shows without opening it."""
 
     split: str
     name: str
@@ -26,7 +26,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is in a file: its rows and features, or why they cannot be read."""
+    """The rows and features of a file, or why they cannot be read."""
 
     frame: Any = None
     features: Any = None
@@ -34,7 +34,7 @@ class Rows:
 
 
 class Data:
-    """The files of both splits; each is read once, when rows are first asked for."""
+    """The files of both splits; each is read once, when rows are first needed."""
 
     def __init__(self, config: DictConfig):
         self.config = config.data
@@ -45,30 +45,30 @@ class Data:
         for split in ("train", "val"):
             names = self.config[f"{split}_files"]
             names = [str(name) for name in (names if isinstance(names, ListConfig) else [names]) if name]
-            found += [DataFile(split, name, _fault(name)) for name in names]
-            if not names:
-                found.append(DataFile(split, "", "no file is named"))
+            found += [DataFile(split, name, _fault(name)) for name in names] or [
+                DataFile(split, "", "no file is named")
+            ]
         return found
 
     @cached_property
     def rows(self) -> dict[str, Rows]:
-        """What is in the files that are there, by name."""
+        """The contents of the existing files, by name."""
         names = dict.fromkeys(f.name for f in self.files if not f.problem and not f.is_remote)
         return {name: _read(name, self.config.prompt_key) for name in names}
 
     def read(self, split: str) -> dict[str, Rows]:
-        """The files of a split that could be read."""
+        """Return the files of a split that could be read."""
         found = {f.name: self.rows.get(f.name, Rows()) for f in self.files if f.split == split}
         return {name: rows for name, rows in found.items() if rows.frame is not None}
 
     def count(self, split: str) -> int:
-        """Rows of a split as far as they could be read, at most ``data.{split}_max_samples``."""
+        """Count the readable rows of a split, at most ``data.{split}_max_samples``."""
         count = sum(len(rows.frame) for rows in self.read(split).values())
         most = self.config.get(f"{split}_max_samples", -1)
         return min(count, most) if most > 0 else count
 
     def prompts(self, count: int) -> list[Any]:
-        """The first training prompts that are lists of messages."""
+        """Return the valid prompts among the first ``count`` of a file."""
         key = self.config.prompt_key
         frame = next((r.frame for r in self.rows.values() if r.frame is not None and key in r.frame), ())
         return [p for p in frame[key].head(count) if not wrong_prompt(p, key)] if len(frame) else []
@@ -79,7 +79,7 @@ class Data:
 
 
 def wrong_prompt(prompt: Any, key: str) -> str:
-    """What keeps a prompt from being a list of messages with role and content; nothing if it is one."""
+    """Say why a prompt is not a list of messages with role and content; "" if it is one."""
     if isinstance(prompt, (str, bytes, dict)) or not hasattr(prompt, "__len__") or not len(prompt):
         return f": {key} is not a list of messages"
     for message in prompt:
@@ -97,7 +97,7 @@ def wrong_prompt(prompt: Any, key: str) -> str:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether there is nothing in it: no text, no number, or a list of nothing else."""
+    """Whether a value holds no text and no number, at any depth."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return True
     if isinstance(value, str) or not hasattr(value, "__len__"):
@@ -135,7 +135,7 @@ def _read_parquet(path: str, prompt_key: str) -> tuple[Any, Any]:
 
 
 def _read_json(path: str, prompt_key: str) -> tuple[Any, Any]:
-    """As verl does, but nothing stays in the user's cache."""
+    """Read as verl does, but leave nothing in the user's cache."""
     import datasets
 
     bars = datasets.is_progress_bar_enabled()

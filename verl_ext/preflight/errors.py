@@ -1,4 +1,4 @@
-"""What keeps overrides from composing, in one sentence, with the nearest that would."""
+"""Explains why overrides do not compose, with the nearest ones that would."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from verl_ext.preflight.unread import is_read, names_of_groups, suggestions
 
 
 def explain(e: Exception, overrides: Sequence[str]) -> Finding:
-    """What keeps the overrides from composing, in one sentence, with the nearest that would."""
+    """Say in one sentence why the overrides do not compose, and which would."""
     from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
     text, fix = first_lines(e).split(" See https://hydra.cc")[0], "fix the override that it names"
@@ -50,9 +50,8 @@ def _plain(overrides: Sequence[str]) -> DictConfig:
 
 
 def _unknown(override: str, overrides: Sequence[str]) -> tuple[str, str]:
-    """Problem and fix of an override, without a plus, of what the configuration has not."""
-    name = _name(override)
-    plain = _plain(overrides)
+    """Return problem and fix of an override, without a plus, whose name is not in the configuration."""
+    name, plain = _name(override), _plain(overrides)
     if OmegaConf.select(plain, name, throw_on_missing=False) is not None:
         return f"{override} adds keys to {name}", f"write ++{override}"
     if is_read(name, plain):

@@ -1,4 +1,4 @@
-"""What a check finds, how checks are run, and what several of them need."""
+"""Defines findings, runs checks, and holds what several checks need."""
 
 import contextlib
 import difflib
@@ -12,9 +12,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; wrong if it has a ``problem``, and then ``fix`` says what to do.
+    """A line of the report; if it has a ``problem``, ``fix`` says what to do.
 
-    A ``warning`` is a problem that need not be one; an ``error`` is what kept a check from finding anything.
+    A ``warning`` may be harmless; ``error`` is the exception with which a check itself failed.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Finding:
 def run_checks(
     checks: Iterable[Callable[..., Iterator[Finding]]], *arguments: Any, hint: str = ""
 ) -> Iterator[Finding]:
-    """Yield the findings of all checks, quietly; a check that fails is a finding itself, whose fix has the ``hint``."""
+    """Yield the findings of all checks, run silently; a check that fails is a finding, whose fix ends in ``hint``."""
     for check in checks:
         found = []
         try:
@@ -47,17 +47,17 @@ def run_checks(
 
 
 def first_lines(e: Exception) -> str:
-    """The first three lines of an error's message, as one."""
+    """Join the first three lines of an error's message."""
     return " ".join(" ".join(str(e).split("\n")[:3]).split())
 
 
 def by_nearness(name: str, choices: Iterable[str]) -> list[str]:
-    """All choices, those most like ``name`` first."""
+    """Sort the choices by their likeness to ``name``."""
     return sorted(map(str, choices), key=lambda choice: (-_likeness(str(name), choice), choice))
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.65) -> list[str]:
-    """Up to three choices that are like ``name``, the most alike first."""
+    """Return up to three choices that are like ``name``, the most alike first."""
     return [c for c in by_nearness(name, choices) if _likeness(str(name), c) >= cutoff][:3]
 
 
@@ -70,10 +70,8 @@ def _likeness(name: str, choice: str) -> float:
 
 
 def version_of(*distributions: str) -> str | None:
-    """Version of the first of these distributions that is installed, with its name if it is not the first."""
+    """Return the version of the first installed distribution, with its name if that is not the first."""
     for name in distributions:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(name) + (f" ({name})" if name != distributions[0] else "")
-        except metadata.PackageNotFoundError:
-            pass
     return None

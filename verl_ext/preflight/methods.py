@@ -1,4 +1,4 @@
-"""Refuses settings of verl's own methods that contradict each other: they would train something else in silence."""
+"""Refuses settings of verl's own methods that contradict each other and would silently train something else."""
 
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
@@ -11,10 +11,7 @@ GROUP_ESTIMATORS += ("reinforce_plus_plus_baseline",)
 
 
 def validate(config: DictConfig) -> None:
-    """Refuse what would not train as asked, before Ray or a model starts.
-
-    Args:
-        config: the composed configuration of ``main_ppo``.
+    """Refuse contradictions in the composed configuration of ``main_ppo``, before Ray or a model starts.
 
     Raises:
         ValueError: names the setting, the value found and what would be right.
@@ -25,41 +22,31 @@ def validate(config: DictConfig) -> None:
     def refuse(setting: str, found, right: str) -> None:
         raise ValueError(f"{setting}={found} does not work here: {right}")
 
-    # A module of the user's may register more, in the workers.
+    # A user's module may register more, in the workers.
     own = OmegaConf.select(config, "actor_rollout_ref.model.external_lib")
     if not own and estimator not in [*ADV_ESTIMATOR_REGISTRY, "gae"]:
         refuse("algorithm.adv_estimator", estimator, f"verl has {sorted(ADV_ESTIMATOR_REGISTRY)}")
-    # A recipe's is computed by its own worker alone.
+    # Only a recipe's own worker computes the recipe's losses.
     losses = set(POLICY_LOSS_REGISTRY).difference(*(recipe.losses for recipe in recipes.installed()))
     if not own and loss_mode not in losses:
         refuse("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, f"verl has {sorted(losses)}")
     if estimator in GROUP_ESTIMATORS and rollout.n < 2:
-        refuse(
-            "actor_rollout_ref.rollout.n",
-            rollout.n,
-            f"algorithm.adv_estimator={estimator} compares the responses to a question; use n >= 2",
-        )
+        right = f"algorithm.adv_estimator={estimator} compares the responses to a question; use n >= 2"
+        refuse("actor_rollout_ref.rollout.n", rollout.n, right)
     if estimator != "gae" and OmegaConf.select(config, "critic.enable"):
         refuse("critic.enable", True, f"algorithm.adv_estimator={estimator} reads no values; use null")
     if actor.use_kl_loss and algorithm.use_kl_in_reward:
-        refuse(
-            "algorithm.use_kl_in_reward",
-            True,
-            "the KL to the reference would count twice, as actor_rollout_ref.actor.use_kl_loss is on; use one of them",
-        )
+        right = "with actor_rollout_ref.actor.use_kl_loss the KL to the reference would count twice; use one of them"
+        refuse("algorithm.use_kl_in_reward", True, right)
     if actor.use_kl_loss and actor.kl_loss_coef == 0:
         right = "kl_loss_coef=0: the reference model would be loaded but unused; use false"
         refuse("actor_rollout_ref.actor.use_kl_loss", True, right)
     if loss_mode == "sapo" and actor.loss_agg_mode != "seq-mean-token-mean":
-        refuse(
-            "actor_rollout_ref.actor.loss_agg_mode",
-            actor.loss_agg_mode,
-            "verl's SAPO always takes the mean over a response's tokens, then over responses; use seq-mean-token-mean",
-        )
+        right = "verl's SAPO always averages over a response's tokens, then over responses; use seq-mean-token-mean"
+        refuse("actor_rollout_ref.actor.loss_agg_mode", actor.loss_agg_mode, right)
     if actor.loss_agg_mode == "seq-mean-token-sum-norm" and not actor.loss_scale_factor:
-        refuse(
-            "actor_rollout_ref.actor.loss_scale_factor",
-            actor.loss_scale_factor,
-            "verl would divide by the width of each padded micro-batch, so the update would depend on how the batch is "
-            "split; use a constant, such as data.max_response_length",
+        right = (
+            "verl would divide by the width of each padded micro-batch, so the update would depend on how the batch "
         )
+        right += "is split; use a constant, such as data.max_response_length"
+        refuse("actor_rollout_ref.actor.loss_scale_factor", actor.loss_scale_factor, right)

@@ -1,8 +1,7 @@
-"""The model of a run: its memory, and its tokenizer on some of the data."""
+"""Checks the model of a run: its memory, and its tokenizer on some of the data."""
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,35 +22,31 @@ def is_local(path: str) -> bool:
 
 
 def check_model(run: Run) -> Iterator[Finding]:
-    """The tokenizer, where it is at hand, on some of the data; and the memory."""
+    """Compare the model's sizes with the settings, and estimate the memory."""
     config, path = run.config, model_path(run.config)
     described = find_shape(path)
     if described is None:
         problem = f"{path} is not on this machine, so memory was not estimated"
         yield Finding("model", path, problem, "download it and give its folder", warning=True)
-    else:
-        shape, source = described
-        value = f"{path}: {shape.parameters / 1e9:.2f} B parameters ({source})"
-        if source == "config.json":
-            yield Finding("model", value)
-        else:
-            problem = f"{path} is not on this machine: each node downloads {2 * shape.parameters / GIB:.0f} GiB first"
-            fix = "download it once to a disk that all nodes see, and give its folder"
-            yield Finding("model", value, problem, fix, warning=True)
-        yield from split_problems(config, shape)
-        if config.actor_rollout_ref.actor.strategy not in ("fsdp", "fsdp2", "megatron"):
-            engine = config.actor_rollout_ref.actor.strategy
-            yield Finding(
-                "memory", "", f"memory is not estimated for actor_rollout_ref.actor.strategy={engine}", "", True
-            )
-        elif config.trainer.device != "cpu":
-            yield from memory_findings(config, shape)
-    if is_local(path):
-        yield from _tokenizer(run, path)
+        return
+    shape, source = described
+    value = f"{path}: {shape.parameters / 1e9:.2f} B parameters ({source})"
+    problem = fix = ""
+    if source != "config.json":
+        problem = f"{path} is not on this machine: each node downloads {2 * shape.parameters / GIB:.0f} GiB first"
+        fix = "download it once to a disk that all nodes see, and give its folder"
+    yield Finding("model", value, problem, fix, warning=True)
+    yield from split_problems(config, shape)
+    engine = config.actor_rollout_ref.actor.strategy
+    if engine not in ("fsdp", "fsdp2", "megatron"):
+        problem = f"memory is not estimated for actor_rollout_ref.actor.strategy={engine}"
+        yield Finding("memory", "", problem, warning=True)
+    elif config.trainer.device != "cpu":
+        yield from memory_findings(config, shape)
 
 
 def find_shape(path: str) -> tuple[Shape, str] | None:
-    """A model's shape and where it is from: its files, transformers' cache, or the table ``models.yaml``."""
+    """Find a model's shape and its source: the model's files, transformers' cache, or the table ``models.yaml``."""
     from transformers import AutoConfig
 
     table = OmegaConf.to_container(OmegaConf.load(Path(__file__).parent / "models.yaml"))
@@ -62,7 +57,7 @@ def find_shape(path: str) -> tuple[Shape, str] | None:
 
 
 def split_problems(config: DictConfig, shape: Shape) -> Iterator[Finding]:
-    """Heads, layers and experts that the chosen sizes do not divide, and sequences that are too long."""
+    """Name sizes that do not divide the model's heads, layers or experts, and sequences that are too long."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     heads, layers = shape.num_attention_heads, shape.num_hidden_layers
     wanted = [("actor_rollout_ref.rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size, heads)]
@@ -94,7 +89,7 @@ LESS = {
     "weight transfer": "lower actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes, or offload",
     "generation": "lower actor_rollout_ref.rollout.gpu_memory_utilization, or offload weights and optimizer",
 }
-"""Moment of a run -> how to make it need less memory."""
+"""Moment of a run -> how to reduce its memory."""
 
 
 def memory_findings(config: DictConfig, shape: Shape) -> Iterator[Finding]:
@@ -115,16 +110,13 @@ def memory_findings(config: DictConfig, shape: Shape) -> Iterator[Finding]:
         full = "any number of" if room == math.inf else f"{room / longest:.0f}"
         yield Finding("KV cache", f"{full} full sequences of {longest} tokens per server")
     elif set_to or room < longest:
-        problem = (
-            f"the KV cache holds {room:.0f} tokens, fewer than one sequence of {longest if room < longest else served}"
-        )
+        one = longest if room < longest else served
+        problem = f"the KV cache holds {room:.0f} tokens, fewer than one sequence of {one}"
         fix = "raise actor_rollout_ref.rollout.gpu_memory_utilization or tensor_model_parallel_size"
         yield Finding("KV cache", "", problem, fix)
     else:
-        problem = (
-            f"actor_rollout_ref.rollout.max_model_len=null stands for the model's {served} positions, of which the KV "
-            f"cache holds {room:.0f}, so {config.actor_rollout_ref.rollout.name} does not start"
-        )
+        problem = f"actor_rollout_ref.rollout.max_model_len=null stands for the model's {served} positions, of which "
+        problem += f"the KV cache holds {room:.0f}, so {config.actor_rollout_ref.rollout.name} does not start"
         fix = f"set actor_rollout_ref.rollout.max_model_len={longest}, the longest prompt and response"
         yield Finding("KV cache", "", problem, fix)
     if memory.offloaded:
@@ -132,26 +124,25 @@ def memory_findings(config: DictConfig, shape: Shape) -> Iterator[Finding]:
         yield Finding("host", f"{host / GIB:.0f} GiB per node for offloaded weights and optimizer")
 
 
-def _tokenizer(run: Run, path: str) -> Iterator[Finding]:
-    """Its chat template, and the longest of some prompts."""
+def check_tokenizer(run: Run) -> Iterator[Finding]:
+    """Check the chat template and the lengths of some prompts, where the model is on this machine."""
     from transformers import AutoTokenizer
 
-    config = run.config
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, local_files_only=True, trust_remote_code=config.actor_rollout_ref.model.trust_remote_code
-    )
+    config, path = run.config, model_path(run.config)
+    if not is_local(path):
+        return
+    trusted = config.actor_rollout_ref.model.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trusted)
     if tokenizer.chat_template is None and not config.actor_rollout_ref.model.custom_chat_template:
         yield Finding("tokenizer", path, "it has no chat template", "set actor_rollout_ref.model.custom_chat_template")
         return
     prompts = run.data.prompts(1000)
     if not prompts:
         return
-    lengths = Counter()
-    for prompt in prompts:
-        ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
-        lengths[len(ids)] += 1
+    as_ids = dict(add_generation_prompt=True, tokenize=True, return_dict=False)
+    lengths = [len(tokenizer.apply_chat_template(list(prompt), **as_ids)) for prompt in prompts]
     limit = config.data.max_prompt_length
-    over = sum(count for length, count in lengths.items() if length > limit)
+    over = sum(length > limit for length in lengths)
     value = f"longest of {len(prompts)} prompts: {max(lengths)} tokens, room for {limit}"
     problem = fix = ""
     if over == len(prompts):

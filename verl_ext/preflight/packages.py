@@ -26,6 +26,7 @@ INSTALL = {
 LOGGERS = {name: name for name in ("wandb", "mlflow", "swanlab", "tensorboard", "clearml", "trackio", "rl_insight")}
 LOGGERS |= {"tracking": "wandb", "vemlp_wandb": "volcengine_ml_platform"}
 ENGINES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm"}
+"""verl's rollout engines -> module that each imports."""
 TRANSPORTS = {
     "nccl": ("cupy",),
     "delta_sharded": ("cupy",),

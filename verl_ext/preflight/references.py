@@ -24,19 +24,11 @@ PASSED = ("data_source", "solution_str", "ground_truth", "extra_info")
 OBJECTS = (REWARD, "data.custom_cls", "trainer.v1.sampler.custom_sampler")
 """Nodes with the path of a module and the name of an object in it."""
 
-CLASSES = (
-    "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
-    "actor_rollout_ref.rollout.checkpoint_manager_class",
-    "trainer.checkpoint_callback_class",
-    "verl_ext.validator",
-    "verl_ext.prepare",
-)
+CLASSES = ("actor_rollout_ref.rollout.agent.agent_loop_manager_class", "trainer.checkpoint_callback_class")
+CLASSES += ("actor_rollout_ref.rollout.checkpoint_manager_class", "verl_ext.validator", "verl_ext.prepare")
 """Settings whose value is the full name of a class or function."""
 
-MODULES = (
-    "actor_rollout_ref.model.external_lib",
-    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module",
-)
+MODULES = ("actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module", "actor_rollout_ref.model.external_lib")
 """Settings whose value is a module that verl imports, or several."""
 
 FILES = (
@@ -46,6 +38,7 @@ FILES = (
     "actor_rollout_ref.rollout.router_config_path",
     "actor_rollout_ref.rollout.quantization_config_file",
 )
+"""Settings whose value is a file."""
 
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "config.json")
 

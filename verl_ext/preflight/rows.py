@@ -1,4 +1,4 @@
-"""The data that a run reads: are the files there, and does every row hold a prompt and a truth?"""
+"""Checks that the data files exist and that every row holds a prompt and a ground truth."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,13 +13,13 @@ OUR_GRADER = "pkg://verl_ext.tasks.math.reward"
 
 
 def check_data_files(run: Run) -> Iterator[Finding]:
-    """Name the files that are not there, or that verl cannot read, without opening them."""
+    """Name the files that do not exist or that verl cannot read, without opening them."""
     own = run.config.data.custom_cls.get("path")
     seen = set()
     for file in run.data.files:
         name, label = f"data.{file.split}_files", f"{file.split} data"
         if (file.split, file.name) in seen:
-            yield Finding(label, "", f"{name}: {file.name} is there twice", "leave one out", warning=True)
+            yield Finding(label, "", f"{name}: {file.name} is named twice", "leave one out", warning=True)
         elif file.problem and not run.is_elsewhere(file.name):
             fix = "make sure that data.custom_cls knows it" if own else PREPARE
             yield Finding(label, file.name, f"{name}: {file.problem}", fix, warning=bool(own))
@@ -54,15 +54,14 @@ def check_rows(run: Run) -> Iterator[Finding]:
 
 
 def wrong_rows(frame: Any, prompt_key: str, accept: Callable[[Any], Any] | None = None) -> Iterator[str]:
-    """What is wrong with the rows of a file, each kind once, to be read behind the file's name.
+    """Say what is wrong with the rows of a file, each kind once, as text that follows the file's name.
 
     Args:
         frame: the rows, as a pandas.DataFrame.
         prompt_key: the column of the prompts.
         accept: raises ValueError for a truth that the reward function refuses.
     """
-    missing = [c for c in (prompt_key, "reward_model", "data_source") if c not in frame]
-    if missing:
+    if missing := [c for c in (prompt_key, "reward_model", "data_source") if c not in frame]:
         yield f" has no column {missing[0]}"
         return
     if not len(frame):
@@ -77,7 +76,7 @@ def wrong_rows(frame: Any, prompt_key: str, accept: Callable[[Any], Any] | None 
 
 
 def wrong_truth(reward_model: Any, accept: Callable[[Any], Any] | None = None) -> str:
-    """Why ``reward_model`` holds no ground truth to grade by; nothing if it does."""
+    """Say why ``reward_model`` holds no ground truth; "" if it does."""
     if not isinstance(reward_model, dict):
         return f": reward_model is {type(reward_model).__name__}, not a record with ground_truth"
     truth = reward_model.get("ground_truth")
@@ -94,10 +93,10 @@ def wrong_truth(reward_model: Any, accept: Callable[[Any], Any] | None = None) -
 
 
 def _unlike(split: str, read: dict[str, Rows]) -> Iterator[Finding]:
-    """verl joins the files of a split, so they need the same types in the same columns."""
+    """Name files whose columns differ in type from the first's, since verl joins the files of a split."""
     import datasets
 
-    # One row each: datasets leaves empty ones out.
+    # One row each, because datasets ignores empty files.
     one = {name: datasets.Dataset.from_list([dict.fromkeys(r.features)], r.features) for name, r in read.items()}
     first = next(iter(one), "")
     for name, rows in one.items():

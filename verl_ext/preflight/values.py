@@ -267,7 +267,7 @@ _AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-toke
 _REJECTION = r"algorithm\.rollout_correction\.rollout_rs"
 """A text of several choices, separated by commas."""
 _CORRECTION = "verl.trainer.ppo.rollout_corr_helper"
-_AGENTS = "verl.experimental.agent_loop"
+_AGENTS = "verl.experimental.agent_loop.agent_loop", "_agent_loop_registry"
 _REWARD_MANAGERS = "verl.experimental.reward_loop.reward_manager", "registry.REWARD_MANAGER"
 _STORES = "transfer_queue.storage.managers", "base.StorageManagerFactory._registry"
 _ENGINES = ("naive", "nccl", "hccl", "nixl", "mooncake", "kimi_ckpt_engine", "delta_sharded")
@@ -276,7 +276,7 @@ CLOSED: dict[str, Callable[[Setting], Collection]] = {
     r"actor_rollout_ref\.rollout\.name": _registry("verl.workers.rollout.replica", "RolloutReplicaRegistry._registry"),
     r"actor_rollout_ref\.rollout\.mode": _of("async"),
     _ROLLOUT + "dtype": _of("auto", "half", "float16", "bfloat16", "float", "float32"),
-    _ROLLOUT + r"multi_turn\.format": _registry(_AGENTS + ".tool_parser", "ToolParser._registry"),
+    _ROLLOUT + r"multi_turn\.format": _registry("verl.experimental.agent_loop.tool_parser", "ToolParser._registry"),
     _ROLLOUT + r"multi_turn\.tool_response_truncate_side": _of("left", "right", "middle"),
     _ROLLOUT + r"multi_turn\.tokenization_sanity_check_mode": _of("disable", "strict", "ignore_strippable"),
     _ROLLOUT + r"checkpoint_engine\.backend": _unless("custom_backend_module", _of(*_ENGINES)),
@@ -312,9 +312,7 @@ OPEN: dict[str, Callable[[Setting], Collection]] = {
     _ROLLOUT + "load_format": _of(*_LOAD_FORMATS),
     _ROLLOUT + "scheduling_policy": _of("fcfs", "priority", "lpm", "dfs-weight", "lof", "random", None),
     _ROLLOUT + "logprobs_mode": _of("processed_logprobs", "processed_logits", "raw_logprobs", "raw_logits", None),
-    _ROLLOUT + r"agent\.default_agent_loop": _unless(
-        "agent_loop_config_path", _registry(_AGENTS + ".agent_loop", "_agent_loop_registry")
-    ),
+    _ROLLOUT + r"agent\.default_agent_loop": _unless("agent_loop_config_path", _registry(*_AGENTS)),
     _ROLLOUT + r"trace\.backend": _of("weave", "mlflow", "trackio", "rl_insight", None),
     r"trainer\.device": _of("cuda", "cpu", "npu", "xpu", "mlu", "musa", "gcu", "mps", "hpu"),
     r".*\.override_config\.attn_implementation": _of(*_ATTENTION),

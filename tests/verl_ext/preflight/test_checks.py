@@ -19,6 +19,7 @@ from verl_ext.preflight.unread import check_ignored
 
 EXPERIMENTS = list(recipes.options("experiment"))
 SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "evaluate")]
+RUN = ("algorithm=disco", "+experiment=deepseek_qwen_1_5b")
 SETS = ("train", "aime24", "aime25", "math500", "amc23", "minerva", "olympiadbench")
 
 
@@ -174,7 +175,7 @@ def test_the_quickstart_passes_too(tmp_path):
     ],
 )
 def test_what_is_wrong_is_named(data, overrides, expected):
-    problems, _, _ = run("algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides)
+    problems, _, _ = run(*RUN, f"math.folder={data}", *overrides)
     for problem in expected:
         assert any(problem in p for p in problems), (problem, problems)
 
@@ -203,8 +204,7 @@ def test_what_megatron_cannot_split_is_named(data):
 def test_wrong_data_is_named(data, tmp_path, change, problem):
     file = tmp_path / "train.parquet"
     change(pd.read_parquet(data / "train.parquet")).to_parquet(file)
-    experiment = "+experiment=deepseek_qwen_1_5b"
-    problems, _, _ = run("algorithm=disco", experiment, f"math.folder={data}", f"data.train_files={file}")
+    problems, _, _ = run(*RUN, f"math.folder={data}", f"data.train_files={file}")
     assert problems == [f"data.train_files: {file}{problem}"]
 
 
@@ -216,7 +216,7 @@ def test_servers_have_room_for_the_longest_sequence_and_no_more(compose, experim
 
 def test_what_the_engine_will_use_is_judged(data):
     rollout = "actor_rollout_ref.rollout"
-    run_of = ["algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", "verl_ext.gpu_memory=24"]
+    run_of = [*RUN, f"math.folder={data}", "verl_ext.gpu_memory=24"]
     run_of.append(f"{rollout}.gpu_memory_utilization=0.3")
     assert run(*run_of)[0] == []
     # The share less 3.3 GiB of weights and 3 GiB of the engine's own, at 28 KiB a token.
@@ -249,7 +249,7 @@ def test_wrong_values_are_all_named_and_nothing_is_built_on_them(data):
         "++data.train_batchsize=1",
     ]
     overrides += ["actor_rollout_ref.model.path=/nope/model", "data.val_files=none.parquet"]
-    problems, _, found = run("algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides)
+    problems, _, found = run(*RUN, f"math.folder={data}", *overrides)
     assert sorted(problems) == [
         "actor_rollout_ref.model.path=/nope/model: there is no such folder, and it is not a name on the hub",
         "data.train_batchsize is read by nothing",
@@ -264,9 +264,7 @@ def test_wrong_values_are_all_named_and_nothing_is_built_on_them(data):
 def test_what_verl_ignores_is_a_warning_and_stays_in_the_settings(data):
     overrides = ["trainer.balance_batch=false", "critic.ppo_max_token_len_per_gpu=9216", "critic.use_dynamic_bsz=false"]
     overrides += ["critic.ppo_micro_batch_size_per_gpu=2"]
-    problems, warnings, found = run(
-        "algorithm=ppo", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", *overrides
-    )
+    problems, warnings, found = run("algorithm=ppo", RUN[1], f"math.folder={data}", *overrides)
     assert problems == [] and "passed for" in found["checks"]
     for override in overrides:
         assert f"{override} has no effect: verl does not read it" in warnings
@@ -276,26 +274,19 @@ def test_data_in_json_pass(data, tmp_path):
     rows = pd.read_parquet(data / "train.parquet")
     for name, lines in (("train.jsonl", True), ("train.json", False)):
         rows.to_json(tmp_path / name, orient="records", lines=lines)
-        experiment = "+experiment=deepseek_qwen_1_5b"
-        problems, _, found = run(
-            "algorithm=disco", experiment, f"math.folder={data}", f"data.train_files={tmp_path / name}"
-        )
+        problems, _, found = run(*RUN, f"math.folder={data}", f"data.train_files={tmp_path / name}")
         assert problems == [] and found["train data"].startswith(f"{tmp_path / name}: 256 rows")
         assert found["steps"].startswith("1400, 700.0 passes")
 
 
 def test_the_rewards_old_names_are_checked_too(data):
     """verl moves them, whole nodes at a time, before anything reads them."""
-    run_of = ["algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}"]
+    run_of = [*RUN, f"math.folder={data}"]
     problems, _, _ = run(*run_of, "custom_reward_function.path=/nope.py")
     assert problems == ["reward.custom_reward_function.path=/nope.py: there is no such file"]
-    problems, _, _ = run(*run_of, "custom_reward_function.path=pkg://verl_ext.tasks.math.reward")
-    assert problems == ["reward.custom_reward_function.name=null is not in pkg://verl_ext.tasks.math.reward"]
-    named = [
-        "custom_reward_function.path=pkg://verl_ext.tasks.math.reward",
-        "custom_reward_function.name=compute_score",
-    ]
-    assert run(*run_of, *named)[0] == []
+    run_of.append("custom_reward_function.path=pkg://verl_ext.tasks.math.reward")
+    assert run(*run_of)[0] == ["reward.custom_reward_function.name=null is not in pkg://verl_ext.tasks.math.reward"]
+    assert run(*run_of, "custom_reward_function.name=compute_score")[0] == []
 
 
 def test_adapters_need_no_vllm_here(data, monkeypatch):
@@ -316,7 +307,7 @@ def test_an_error_of_a_check_names_the_overrides(data, monkeypatch):
         yield
 
     monkeypatch.setitem(checks.CHECKS, Needs.PLAN, [check_luck])
-    overrides = ["algorithm=disco", "+experiment=deepseek_qwen_1_5b", f"math.folder={data}", "trainer.nnodes=2"]
+    overrides = [*RUN, f"math.folder={data}", "trainer.nnodes=2"]
     (wrong,) = [f for f in examine(overrides) if f.problem]
     assert wrong.problem == "checking luck failed: ZeroDivisionError: integer modulo by zero"
     assert wrong.fix == f"fix the error above; it may come from math.folder={data}, trainer.nnodes=2"
@@ -387,8 +378,7 @@ def test_adapters_are_counted_as_peft_makes_them(model):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert lora_parameters(find_shape(str(model))[0], 8) == trained

@@ -8,7 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from verl_ext.preflight.composition import Run
-from verl_ext.preflight.lost_updates import check_adapters, check_lost_updates
+from verl_ext.preflight.trainer import check_adapters, check_lost_updates
 
 ASYNC = "trainer.v1.trainer_mode=separate_async"
 MODEL = "actor_rollout_ref.model"

@@ -61,7 +61,7 @@ def test_an_algorithm_that_does_not_compose_is_wrong(monkeypatch):
 
 def test_no_rollout_engine_is_wrong(monkeypatch):
     monkeypatch.setattr(RolloutReplicaRegistry, "_registry", {"sglang": None})
-    monkeypatch.setitem(machine.ENGINE_MODULES, "sglang", "no_such_module_here")
+    monkeypatch.setitem(machine.ENGINES, "sglang", "no_such_module_here")
     assert _problems(machine.check_rollout_engines)[0][0] == "nothing is installed that can generate responses"
 
 

@@ -6,8 +6,7 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from verl_ext.preflight.checks import CHECKS, Needs
-from verl_ext.preflight.next_verl import check_next_verl
-from verl_ext.preflight.trainer import check_trainer
+from verl_ext.preflight.trainer import check_next_verl, check_trainer
 from verl_ext.preflight.unread import check_ignored
 
 
