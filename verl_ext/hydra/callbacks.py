@@ -1,8 +1,8 @@
-"""What happens around each Hydra job of verl's trainers; :mod:`verl_ext.hydra.config_source` adds it to their configs.
+"""Prepares and ends each Hydra job of verl's trainers; :mod:`verl_ext.hydra.config_source` adds it to their configs.
 
-It makes paths absolute, takes ``trainer.default_local_dir`` for the run (and refuses where it is another run's), saves
-the composed settings there as ``config.yaml``, marks the run as finished once it is, and shuts Ray down at the job's
-end. The rest is said by the top-level node ``verl_ext``, which our YAML files write and a stock run has not:
+It makes paths absolute, takes ``trainer.default_local_dir`` for the run (and refuses another run's folder), saves the
+composed settings there as ``config.yaml``, marks a finished run, and shuts Ray down at the job's end. Our YAML files
+set the rest in the top-level node ``verl_ext``, which a stock run lacks:
 
 - ``verl_ext.validator``: name of a function ``(config) -> None`` that raises ValueError to refuse the settings;
 - ``verl_ext.prepare``: name of a function ``(config) -> None`` that builds what the run needs before Ray starts.
@@ -36,12 +36,12 @@ BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 class JobCallback(Callback):
-    """Sweep by our launcher; settle, validate and prepare before a job; leave a clean process behind after it."""
+    """Sweep by our launcher; settle, validate and prepare a job; clean up the process after it."""
 
     _lock: BaseFileLock | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Run the jobs by :mod:`verl_ext.hydra.sweep`, which hands them to another launcher where one was asked for."""
+        """Run the jobs by :mod:`verl_ext.hydra.sweep`, which passes them to the chosen launcher."""
         from hydra.core.plugins import Plugins
 
         from hydra_plugins.verl_ext_sweep import SweepLauncher
@@ -54,41 +54,32 @@ class JobCallback(Callback):
             else:
                 given = OmegaConf.to_container(config.hydra.launcher, resolve=False)
                 config.hydra.launcher = {"_target_": ours, "_recursive_": False, "launcher": given}
-            # Hydra's own has the time in it, and a sweep that is started again must find its runs.
+            # Hydra's default contains the time, but a sweep that is started again must find its runs.
             if OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"].startswith("multirun/${now:"):
                 name = config.hydra.runtime.choices.get("experiment") or config.trainer.project_name
                 config.hydra.sweep.dir = f"outputs/sweeps/{name if isinstance(name, str) else '+'.join(name)}"
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Say how the jobs ended.
-
-        Raises:
-            SystemExit: with status 1, if one failed.
-        """
+        """Say how the jobs ended; exit with status 1 if one failed."""
         sweep.sum_up()
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Settle what verl's processes cannot know; a sweep's jobs come settled.
-
-        Raises:
-            SystemExit: as :meth:`on_job_start`.
-        """
+        """Settle what verl's processes cannot know; a sweep has settled its jobs. Refuse as :meth:`on_job_start`."""
         with _refusals():
             settle(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Run verl's job only if the settings hold.
+        """Run verl's job only if the settings are right.
 
         Raises:
-            SystemExit: with a message that the interpreter prints. Hydra turns an Exception of a callback into a
-                warning and goes on, so nothing less would stop the run.
+            SystemExit: with a message. Hydra turns a callback's Exception into a warning, so nothing less stops it.
         """
         with _refusals():
             given = {sweep.name_of(o) for o in OmegaConf.to_container(config.hydra.overrides.task)}
             self._lock = before_job(composition.of_job(config), given)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Mark a run that is finished. Shut Ray down: verl starts it once a process, which may run several jobs."""
+        """Mark a finished run. Shut Ray down: verl starts it once per process, which may run several jobs."""
         folder = OmegaConf.select(config, "trainer.default_local_dir")
         try:
             if folder and job_return.status == JobStatus.COMPLETED:
@@ -103,7 +94,7 @@ class JobCallback(Callback):
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """End the process by a message where an exception would be a warning of Hydra's."""
+    """End the process with a message, since Hydra would turn an exception into a warning."""
     try:
         yield
     except ValueError as e:
@@ -126,17 +117,17 @@ def mark_finished(config: DictConfig, folder: Path) -> None:
 
 
 def before_job(run: Run, given: Collection[str] = ()) -> BaseFileLock | None:
-    """All that happens between the composed settings and verl's ``main``.
+    """Check the settings, take the run's folder and prepare the run, before verl's ``main``.
 
     Args:
-        run: the run; its folder is set.
-        given: full names of what the command line sets.
+        run: the run, whose ``folder`` this sets.
+        given: full names of the settings on the command line.
 
     Returns:
         The lock on the run's folder; None without a folder.
 
     Raises:
-        ValueError: the settings are refused, or the folder is.
+        ValueError: the settings or the folder are refused.
     """
     config = run.composed
     if OmegaConf.select(config, "trainer.device") == "cpu":
