@@ -26,12 +26,12 @@ def check_trainer(run: Run) -> Iterator[Finding]:
     if wanted is None:
         return
     if config.trainer.get("use_v1") is False:
-        problem = f"trainer.use_v1=False is verl's legacy trainer, which knows nothing of {wanted}"
+        problem = f"trainer.use_v1=False is verl's legacy trainer, which does not read {wanted}"
         yield Finding("trainer", "", problem, "set trainer.use_v1=True")
         return
     # Only the configs of verl.experimental's trainers have this node.
     if "rollout" in config:
-        problem = f"verl.experimental's trainers know nothing of {wanted}"
+        problem = f"verl.experimental's trainers do not read {wanted}"
         yield Finding("trainer", "", problem, "run python -m verl.trainer.main_ppo")
         return
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
@@ -41,9 +41,10 @@ def check_trainer(run: Run) -> Iterator[Finding]:
     mode = config.trainer.v1.trainer_mode
     extended = sorted(name for name, trainer in TRAINER_REGISTRY.items() if issubclass(trainer, ExtendedTrainer))
     if mode not in extended:
-        found = TRAINER_REGISTRY.get(mode)
-        trainer = f"{found.__module__}.{found.__qualname__}" if found else "registered by nothing here"
-        problem = f"trainer.v1.trainer_mode={mode} is {trainer}, which knows nothing of {wanted}"
+        problem = f"trainer.v1.trainer_mode={mode} is not registered"
+        if found := TRAINER_REGISTRY.get(mode):
+            trainer = f"{found.__module__}.{found.__qualname__}"
+            problem = f"trainer.v1.trainer_mode={mode} is {trainer}, which does not read {wanted}"
         yield Finding("trainer", "", problem, f"use one of {', '.join(extended)}")
 
 
@@ -57,7 +58,7 @@ def check_asynchrony(run: Run) -> Iterator[Finding]:
     manager = str(settings.agent.get("agent_loop_manager_class"))
     if manager.endswith("BatchAgentLoopManager"):
         name = f"{rollout}.agent.agent_loop_manager_class={manager}"
-        problem = f"{name} waits until a whole batch is generated, and {where} trains meanwhile"
+        problem = f"{name} waits for a whole batch, but {where} trains while it is generated"
         yield Finding("trainer", "", problem, "set it to null")
     if mode != "separate_async":
         return

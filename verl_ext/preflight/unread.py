@@ -77,7 +77,8 @@ def check_unread(run: Run) -> Iterator[Finding]:
         name, key = setting.name, setting.name.rpartition(".")[2]
         if name in known or key == "_target_" or name.startswith(closed):
             continue
-        if re.search(rf"(?:\$\{{|select:\s*){re.escape(name)}(?!\w)", interpolated) or _is_word(key, users):
+        copied = re.search(rf"(?:\$\{{|select:\s*){re.escape(name)}(?!\w)", interpolated)
+        if copied or re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", users):
             closed += (f"{name}.",)
         elif name.partition(".")[0] in _own_nodes() and name in names_of_groups():
             if not isinstance(setting.value, dict):
@@ -239,10 +240,6 @@ def _source_of(name: str) -> str:
         if spec is not None and spec.origin and spec.origin.endswith(".py"):
             return Path(spec.origin).read_text(errors="replace")
     return ""
-
-
-def _is_word(name: str, text: str) -> bool:
-    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text) is not None
 
 
 @cache

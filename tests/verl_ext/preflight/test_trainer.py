@@ -36,14 +36,14 @@ def fancy(monkeypatch) -> type:
 def test_a_mode_that_is_not_extended_is_refused_by_name(fancy, extension):
     (refusal,) = found({extension: "a.Worker"}, "fancy")
     assert refusal == (
-        f"trainer.v1.trainer_mode=fancy is {__name__}.{fancy.__qualname__}, which knows nothing of "
+        f"trainer.v1.trainer_mode=fancy is {__name__}.{fancy.__qualname__}, which does not read "
         f"verl_ext.{extension}; use one of colocate_async, separate_async, sync"
     )
 
 
 def test_a_mode_that_nothing_registers_is_refused():
     (refusal,) = found(WORKER, "missing")
-    assert "trainer.v1.trainer_mode=missing is registered by nothing here" in refusal
+    assert "trainer.v1.trainer_mode=missing is not registered" in refusal
 
 
 def test_a_mode_on_top_of_ours_and_a_run_that_needs_none_of_it_may_start(fancy, monkeypatch):
@@ -65,7 +65,7 @@ def test_start_and_doctor_refuse_the_mode_in_the_same_words(fancy, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     overrides = ["algorithm=disco", "+experiment=arithmetic_cpu", "trainer.v1.trainer_mode=fancy"]
-    problem = f"trainer.v1.trainer_mode=fancy is {__name__}.{fancy.__qualname__}, which knows nothing of verl_ext."
+    problem = f"trainer.v1.trainer_mode=fancy is {__name__}.{fancy.__qualname__}, which does not read verl_ext."
     with hydra.initialize_config_module("verl.trainer.config", version_base=None):
         config = hydra.compose("ppo_trainer", overrides, return_hydra_config=True)
         JobCallback().on_run_start(config)
