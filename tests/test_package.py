@@ -111,14 +111,14 @@ ours = recipe.disco.__path__[0]
 os.symlink(ours, "recipe/disco")
 importlib.invalidate_caches()
 plugin.check_not_hidden()
-print(ours, config.disco.tau, config.actor_rollout_ref.actor.policy_loss.loss_mode)
+print(ours, config.disco.beta, config.actor_rollout_ref.actor.policy_loss.loss_mode)
 """
 
 
 def test_the_wheel_alone_makes_the_method_a_choice_beside_the_recipes_of_a_checkout(python, checkout):
-    path, tau, mode = _run(python, "-W", "ignore", "-c", IN_A_CHECKOUT, cwd=checkout).split()[-3:]
+    path, beta, mode = _run(python, "-W", "ignore", "-c", IN_A_CHECKOUT, cwd=checkout).split()[-3:]
     assert Path(path).is_relative_to(python.parents[1])
-    assert (tau, mode) == ("10.0", "disco")
+    assert (beta, mode) == ("1000.0", "disco")
 
 
 def test_a_copy_in_a_checkout_is_refused_in_words(python, checkout):

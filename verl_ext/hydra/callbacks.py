@@ -133,8 +133,9 @@ def before_job(run: Run, given: Collection[str] = ()) -> BaseFileLock | None:
     if OmegaConf.select(config, "trainer.device") == "cpu":
         cpu.request()
     refuse(run, Needs.OVERRIDES)
-    if "verl_ext" in config and (missing := composition.unset(config)):
-        raise ValueError(f"{missing[0]} is not set; give {missing[0]}=...")
+    # What our experiments follow; verl names its own.
+    for name in (name for name in composition.unset(config) if "." not in name):
+        raise ValueError(f"{name} is not set; give {name}=...")
     for name, value in unsettled(config).items():
         raise ValueError(f"{name}={value} is known to Hydra's own process only; give its value")
     refuse(run, Needs.CODE, Needs.SETTINGS)

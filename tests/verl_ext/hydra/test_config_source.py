@@ -23,6 +23,7 @@ from verl.trainer.ppo.reward import resolve_reward_manager_cls
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.config import omega_conf_to_dataclass
 
+from recipe.disco.settings import parse
 from verl_ext import recipes
 from verl_ext.hydra import callbacks as hydra_callbacks
 from verl_ext.hydra import config_source as hydra_config
@@ -167,7 +168,7 @@ def test_other_directories_are_not_verls(path):
 def test_disco_reaches_the_workers_and_needs_nothing_else(compose):
     config = compose("algorithm=disco")
     carried = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).disco
-    assert (carried.objective, carried.score, carried.tau) == ("disco", "log_l", 10.0)
+    assert (carried.objective, carried.score, carried.beta) == ("disco", "log_l", 1000.0)
     assert (carried.constraint, carried.delta, carried.beta) == ("squared_hinge", 1e-4, 1000.0)
     assert not config.actor_rollout_ref.actor.use_kl_loss and not config.algorithm.use_kl_in_reward
 
@@ -177,7 +178,8 @@ def test_disco_reaches_the_workers_and_needs_nothing_else(compose):
     [([], 10.0), (["disco.score=l_ratio"], 1.0), (["disco.score=l_ratio", "disco.tau=3"], 3), (["disco.tau=3"], 3)],
 )
 def test_tau_follows_the_score_unless_it_is_set(compose, overrides, tau):
-    assert compose("algorithm=disco", *overrides).actor_rollout_ref.actor.policy_loss.disco.tau == tau
+    carried = compose("algorithm=disco", *overrides).actor_rollout_ref.actor.policy_loss.disco
+    assert parse(carried).tau == tau
 
 
 def test_disco_b_differs_from_disco_in_the_objective_alone(compose):

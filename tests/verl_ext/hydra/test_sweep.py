@@ -96,14 +96,14 @@ def test_a_refused_job_does_not_end_the_sweep_and_another_directory_may_be_chose
 
 def test_interpolations_and_the_mode_are_for_the_jobs(sweep, tmp_path):
     # Two learning rates, by name; and a config that makes a sweep of every start, as a child must not.
-    rates = "actor_rollout_ref.actor.optim.lr=${disco.delta},${disco.tau}"
+    rates = "actor_rollout_ref.actor.optim.lr=${disco.delta},${disco.beta}"
     status, output = sweep("algorithm=disco", "+seed=1", rates, "hydra.mode=MULTIRUN")
     assert status == 0 and len(trained(output)) == 2, output[-3000:]
     found = sorted(
         OmegaConf.load(f).actor_rollout_ref.actor.optim.lr
         for f in (tmp_path / "outputs/sweeps").glob(f"*/*/{runs.CONFIG_FILE}")
     )
-    assert found == [1e-4, 10.0]
+    assert found == [1e-4, 1000.0]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
