@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a DisCO training run on a CPU: environment, a small pre-trained model, training, summary.
+# From nothing to a DisCO training run on a CPU: environment, a small pre-trained model, training, summary, report.
 #
 #   bash examples/quickstart.sh [hydra overrides, e.g. disco.score=l_ratio]
 #
@@ -20,7 +20,7 @@ if [ "${found%% *}" = finished ]; then
 else
   started=$SECONDS
   echo "training; everything that verl says goes to $RUN/log.txt"
-  # A line a step; the rest is in the log.
+  # One line per step; the rest is in the log.
   .venv/bin/python -u -m verl.trainer.main_ppo "${run[@]}" 2>&1 |
     tee -a "$RUN/log.txt" |
     .venv/bin/python -u -m verl_ext.tasks.arithmetic.progress || {
@@ -32,3 +32,4 @@ else
 fi
 echo
 .venv/bin/python -m verl_ext.tasks.arithmetic.summary "$RUN"
+.venv/bin/python -m verl_ext.report "$RUN" --out "$RUN/report"

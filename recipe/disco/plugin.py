@@ -47,7 +47,6 @@ RECIPE = Recipe(
         "entropy": ("disco/entropy",),
         "kl": ("disco/kl",),
         "coefficient": ("disco/coefficient",),
-        "lengths": ("disco/length_positive", "disco/length_negative"),
     },
     totals=("disco/measure_seconds",),
     kl_bound=kl_bound,

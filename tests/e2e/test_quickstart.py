@@ -47,7 +47,8 @@ def test_it_trains_and_summarises_and_a_second_start_only_summarises(tmp_path):
     assert "before (step 0) and after (step 2)" in first
     for name in ("reward in training", "KL(old || new)", "entropy", f"checkpoint   {run / 'global_step_2'}"):
         assert name in first
-    for name in ("global_step_2/actor/disco_controller.json", "metrics.jsonl", "config.yaml", "plots.png", "log.txt"):
+    written = ("global_step_2/actor/disco_controller.json", "metrics.jsonl", "config.yaml", "log.txt")
+    for name in (*written, "report/report.html"):
         assert (run / name).stat().st_size > 0
 
     # Two ranks' shards become one model, with a card.

@@ -14,6 +14,7 @@ CURVES = {
     "reward": ("reward in training", "critic/score/mean"),
     "entropy": ("entropy, nats per token", "actor/entropy"),
     "kl": ("KL(old || new), nats per token", "actor/ppo_kl"),
+    "coefficient": ("coefficient of the KL", "actor/kl_coef"),
     "length": ("response length, tokens", "response_length/mean"),
     "mixed": ("share of questions with right and wrong responses", "training/mixed_questions"),
 }

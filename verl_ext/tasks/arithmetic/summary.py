@@ -1,4 +1,4 @@
-"""Summarise an arithmetic run from its ``metrics.jsonl``: a table on the terminal, and plots beside the file.
+"""Summarise an arithmetic run from its ``metrics.jsonl``: a table on the terminal.
 
 python -m verl_ext.tasks.arithmetic.summary outputs/arithmetic/grpo,seed=1
 """
@@ -12,8 +12,6 @@ from omegaconf import OmegaConf
 
 from verl_ext.recipes import metric_names
 from verl_ext.runs.folder import CONFIG_FILE, METRICS_FILE, read_metrics
-
-PLOTS = "plots.png"
 
 
 def pass_at_1(row: dict) -> dict[int, float]:
@@ -67,46 +65,8 @@ def describe(run: Path) -> str:
     lines += [
         f"checkpoint   {checkpoints[-1] if checkpoints else 'none'}",
         f"metrics      {run / METRICS_FILE}",
-        f"plots        {run / PLOTS}",
     ]
     return "\n".join(lines)
-
-
-def plot(run: Path) -> Path:
-    """Plot pass@1, reward, KL, entropy, coefficient and lengths over the steps; return the PNG's path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_metrics(run)
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
-    evaluations = [(r["step"], pass_at_1(r)) for r in rows if pass_at_1(r)]
-    for level in sorted(evaluations[0][1]) if evaluations else ():
-        points = [(s, e[level]) for s, e in evaluations]
-        axes[0, 0].plot(*zip(*points, strict=True), marker=".", label=f"level {level}")
-    axes[0, 0].set(title="pass@1 on held-out questions", ylim=(0, 1))
-    axes[0, 0].legend(fontsize=7)
-    panels = {
-        (0, 1): ("reward in training", ["critic/score/mean", "training/mixed_questions"]),
-        (0, 2): ("entropy (nats per token)", ["actor/entropy"]),
-        (1, 0): ("KL(old || new) (nats per token)", metric_names("kl", "actor/ppo_kl")),
-        (1, 1): ("coefficient of the KL", metric_names("coefficient")),
-        (1, 2): ("response length (tokens)", metric_names("lengths") or ["response_length/mean"]),
-    }
-    for position, (title, names) in panels.items():
-        axis = axes[position]
-        for name in names:
-            points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name)
-        axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend(fontsize=7)
-    path = run / PLOTS
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
 
 
 def main() -> None:
@@ -115,7 +75,6 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.run / METRICS_FILE).exists():
         raise SystemExit(f"{args.run / METRICS_FILE} does not exist; give the folder of a run")
-    plot(args.run)
     print(describe(args.run))
 
 

@@ -44,10 +44,6 @@ def test_a_run_without_an_evaluation_says_so(tmp_path):
     assert "no evaluation followed by a finished step" in summary.describe(tmp_path)
 
 
-def test_the_plots_are_a_png(run):
-    assert summary.plot(run).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
-
 def test_no_run_ends_with_a_message(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
     with pytest.raises(SystemExit, match="metrics.jsonl does not exist"):
