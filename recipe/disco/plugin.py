@@ -41,6 +41,7 @@ RECIPE = Recipe(
     package="recipe.disco",
     config="recipe.disco.config",
     registering=("recipe.disco.estimator",),
+    estimators=("disco",),
     losses={"disco": batch_loss},
     compared=("disco", "real"),
     metrics={

@@ -102,7 +102,7 @@ class Registry(Generic[T]):
             if setting not in settings and f.default is MISSING and f.default_factory is MISSING:
                 raise ValueError(
                     f"disco.{self.setting}={name} needs the setting {setting!r}; give it (in a run: "
-                    f"+disco.options.{setting}=VALUE)"
+                    f"disco.{setting}=VALUE, or +disco.options.{setting}=VALUE for one of your own)"
                 )
         return cls(**{setting: settings[setting] for setting in owned if setting in settings})
 

@@ -165,7 +165,7 @@ def shipped_settings() -> dict[str, Field]:
 
 @functools.cache
 def load_once(module: str | None) -> None:
-    """Run a user's module, once a process: it registers objectives, scores or controllers.
+    """Run a user's module, once per process: it registers objectives, scores or controllers.
 
     Raises:
         ValueError: it cannot be loaded.

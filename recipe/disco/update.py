@@ -110,6 +110,7 @@ def plan_update(
     penalty, coefficient = price(controller, in_force.item())
     loss = (-j.value + controller.penalty(in_force)).to(table.score)
 
+    needs_gradient = (table.length > 0) & ((weight != 0) | (coefficient != 0))
     groups = group_metrics(table.score.detach(), *rows[1:], weight)
     metrics = {
         "loss": loss.item(),
@@ -125,10 +126,10 @@ def plan_update(
         "questions": float(len(table.question[real].unique())),
         "padding_rows": float((~real).sum() / max(len(real), 1)),
         "no_mixed_group": float(groups["groups_mixed"] == 0),
+        "needs_gradient": float(needs_gradient.sum() / max(int(real.sum()), 1)),
     }
     if not table.entropy.isnan().any():
         metrics["entropy"] = float(table.entropy.sum()) / max(tokens, 1)
-    needs_gradient = (table.length > 0) & ((weight != 0) | (coefficient != 0))
     return UpdatePlan(loss, weight, coefficient, tokens, in_force.item(), needs_gradient, metrics)
 
 

@@ -299,7 +299,7 @@ class DiscoTrainingWorker(TrainingWorker):
         self._noise_told = noise
         advice = [f"a disco.delta of {2 * noise:.1g}"]
         if error > delta:
-            advice.append("more questions a mini-batch (the error falls with the root of the responses)")
+            advice.append("more questions per mini-batch (the error falls with the root of the responses)")
             advice += ["disco.kl_estimator=k3 (a tenth of the error)"] * (self.disco.kl_estimator == "k1")
         if floor > delta:
             advice.append("float32, or bypass_mode=False where old_log_probs are the rollout's")
@@ -335,7 +335,7 @@ class DiscoTrainingWorker(TrainingWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
-        """verl's, plus the controller's state in ``disco_controller.json`` beside the weights."""
+        """Save verl's checkpoint, plus the controller's state in ``disco_controller.json`` beside the weights."""
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
         # Every rank with outputs holds the same state and may write it.
         if self.engine.is_mp_src_rank_with_outputs():
@@ -347,7 +347,7 @@ class DiscoTrainingWorker(TrainingWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
-        """verl's, plus the controller's state."""
+        """Load verl's checkpoint, plus the controller's state."""
         path = os.path.join(local_path, STATE_FILE) if local_path else ""
         saved = None
         if os.path.exists(path):

@@ -29,5 +29,5 @@ def test_rollout_and_actor_agree_after_an_update(main_ppo):
 def test_a_refusal_names_the_setting_before_ray_starts(main_ppo):
     run = main_ppo("algorithm=disco", *VLLM, "actor_rollout_ref.rollout.free_cache_engine=true")
     assert run.returncode != 0
-    assert "actor_rollout_ref.rollout.free_cache_engine=True (it cannot free memory by sleeping; set False)" in run.output
+    assert "rollout.free_cache_engine=True (it cannot free memory by sleeping; set False)" in run.output
     assert "Started a local Ray instance" not in run.output

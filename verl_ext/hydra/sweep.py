@@ -71,8 +71,16 @@ TRAINING = (
     "actor_rollout_ref.actor.optim.lr",
     "actor_rollout_ref.rollout.n",
     "actor_rollout_ref.rollout.temperature",
+    "actor_rollout_ref.rollout.val_kwargs.do_sample",
+    "actor_rollout_ref.rollout.val_kwargs.temperature",
+    "actor_rollout_ref.rollout.val_kwargs.top_p",
+    "actor_rollout_ref.rollout.val_kwargs.n",
+    *(
+        f"actor_rollout_ref.actor.optim.{name}"
+        for name in ("lr_warmup_steps_ratio", "betas", "weight_decay", "clip_grad")
+    ),
 )
-"""Settings that a preset sets, and that a comparison of methods wants alike."""
+"""Settings that a preset sets, and that a comparison of methods wants alike: training and evaluation."""
 
 
 def unequal(jobs: Sequence[tuple[DictConfig, Collection[str]]]) -> str:

@@ -5,6 +5,7 @@ wrong and how to fix it. Add yours to :data:`CHECKS`, under what it needs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from enum import Enum, auto
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -25,6 +26,7 @@ from verl_ext.preflight.trainer import (
     check_asynchrony,
     check_lost_updates,
     check_next_verl,
+    check_recipes_worker,
     check_trainer,
 )
 from verl_ext.preflight.unread import check_unread
@@ -56,6 +58,7 @@ def check_nodes(run: Run) -> Iterator[Finding]:
         yield from ask_cluster(run.config, run.folder)
 
 
+_TRAINER = [check_trainer, check_asynchrony, check_next_verl, check_adapters]
 _PLAN = [check_dataclasses, check_verls_own, check_sizes, check_steps, check_model, check_tokenizer]
 _PLAN += [check_first_evaluation, check_packages]
 CHECKS: dict[Needs, list[Callable[[Run], Iterator[Finding]]]] = {
@@ -63,7 +66,7 @@ CHECKS: dict[Needs, list[Callable[[Run], Iterator[Finding]]]] = {
     Needs.CODE: [check_code],
     Needs.FILES: [check_paths, check_data_files],
     Needs.CONTENTS: [check_imports, check_rows],
-    Needs.SETTINGS: [check_trainer, check_asynchrony, check_next_verl, check_adapters, check_cpu, check_validator],
+    Needs.SETTINGS: [*_TRAINER, check_recipes_worker, check_cpu, check_validator],
     Needs.CLUSTER: [check_nodes],
     Needs.PLAN: _PLAN,
 }
@@ -124,8 +127,12 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
         if isinstance(node, DictConfig) and key in node:
             with open_dict(node):
                 del node[key]
+    prepared = OmegaConf.select(config, "verl_ext.prepare")
     for need in (Needs.CODE, Needs.FILES, Needs.CONTENTS):
-        yield from run_checks(CHECKS[need], run, hint=hint)
+        for finding in run_checks(CHECKS[need], run, hint=hint):
+            if need is Needs.FILES and prepared and finding.problem:
+                finding = replace(finding, warning=True, fix=f"{prepared} may build it when the run starts")
+            yield finding
     if wrong:
         yield Finding("further checks", "skipped: fix the values above first")
         return

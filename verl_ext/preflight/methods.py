@@ -3,8 +3,6 @@
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
 
-from verl_ext import recipes
-
 GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "gpg", "opo")
 GROUP_ESTIMATORS += ("reinforce_plus_plus_baseline",)
 """verl's advantage estimators that compare the responses to one question."""
@@ -26,10 +24,8 @@ def validate(config: DictConfig) -> None:
     own = OmegaConf.select(config, "actor_rollout_ref.model.external_lib")
     if not own and estimator not in [*ADV_ESTIMATOR_REGISTRY, "gae"]:
         refuse("algorithm.adv_estimator", estimator, f"verl has {sorted(ADV_ESTIMATOR_REGISTRY)}")
-    # Only a recipe's own worker computes the recipe's losses.
-    losses = set(POLICY_LOSS_REGISTRY).difference(*(recipe.losses for recipe in recipes.installed()))
-    if not own and loss_mode not in losses:
-        refuse("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, f"verl has {sorted(losses)}")
+    if not own and loss_mode not in POLICY_LOSS_REGISTRY:
+        refuse("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, f"verl has {sorted(POLICY_LOSS_REGISTRY)}")
     if estimator in GROUP_ESTIMATORS and rollout.n < 2:
         right = f"algorithm.adv_estimator={estimator} compares the responses to a question; use n >= 2"
         refuse("actor_rollout_ref.rollout.n", rollout.n, right)

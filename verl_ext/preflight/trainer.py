@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from verl.utils.torch_dtypes import PrecisionType
 
+from verl_ext import recipes
 from verl_ext.preflight.composition import Run, walk
 from verl_ext.preflight.findings import Finding
 
@@ -13,7 +14,7 @@ EXTENSIONS = ("actor_worker_class", "whole_groups")
 """Settings of the node ``verl_ext`` that only our trainers read."""
 
 SHARED_PREFIXES = ("use_prefix_tree", "use_prefix_grouper")
-"""Settings of verl's open pull requests 6689 and 4368: they compute shared prefixes once, and reorder rows for it."""
+"""Settings that compute shared prefixes once and reorder rows for it; the first is verl's open pull request 6689."""
 
 DATA_BACKEND = "rollout_data_backend"
 """Setting of verl's open pull request 7415: where the rows of a batch are kept."""
@@ -115,6 +116,21 @@ def check_lost_updates(run: Run) -> Iterator[Finding]:
         problem += f"steps of lr={lr:g} round to nothing for weights above {moved:.1g}"
         fix = "use fp32; fsdp_config.mixed_precision computes in bfloat16 all the same"
         yield Finding(name, "", problem, fix, warning=True)
+
+
+def check_recipes_worker(run: Run) -> Iterator[Finding]:
+    """Name a recipe's loss or advantage estimator in a run without the recipe's worker and whole groups."""
+    config = run.config
+    loss_mode = OmegaConf.select(config, "actor_rollout_ref.actor.policy_loss.loss_mode")
+    for recipe in recipes.installed():
+        of_recipe = {"actor_rollout_ref.actor.policy_loss.loss_mode": recipe.losses}
+        of_recipe["algorithm.adv_estimator"] = recipe.estimators
+        used = [name for name, own in of_recipe.items() if OmegaConf.select(config, name) in own]
+        ours = str(OmegaConf.select(config, "verl_ext.actor_worker_class")).startswith(f"{recipe.package}.")
+        if used and not (ours and loss_mode in recipe.losses and config.verl_ext.whole_groups):
+            name, value = used[0], OmegaConf.select(config, used[0])
+            problem = f"{name}={value} needs {recipe.package}'s own worker, loss and whole groups, which this run lacks"
+            yield Finding(name, "", problem, f"start from algorithm={value}, or use one of verl's own")
 
 
 def check_next_verl(run: Run) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_ext import recipes
 from verl_ext.preflight.composition import Run, hints, names, walk
 from verl_ext.preflight.findings import Finding, nearest
+from verl_ext.preflight.trainer import DATA_BACKEND, SHARED_PREFIXES
 
 HANDED_ON = {"apply_chat_template_kwargs", "custom", "engine_kwargs", "env_vars", "fused_kernel_options", "options"}
 HANDED_ON |= {"layer_name_map", "mbridge_config", "mm_processor_kwargs", "sampler_kwargs", "turbo_config"}
@@ -75,7 +76,7 @@ def check_unread(run: Run) -> Iterator[Finding]:
     closed: tuple[str, ...] = ()
     for setting in walk(raw):
         name, key = setting.name, setting.name.rpartition(".")[2]
-        if name in known or key == "_target_" or name.startswith(closed):
+        if name in known or key in (*SHARED_PREFIXES, DATA_BACKEND, "_target_") or name.startswith(closed):
             continue
         copied = re.search(rf"(?:\$\{{|select:\s*){re.escape(name)}(?!\w)", interpolated)
         if copied or re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", users):

@@ -158,7 +158,7 @@ def test_a_users_module_registers_an_objective_with_settings_of_its_own(tmp_path
         "        return Sides(self.factor * group.positive.mean(), 0 * group.negative.mean())\n"
     )
     with pytest.raises(
-        ValueError, match=r"needs the setting 'factor'; give it \(in a run: \+disco.options.factor=VALUE\)"
+        ValueError, match=r"needs the setting 'factor'; give it \(in a run: .*\+disco.options.factor=VALUE "
     ):
         DiscoConfig(objective="only_positives", module=str(module))
     config = DiscoConfig(objective="only_positives", module=str(module), options={"factor": 3.0})

@@ -25,7 +25,7 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from recipe.disco.settings import parse
 from verl_ext import recipes
-from verl_ext.hydra import callbacks as hydra_callbacks
+from verl_ext.hydra import callbacks
 from verl_ext.hydra import config_source as hydra_config
 from verl_ext.preflight import checks, composition
 from verl_ext.runs import folder as runs
@@ -332,7 +332,7 @@ def test_experiments_come_from_the_same_search_path(compose):
 
 
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_another():
-    """Issue: with one checkpoint to keep, verl's rotation had none for a moment."""
+    """With one checkpoint to keep, verl's rotation had none for a moment."""
     texts = [f.read_text() for group in recipes.groups() for f in recipes.options(group).values()]
     kept = [int(n) for text in texts for n in re.findall(r"max_(?:actor|critic)_ckpt_to_keep: (\d+)", text)]
     assert len(kept) >= 4 and min(kept) >= 2
@@ -417,7 +417,7 @@ DISCO = ("algorithm=disco", "+experiment=arithmetic_cpu", "verl_ext.prepare=null
 
 
 def test_each_run_has_a_folder_of_its_settings(jobs, tmp_path):
-    """Issue: the quickstart, and the same run with another score or seed, used one folder."""
+    """The quickstart, and the same run with another score or seed, used one folder."""
     for overrides in ([], ["disco.score=l_ratio", "seed=2"]):
         jobs(*DISCO, *overrides)
     names = ["disco,seed=1", "disco,disco.score=l_ratio,seed=2"]
@@ -461,7 +461,7 @@ def test_a_stock_run_is_refused_in_the_folder_of_another(jobs, tmp_path, capsys)
 
 
 def test_a_job_that_ends_early_is_not_finished(jobs, tmp_path, capsys):
-    """Issue: an evaluation alone in the folder of a half-trained run made it ``finished``."""
+    """An evaluation alone in the folder of a half-trained run made it ``finished``."""
     run = tmp_path / "run"
 
     def train(config, task_runner_class):
@@ -548,5 +548,5 @@ def test_ray_is_shut_down_after_a_job(monkeypatch, initialized):
     shut_down = []
     ray = types.SimpleNamespace(is_initialized=lambda: initialized, shutdown=lambda: shut_down.append(True))
     monkeypatch.setitem(sys.modules, "ray", ray)
-    hydra_callbacks.JobCallback().on_job_end(OmegaConf.create(), JobReturn())
+    callbacks.JobCallback().on_job_end(OmegaConf.create(), JobReturn())
     assert bool(shut_down) is initialized

@@ -155,7 +155,6 @@ ASYNC = ("trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.rollout.ag
     [
         (["disco.score=l_ratio"], "another run: disco.score=l_ratio .that run: log_l.; choose another folder, or"),
         (["seed=2"], "another run: seed=2 .that run: 1.; choose another folder, or trainer.resume_mode=disable to"),
-        (["verl_ext=null"], "another run: .*verl_ext.algorithm=ppo .that run: disco"),
         (["verl_ext.algorithm=grpo"], "another run: verl_ext.algorithm=grpo .that run: disco.; choose"),
         (["trainer.nnodes=2"], r"another run: trainer.nnodes x trainer.n_gpus_per_node=4 .that run: 2.; choose"),
         (ASYNC, "another run: .*trainer.v1.trainer_mode=colocate_async .that run: sync.; choose"),
@@ -164,7 +163,7 @@ ASYNC = ("trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.rollout.ag
     ],
 )
 def test_a_folder_of_another_run_is_refused_and_nothing_is_changed(start, half, overrides, message, mode):
-    """Issue: the finished run was "resumed", nothing trained, and its settings were replaced."""
+    """The finished run was "resumed", nothing trained, and its settings were replaced."""
     before = content(half)
     mode = [f"trainer.resume_mode={mode}", f"trainer.resume_from_path={half}/global_step_50"]
     with pytest.raises(ValueError, match=message):
@@ -252,7 +251,7 @@ def test_where_the_settings_are_unknown_the_shards_tell_the_number_of_ranks(star
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.5, 0.7, "lines", "a: [b\n"])
 def test_a_broken_file_of_settings_is_named(start, half, part):
-    """Issue: a truncated one was a run of algorithm=ppo."""
+    """A truncated one was a run of algorithm=ppo."""
     file = half / runs.CONFIG_FILE
     text = file.read_text()
     lines = text.splitlines(keepends=True)
@@ -332,7 +331,7 @@ VAL_ONLY = {"val_only": True}
     ],
 )
 def test_a_run_is_finished_when_its_metrics_say_so(tmp_path, rows, settings, left):
-    """Issue: an evaluation alone in the folder of a half-trained run, or none at its end, made it ``finished``."""
+    """An evaluation alone in the folder of a half-trained run, or none at its end, made it ``finished``."""
     logged(tmp_path, *rows) if rows else (tmp_path / runs.METRICS_FILE).touch()
     trainer = {"val_only": False, "total_training_steps": 100, "test_freq": 25} | settings
     assert runs.what_is_left(tmp_path, OmegaConf.create({"trainer": trainer})) == left

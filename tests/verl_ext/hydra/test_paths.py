@@ -71,7 +71,7 @@ NONE = {
 
 
 def test_relative_paths_start_where_the_command_was_given(config, tmp_path):
-    """Issue: on a cluster that is there, they started in the working folder of a node's Ray."""
+    """On a cluster that is there, they started in the working folder of a node's Ray."""
     for name, value in (PLACES | THERE).items():
         OmegaConf.update(config, name, value)
     settle(config)

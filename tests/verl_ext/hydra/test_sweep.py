@@ -169,7 +169,7 @@ TOY = ("algorithm=disco", "+experiment=arithmetic_cpu", "verl_ext.prepare=null")
 
 @pytest.mark.parametrize("batch", ["1", "null"])
 def test_what_is_swept_is_in_the_name_whatever_it_is(in_process, tmp_path, batch):
-    """Issue: of one job a batch, nothing was swept, and both jobs had one folder."""
+    """Of one job a batch, nothing was swept, and both jobs had one folder."""
     swept = ["trainer.total_training_steps=4,5", "algorithm.gamma=0.9,1.0"]
     jobs = in_process(*TOY, *swept, "actor_rollout_ref.rollout.n=4", f"hydra.sweeper.max_batch_size={batch}")
     names = [
@@ -183,7 +183,7 @@ def test_what_is_swept_is_in_the_name_whatever_it_is(in_process, tmp_path, batch
 
 
 def test_a_job_that_changes_its_folder_stays_where_the_sweep_is(in_process, tmp_path):
-    """Issue: with hydra.job.chdir=true, or Hydra's folder in a setting, the sweep looked elsewhere than its jobs."""
+    """With hydra.job.chdir=true, or Hydra's folder in a setting, the sweep looked elsewhere than its jobs."""
     dump = "trainer.rollout_data_dir=${hydra:runtime.output_dir}/dumps"
     (job,) = in_process(*TOY, "hydra.job.chdir=true", dump, "hydra.sweep.dir=elsewhere", "seed=7")
     folder = f"{tmp_path}/elsewhere/disco,seed=7"
@@ -193,7 +193,7 @@ def test_a_job_that_changes_its_folder_stays_where_the_sweep_is(in_process, tmp_
 
 
 def test_another_launcher_runs_the_jobs_in_folders_of_their_own(in_process, tmp_path, monkeypatch):
-    """Issue: with hydra/launcher=joblib all jobs had the default folder of one run."""
+    """With hydra/launcher=joblib all jobs had the default folder of one run."""
 
     class OtherLauncher(BasicLauncher):
         """Runs jobs in this process, as joblib's does in others."""
@@ -234,12 +234,15 @@ def test_jobs_that_differ_in_more_than_the_method_are_told_once(in_process, caps
     for part in (
         "data.train_batch_size (1024 for grpo, 128 for disco)",
         "rollout.temperature (1.0 for grpo, 0.6 for disco)",
+        "rollout.val_kwargs.n (1 for grpo, 16 for disco)",
         "give setting=disco_paper to all, or set them",
     ):
         assert part in line
     assert "rollout.n (" not in line
     assert warnings("setting=disco_paper") == []
     set_by_hand = ["data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=32"]
+    evaluation = dict(do_sample="true", temperature=1, top_p=1, n=4)
+    set_by_hand += [f"actor_rollout_ref.rollout.val_kwargs.{name}={value}" for name, value in evaluation.items()]
     assert warnings(*set_by_hand, "actor_rollout_ref.rollout.temperature=1") == []
     assert warnings("+experiment=arithmetic_cpu", "verl_ext.prepare=null") == []
 

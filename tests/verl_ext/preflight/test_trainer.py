@@ -9,7 +9,8 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
 
 from verl_ext.hydra.callbacks import JobCallback
 from verl_ext.preflight.checks import examine
-from verl_ext.preflight.trainer import EXTENSIONS, check_trainer
+from verl_ext.preflight.composition import compose
+from verl_ext.preflight.trainer import EXTENSIONS, check_recipes_worker, check_trainer
 from verl_ext.training.trainer import ExtendedTrainerSync
 
 WORKER = {"actor_worker_class": "a.Worker"}
@@ -74,3 +75,19 @@ def test_start_and_doctor_refuse_the_mode_in_the_same_words(fancy, tmp_path, mon
     (finding,) = [f for f in examine(overrides) if f.problem.startswith(problem)]
     assert e.value.code == f"verl-disco: settings refused: {finding}" and not finding.warning
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "overrides, name",
+    [
+        (["algorithm=grpo", "setting=disco_paper", "algorithm.adv_estimator=disco"], "algorithm.adv_estimator=disco"),
+        (["algorithm=ppo", "actor_rollout_ref.actor.policy_loss.loss_mode=disco"], "policy_loss.loss_mode=disco"),
+        (["algorithm=disco", "verl_ext.whole_groups=false"], "policy_loss.loss_mode=disco"),
+        (["algorithm=disco", "verl_ext.actor_worker_class=null"], "policy_loss.loss_mode=disco"),
+    ],
+)
+def test_a_recipes_loss_or_estimator_without_its_worker_is_refused(overrides, name):
+    (finding,) = check_recipes_worker(compose(["+experiment=arithmetic_cpu", *overrides]))
+    assert finding.problem.startswith((name, f"actor_rollout_ref.actor.{name}")) and "algorithm=disco" in finding.fix
+    assert list(check_recipes_worker(compose(["+experiment=arithmetic_cpu", "algorithm=disco"]))) == []
+    assert list(check_recipes_worker(compose(["algorithm=grpo"]))) == []

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow.parquet
 import pytest
 
-from verl_ext.tasks.math import prepare as prepare_data
+from verl_ext.tasks.math import prepare as preparation
 from verl_ext.tasks.math.prepare import PUBLISHED, SUFFIX
 from verl_ext.tasks.math.reward import compute_score
 
@@ -21,7 +21,7 @@ def prepare(tmp_path, capsys):
     """``prepare(*arguments)``: exit status, standard output, standard error."""
 
     def run(*arguments):
-        status = prepare_data.main(["--out", str(tmp_path / "out"), *map(str, arguments)])
+        status = preparation.main(["--out", str(tmp_path / "out"), *map(str, arguments)])
         return status, *capsys.readouterr()
 
     run.out = tmp_path / "out"
@@ -146,14 +146,14 @@ def test_each_answer_is_graded_against_itself_and_once(monkeypatch):
 
     def grade(source, text, truths, require_think):
         assert source == "" and not require_think
-        if truths == [prepare_data.ANOTHER]:
+        if truths == [preparation.ANOTHER]:
             return {"pred": "", "failure": "unreadable" if "odd" in text else "wrong"}
         graded.append(text)
         assert text == f"\\boxed{{{truths[0]}}}"
         return {"pred": truths[0].partition("}")[0], "failure": "timeout" if truths[0] == "hard" else ""}
 
-    monkeypatch.setattr(prepare_data, "compute_score", grade)
-    failures, as_text = prepare_data.self_graded(["1", "hard", "1", "2} {3", "hard", "odd"])
+    monkeypatch.setattr(preparation, "compute_score", grade)
+    failures, as_text = preparation.self_graded(["1", "hard", "1", "2} {3", "hard", "odd"])
     assert failures == {"1": "", "hard": "timeout", "2} {3": "braces do not match", "odd": ""}
     assert sorted(graded) == ["\\boxed{1}", "\\boxed{2} {3}", "\\boxed{hard}", "\\boxed{odd}"]
     assert as_text == {"odd"}
@@ -219,7 +219,7 @@ def test_no_input_is_overwritten(sets, capsys):
     for arguments in (["--benchmarks", "--train"], ["--train", "--benchmarks"]):
         name = "train" if arguments[-1] == "--train" else "test"
         path = sets / "A" / f"{name}.parquet"
-        assert prepare_data.main(["--out", str(sets / "A"), *arguments, str(path)]) == 1
+        assert preparation.main(["--out", str(sets / "A"), *arguments, str(path)]) == 1
         assert f"{path} would be overwritten" in capsys.readouterr().err
         assert list(pd.read_parquet(path)) == ["problem", "answer"]
     assert before.items() <= {p: p.read_bytes() for p in sets.glob("*/*")}.items()
