@@ -32,4 +32,4 @@ else
 fi
 echo
 .venv/bin/python -m verl_ext.tasks.arithmetic.summary "$RUN"
-.venv/bin/python -m verl_ext.report "$RUN" --out "$RUN/report"
+.venv/bin/python -m verl_ext.report "$RUN" --out "$RUN/report" | tail -n 1
