@@ -20,6 +20,7 @@ from recipe.disco.loss import question_ids
 from recipe.disco.objectives import weigh
 from recipe.disco.scores import compute_score
 from recipe.disco.settings import DiscoConfig, parse
+from recipe.disco.update import is_positive
 from verl_ext.training.advantages import current
 
 NAME = "disco"
@@ -57,7 +58,7 @@ def disco_advantage(
     score, mask, old = disco.build_score(), response_mask.bool(), batch.read("old_log_probs")
     s = compute_score(score, old, old, mask, batch.read("ref_log_prob") if score.base == "reference" else None)
     question = torch.tensor(question_ids(index))
-    positive = token_level_rewards.sum(-1).float() >= disco.positive_threshold
+    positive = is_positive(token_level_rewards.sum(-1), disco.positive_threshold)
     _, weight = weigh(disco.build_objective(), s, positive, question, mask.sum(-1))
     advantages = (weight * len(question.unique()))[:, None].to(token_level_rewards) * mask
     return advantages, advantages

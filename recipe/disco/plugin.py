@@ -1,6 +1,6 @@
 """What the entry point tells verl_ext of this recipe; cheap to import, so what needs verl is imported when called."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig
@@ -9,22 +9,12 @@ from torch import Tensor
 from verl_ext.recipes import Recipe
 
 
-def batch_loss(
-    config: DictConfig,
-    *,
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    response_mask: Tensor,
-    reward: Tensor,
-    uid: Sequence,
-    ref_log_prob: Tensor | None,
-) -> Tensor:
-    """The loss of a mini-batch under the settings ``config.disco``: see :func:`recipe.disco.disco_loss`."""
+def batch_loss(config: DictConfig, **batch: Any) -> Tensor:
+    """The loss of a mini-batch, the tensors of :func:`recipe.disco.disco_loss`, under the settings ``config.disco``."""
     from recipe.disco import disco_loss
     from recipe.disco.settings import parse
 
-    settings = parse(config.disco).chosen()
-    return disco_loss(log_prob, old_log_prob, response_mask, reward, uid, ref_log_prob=ref_log_prob, **settings)[0]
+    return disco_loss(**batch, **parse(config.disco).chosen())[0]
 
 
 def kl_bound(settings: Mapping[str, Any]) -> float | None:

@@ -101,8 +101,7 @@ def plan_update(
     measured = table.kl[real].sum() / max(tokens, 1)
     in_force = measured if kl is None else torch.full_like(measured, kl)
 
-    # In float32, as verl keeps rewards: one of 0.7 reaches a threshold of 0.7.
-    positive = table.reward.float() >= positive_threshold
+    positive = is_positive(table.reward, positive_threshold)
     rows = (table.score.double(), positive, table.question, table.length)
     j, weight = weigh(objective, *rows)
     if table.score.requires_grad:
@@ -131,6 +130,11 @@ def plan_update(
     if not table.entropy.isnan().any():
         metrics["entropy"] = float(table.entropy.sum()) / max(tokens, 1)
     return UpdatePlan(loss, weight, coefficient, tokens, in_force.item(), needs_gradient, metrics)
+
+
+def is_positive(reward: Tensor, threshold: float) -> Tensor:
+    """Which responses are positive, (B,) bool. In float32, as verl keeps rewards: 0.7 reaches a threshold of 0.7."""
+    return reward.float() >= threshold
 
 
 def kl_metrics(controller: Controller, kl: float) -> dict[str, float]:

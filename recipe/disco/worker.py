@@ -35,7 +35,7 @@ from recipe.disco.constraint import kl_estimate
 from recipe.disco.loss import micro_batch_loss
 from recipe.disco.scores import Score, compute_score, masked
 from recipe.disco.settings import DiscoConfig
-from recipe.disco.update import ScoreTable, UpdatePlan, kl_metrics, kl_noise, plan_update, require_numbers
+from recipe.disco.update import ScoreTable, UpdatePlan, is_positive, kl_metrics, kl_noise, plan_update, require_numbers
 from verl_ext.training.rows import BatchFacts, Rows
 
 logger = logging.getLogger(__name__)
@@ -319,7 +319,7 @@ class DiscoTrainingWorker(TrainingWorker):
 
     def _tell_of_swapped_sides(self, weight: Tensor, table: ScoreTable) -> None:
         """Say once when an objective of the user's favours wrong responses."""
-        positive = table.reward.float() >= self.disco.positive_threshold
+        positive = is_positive(table.reward, self.disco.positive_threshold)
         right, wrong = float(weight[positive].sum()), float(weight[~positive].sum())
         if (right < 0 or wrong > 0) and not self._sides_told and self._speaks_for_all():
             self._sides_told = True
