@@ -11,13 +11,13 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from recipe.disco.registry import Component, Registry, number, require_finite
-from recipe.disco.scores import masked
+from recipe.disco.scores import log_ratio
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     # k1 = -log r, unbiased, of either sign
@@ -38,7 +38,7 @@ def kl_estimate(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, estimator:
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator={estimator!r} is unknown; choose from {sorted(KL_ESTIMATORS)}")
-    return KL_ESTIMATORS[estimator](masked(log_prob, mask) - masked(old_log_prob, mask))
+    return KL_ESTIMATORS[estimator](log_ratio(log_prob, old_log_prob, mask))
 
 
 def kl_standard_error(kl_sum: Tensor, length: Tensor) -> float | None:
@@ -64,6 +64,9 @@ def kl_standard_error(kl_sum: Tensor, length: Tensor) -> float | None:
 @dataclass
 class Controller(Component):
     """Base class of controllers: a dataclass whose fields are its settings, and perhaps a state."""
+
+    reads_kl: ClassVar[bool] = True
+    """The penalty depends on the KL, so that of all responses is measured."""
 
     def penalty(self, kl: Tensor) -> Tensor:
         """What is added to -J: a differentiable function of the KL, a 0-dim tensor."""
@@ -140,7 +143,9 @@ class Fixed(Controller):
 @register_controller("none")
 @dataclass
 class Unconstrained(Controller):
-    """No penalty; the KL is still measured and logged."""
+    """No penalty; the KL that is logged is that of the responses whose scores are measured."""
+
+    reads_kl = False
 
     def penalty(self, kl: Tensor) -> Tensor:
         return 0.0 * kl

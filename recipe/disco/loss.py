@@ -110,6 +110,7 @@ def disco_loss(
         length=mask.sum(-1),
         score=compute_score(s, log_prob, old_log_prob, mask, ref_log_prob, rollout_is_weights),
         kl=kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum(-1),
+        measured=torch.ones_like(question, dtype=torch.bool),
         entropy=torch.full_like(reward, torch.nan, dtype=torch.float64),
     )
     plan = plan_update(table, j, penalty, positive_threshold=positive_threshold)
@@ -185,5 +186,8 @@ def micro_batch_loss(
     """
     mask, log_prob = response_mask.bool(), at_least_float32(log_prob)
     s = compute_score(score, log_prob, old_log_prob, mask, ref_log_prob, rollout_is_weights)
-    kl = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum()
-    return -(weight.to(s) * s).sum() + coefficient * kl / max(num_tokens, 1)
+    loss = -(weight.to(s) * s).sum()
+    if coefficient:
+        kl = kl_estimate(log_prob, old_log_prob, mask, kl_estimator).sum()
+        loss = loss + coefficient * kl / max(num_tokens, 1)
+    return loss

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from recipe.disco.objectives import by_question
+from recipe.disco.objectives import Questions, by_question
 
 
 def _mean(values: list[Tensor]) -> float | None:
@@ -12,12 +12,17 @@ def _mean(values: list[Tensor]) -> float | None:
 
 
 def group_metrics(
-    score: Tensor, positive: Tensor, question: Tensor, length: Tensor, weight: Tensor
+    score: Tensor,
+    positive: Tensor,
+    question: Tensor,
+    length: Tensor,
+    weight: Tensor,
+    questions: Questions | None = None,
 ) -> dict[str, float]:
     """Composition and separation of the groups of one mini-batch.
 
     Args:
-        score, positive, question, length: as in :func:`recipe.disco.objectives.evaluate`, shape (B,).
+        score, positive, question, length, questions: as in :func:`recipe.disco.objectives.evaluate`, shape (B,).
         weight: (B,) dJ/ds.
 
     Returns:
@@ -25,7 +30,8 @@ def group_metrics(
         ``effective_negatives``), means over responses (``length_*``) and the count ``empty_responses``. A mean over
         nothing is left out.
     """
-    questions = by_question(positive, question, length)
+    if questions is None:
+        questions = by_question(positive, question, length)
     count = max(len(questions.positives), 1)
     right, wrong = questions.positives > 0, questions.negatives > 0
     counts = {
@@ -36,14 +42,15 @@ def group_metrics(
     }
     auc, effective, positives, negatives = [], [], [], []
     for _, pos, neg in questions.mixed:
-        ordered = score[neg].sort(-1).values
+        s_pos, s_neg, w_neg = score[pos].contiguous(), score[neg], weight[neg]
+        ordered = s_neg.sort(-1).values
         # Negatives below a positive, and those not above it: ties count by half.
-        below, most = (torch.searchsorted(ordered, score[pos].contiguous(), side=s) for s in ("left", "right"))
+        below, most = (torch.searchsorted(ordered, s_pos, side=s) for s in ("left", "right"))
         auc.append((below + most).double().mean(-1) / (2 * neg.shape[-1]))
-        share = weight[neg] / weight[neg].sum(-1, keepdim=True)
+        share = w_neg / w_neg.sum(-1, keepdim=True)
         effective.append(1.0 / share.square().sum(-1))
-        positives.append(score[pos].flatten())
-        negatives.append(score[neg].flatten())
+        positives.append(s_pos.flatten())
+        negatives.append(s_neg.flatten())
     scored = (question >= 0) & (length > 0)
     metrics: dict[str, float | None] = {f"groups_{k}": float(v.sum()) / count for k, v in counts.items()}
     metrics |= {

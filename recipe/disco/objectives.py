@@ -187,11 +187,13 @@ class Questions(NamedTuple):
     """How a mini-batch's rows answer its questions.
 
     Attributes:
+        size: (B,) how many rows the question of a row has; 0 for a padding row.
         positives, negatives: (Q,) numbers of a question's responses of either kind; one without a token is of neither.
         mixed: questions with both, those of like sizes together: their ids (G,), and the rows of their positives (G, P)
             and of their negatives (G, N).
     """
 
+    size: Tensor
     positives: Tensor
     negatives: Tensor
     mixed: list[tuple[Tensor, Tensor, Tensor]]
@@ -200,7 +202,8 @@ class Questions(NamedTuple):
 def by_question(positive: Tensor, question: Tensor, length: Tensor) -> Questions:
     """Sort rows by question and kind. Arguments as for :func:`evaluate`."""
     rows = (question >= 0).nonzero().flatten()
-    ids, member = question[rows].unique(return_inverse=True)
+    ids, member, count = question[rows].unique(return_inverse=True, return_counts=True)
+    size = torch.zeros_like(question).index_copy(0, rows, count[member])
     scored = length[rows] > 0
     rows = rows[scored]
     kind = 2 * member[scored] + ~positive[rows]
@@ -208,14 +211,14 @@ def by_question(positive: Tensor, question: Tensor, length: Tensor) -> Questions
     counts = kind.bincount(minlength=2 * len(ids)).view(-1, 2)
     start = counts.sum(1).cumsum(0) - counts.sum(1)
     both = (counts > 0).all(1).nonzero().flatten()
-    sizes, which = (counts[both, 0] * (len(rows) + 1) + counts[both, 1]).unique(return_inverse=True)
+    splits, which = (counts[both, 0] * (len(rows) + 1) + counts[both, 1]).unique(return_inverse=True)
     mixed = []
-    for i, size in enumerate(sizes.tolist()):
-        p, n = divmod(size, len(rows) + 1)
+    for i, split in enumerate(splits.tolist()):
+        p, n = divmod(split, len(rows) + 1)
         alike = both[which == i]
         members = rows[start[alike][:, None] + torch.arange(p + n, device=rows.device)]
         mixed.append((ids[alike], members[:, :p], members[:, p:]))
-    return Questions(counts[:, 0], counts[:, 1], mixed)
+    return Questions(size, counts[:, 0], counts[:, 1], mixed)
 
 
 def call_objective(objective: Objective, group: Group, ids: Tensor) -> Sides:
@@ -259,7 +262,14 @@ def call_objective(objective: Objective, group: Group, ids: Tensor) -> Sides:
     return Sides(positive, negative)
 
 
-def evaluate(objective: Objective, score: Tensor, positive: Tensor, question: Tensor, length: Tensor) -> Evaluation:
+def evaluate(
+    objective: Objective,
+    score: Tensor,
+    positive: Tensor,
+    question: Tensor,
+    length: Tensor,
+    questions: Questions | None = None,
+) -> Evaluation:
     """J over all questions, differentiable in ``score``.
 
     Args:
@@ -267,11 +277,13 @@ def evaluate(objective: Objective, score: Tensor, positive: Tensor, question: Te
         positive: (B,) bool, True for a positive (correct) response.
         question: (B,) int, which question a response answers, in any order; < 0 marks a padding row.
         length: (B,) response tokens; a response of length 0 has no score and is on neither side of its question.
+        questions: what :func:`by_question` gives for these rows, where it is known already.
 
     Raises:
         ValueError: for what the objective gives and is no finite number, or has no gradient.
     """
-    questions = by_question(positive, question, length)
+    if questions is None:
+        questions = by_question(positive, question, length)
     # The anchor keeps the graph alive when no question is mixed.
     anchor = torch.where(length > 0, score, 0.0).sum() * 0.0
     total = Sides(anchor, anchor)
@@ -295,7 +307,12 @@ def evaluate(objective: Objective, score: Tensor, positive: Tensor, question: Te
 
 
 def weigh(
-    objective: Objective, score: Tensor, positive: Tensor, question: Tensor, length: Tensor
+    objective: Objective,
+    score: Tensor,
+    positive: Tensor,
+    question: Tensor,
+    length: Tensor,
+    questions: Questions | None = None,
 ) -> tuple[Evaluation, Tensor]:
     """J and the weights w_i = dJ/ds_i, shape (B,), in float64 and without a graph. Arguments as for :func:`evaluate`.
 
@@ -306,7 +323,7 @@ def weigh(
     """
     with torch.enable_grad():
         leaf = score.detach().double().requires_grad_()
-        result = evaluate(objective, leaf, positive, question, length)
+        result = evaluate(objective, leaf, positive, question, length, questions)
         (weight,) = torch.autograd.grad(result.value, leaf)
     bad = ~weight.isfinite()
     if bad.any():

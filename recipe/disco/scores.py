@@ -33,6 +33,12 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, at_least_float32(x), 0.0)
 
 
+def log_ratio(log_prob: Tensor, base_log_prob: Tensor, mask: Tensor) -> Tensor:
+    """log( pi_theta(o_t) / pi_base(o_t) ) at response tokens, exactly 0 elsewhere. Shape (B, T)."""
+    # Masked once, after the subtraction, whose derivative is 1 whatever the values are.
+    return masked(at_least_float32(log_prob) - at_least_float32(base_log_prob), mask)
+
+
 def token_mean(x: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
     """(1/|o|) sum_t rho_t x_t over the tokens of each response (rho = 1 by default); 0 for an empty one. Shape (B,)."""
     x = masked(x, mask) if rho is None else masked(x, mask) * masked(rho, mask)
@@ -82,7 +88,7 @@ class LikelihoodRatio(Score):
     published_tau = 1.0
 
     def __call__(self, log_prob: Tensor, base_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
-        return token_mean((masked(log_prob, mask) - masked(base_log_prob, mask)).exp(), mask, rho)
+        return token_mean(log_ratio(log_prob, base_log_prob, mask).exp(), mask, rho)
 
 
 @register_score("log_ratio")
@@ -94,7 +100,7 @@ class LogRatio(Score):
     published_tau = 0.5
 
     def __call__(self, log_prob: Tensor, base_log_prob: Tensor, mask: Tensor, rho: Tensor | None = None) -> Tensor:
-        return token_mean(masked(log_prob, mask) - masked(base_log_prob, mask), mask, rho)
+        return token_mean(log_ratio(log_prob, base_log_prob, mask), mask, rho)
 
 
 @register_score("log_ratio_ref")

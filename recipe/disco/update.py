@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recipe.disco.constraint import Controller, kl_standard_error, price
 from recipe.disco.metrics import group_metrics
-from recipe.disco.objectives import Objective, evaluate, weigh
+from recipe.disco.objectives import Objective, Questions, by_question, evaluate, weigh
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ScoreTable:
         length: response tokens.
         score: s_i.
         kl: the KL's estimate, summed over the response's tokens, in nats.
+        measured: whether score and kl are the policy's. Where they are not, they are 0, and no weight depends on them.
         entropy: of the policy, summed over the response's tokens, in nats; NaN where it was not measured.
     """
 
@@ -39,6 +40,7 @@ class ScoreTable:
     length: Tensor
     score: Tensor
     kl: Tensor
+    measured: Tensor
     entropy: Tensor
 
     def gathered(self, gather: Callable[[Tensor], Tensor]) -> "ScoreTable":
@@ -50,7 +52,7 @@ class ScoreTable:
         mine = {f.name: getattr(self, f.name).to(self.score.device, torch.float64) for f in fields(self)}
         all_rows = dict(zip(mine, gather(torch.stack(list(mine.values()), -1)).unbind(-1), strict=True))
         whole = {name: all_rows[name].long() for name in ("question", "size", "index", "length")}
-        return ScoreTable(**all_rows | whole)
+        return ScoreTable(**all_rows | whole | {"measured": all_rows["measured"].bool()})
 
 
 @dataclass(frozen=True)
@@ -95,37 +97,39 @@ def plan_update(
         ValueError: NaN or infinity in the table, with the response's index; a question of which a part is missing; what
             an objective or a controller gives and cannot be used.
     """
-    check_table(table)
+    positive = is_positive(table.reward, positive_threshold)
+    # One sort for all that follows
+    questions = by_question(positive, table.question, table.length)
+    check_table(table, questions)
     real = table.question >= 0
     tokens = int(table.length[real].sum())
-    measured = table.kl[real].sum() / max(tokens, 1)
+    seen = real & table.measured
+    measured = table.kl[seen].sum() / max(int(table.length[seen].sum()), 1)
     in_force = measured if kl is None else torch.full_like(measured, kl)
 
-    positive = is_positive(table.reward, positive_threshold)
     rows = (table.score.double(), positive, table.question, table.length)
-    j, weight = weigh(objective, *rows)
+    j, weight = weigh(objective, *rows, questions)
     if table.score.requires_grad:
-        j = evaluate(objective, *rows)
+        j = evaluate(objective, *rows, questions)
     penalty, coefficient = price(controller, in_force.item())
     loss = (-j.value + controller.penalty(in_force)).to(table.score)
 
     needs_gradient = (table.length > 0) & ((weight != 0) | (coefficient != 0))
-    groups = group_metrics(table.score.detach(), *rows[1:], weight)
+    groups = group_metrics(table.score.detach(), *rows[1:], weight, questions)
     metrics = {
         "loss": loss.item(),
         "objective": j.value.item(),
         "objective_positive": j.positive.item(),
         "objective_negative": j.negative.item(),
         **kl_metrics(controller, in_force.item()),
-        **(kl_noise(table.kl[real].detach(), table.length[real]) if kl is None else {}),
+        **(kl_noise(table.kl[seen].detach(), table.length[seen]) if kl is None else {}),
         "coefficient": coefficient,
         "penalty": penalty,
         **{f"constraint_{k}": v for k, v in controller.state_dict().items() if isinstance(v, int | float)},
         **groups,
-        "questions": float(len(table.question[real].unique())),
+        "questions": float(len(questions.positives)),
         "padding_rows": float((~real).sum() / max(len(real), 1)),
         "no_mixed_group": float(groups["groups_mixed"] == 0),
-        "needs_gradient": float(needs_gradient.sum() / max(int(real.sum()), 1)),
     }
     if not table.entropy.isnan().any():
         metrics["entropy"] = float(table.entropy.sum()) / max(tokens, 1)
@@ -149,7 +153,7 @@ def kl_noise(kl_sum: Tensor, length: Tensor) -> dict[str, float]:
     return {} if error is None else {"kl_standard_error": error}
 
 
-def check_table(table: ScoreTable) -> None:
+def check_table(table: ScoreTable, questions: Questions) -> None:
     """Refuse what no update can be made of.
 
     Raises:
@@ -164,12 +168,11 @@ def check_table(table: ScoreTable) -> None:
         ("the score (0, say, for a response without a token)", table.score.detach()),
     ):
         require_numbers(name, x, index=table.index)
-    ids, inverse, counts = table.question.unique(return_inverse=True, return_counts=True)
-    torn = real & (counts[inverse] != table.size)
+    torn = real & (questions.size != table.size)
     if torn.any():
         row = int(torn.nonzero()[0])
         raise ValueError(
-            f"question {int(table.question[row])} has {int(counts[inverse][row])} of its {int(table.size[row])} "
+            f"question {int(table.question[row])} has {int(questions.size[row])} of its {int(table.size[row])} "
             "responses in this mini-batch: DisCO needs all of them there; train with verl_ext's trainer and do not "
             "reorder its batches"
         )
@@ -184,6 +187,9 @@ def require_numbers(name: str, x: Tensor, mask: Tensor | None = None, index: Ten
     Raises:
         ValueError: names the tensor and the first response's index.
     """
+    # NaN and infinity stay in a sum: mostly one pass over x is enough.
+    if torch.isfinite(x.sum()):
+        return
     bad = ~torch.isfinite(x)
     if mask is not None:
         bad = (bad & mask).any(-1)

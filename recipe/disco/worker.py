@@ -7,7 +7,8 @@ parallelism below it. Per mini-batch, on every rank:
    first mini-batch after a rollout they are ``old_log_probs`` and cost nothing;
 2. exchange: one :class:`ScoreTable` is gathered over the data-parallel ranks;
 3. plan: :func:`plan_update` gives a weight per response and one coefficient, the same on every rank;
-4. train: verl's ``train_batch`` runs the micro-batches, each with its share of the separable loss.
+4. train: verl's ``train_batch`` runs the micro-batches of the rows that have a gradient, each with its share of the
+   separable loss.
 
 verl's conventions that matter here: a loss function returns dp_size times its micro-batch's share of the global sum;
 columns of the batch reach it as ``data[...]``.
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 from torch import Tensor
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils import tensordict_utils as tu
@@ -33,10 +34,12 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from recipe.disco.constraint import kl_estimate
 from recipe.disco.loss import micro_batch_loss
+from recipe.disco.objectives import by_question
 from recipe.disco.scores import Score, compute_score, masked
 from recipe.disco.settings import DiscoConfig
 from recipe.disco.update import ScoreTable, UpdatePlan, is_positive, kl_metrics, kl_noise, plan_update, require_numbers
 from verl_ext.training.rows import BatchFacts, Rows
+from verl_ext.training.skipping import FILLER, gathered, narrow, rows_per_rank, told_by_last_stage, whole_batch_terms
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,16 @@ WEIGHT = "disco_weight"
 def padded(x: Tensor) -> Tensor:
     """verl's rows are jagged in its V1 trainer; (B, T), padded with 0."""
     return x.to_padded_tensor(0) if x.is_nested else x
+
+
+def of_rows(lengths: list[int], wanted: Tensor) -> list[int]:
+    """Those of the wanted rows."""
+    return [n for n, keep in zip(lengths, wanted.tolist(), strict=True) if keep]
+
+
+def of_whole_questions(plan: UpdatePlan, table: ScoreTable) -> Tensor:
+    """Which rows with a token are of a question that has a row with a gradient."""
+    return torch.isin(table.question, table.question[plan.needs_gradient]) & (table.length > 0)
 
 
 def largest_divisor(n: int, limit: int) -> int:
@@ -78,8 +91,8 @@ class MiniBatchLoss:
         score, kl_estimator: as the plan's table was measured by.
         plan: of the whole mini-batch; None where nothing was measured and no loss is evaluated (early pipeline stages).
         entropy_coeff: weight of the entropy bonus.
-        sums: KL, tokens and entropy of each response that the loss has seen, (rows, 3) per micro-batch; None where the
-            table has them already.
+        sums: KL, tokens and entropy of each response that the loss has seen, (rows, 3) per micro-batch, 0 for fillers;
+            None where the table has them already.
     """
 
     score: Score
@@ -90,7 +103,7 @@ class MiniBatchLoss:
 
     def __call__(self, model_output: dict[str, Any], data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict]:
         log_prob = no_padding_2_padding(model_output["log_probs"], data)
-        mask, old = padded(data["response_mask"]).bool(), padded(data["old_log_probs"])
+        mask, old = padded(data["response_mask"]).bool() & ~data[FILLER][:, None], padded(data["old_log_probs"])
         index, plan, score = data["sample_index"], self.plan, self.score
         assert plan is not None
         require_numbers("log_prob", log_prob.detach(), mask, index)
@@ -135,8 +148,10 @@ class DiscoTrainingWorker(TrainingWorker):
         self.controller = config.build_controller()
         self.entropy_coeff = entropy_coeff
         self.rollout = RolloutState(BatchFacts(old_log_probs_fresh=False, entropy_logged=True))
+        needs_all = ["the entropy bonus (actor.entropy_coeff)"] * bool(entropy_coeff) + whole_batch_terms(self.engine)
+        self._needs_all_rows = "; ".join(needs_all)
         self._noise_told = 0.0
-        self._sides_told = False
+        self._sides_told = self._told_of_all_rows = False
 
     # One rollout ----------------------------------------------------------------------------------------------------
 
@@ -144,6 +159,11 @@ class DiscoTrainingWorker(TrainingWorker):
         """All updates on one rollout. The trainer dealt whole questions to mini-batches; keep them so."""
         data = keep_mini_batches_whole(data, self.engine.get_data_parallel_size())
         facts = BatchFacts.of(data)
+        if facts.skip_rows and self._needs_all_rows and not self._told_of_all_rows and self._speaks_for_all():
+            self._told_of_all_rows = True
+            logger.warning(
+                "verl_ext.skip_rows_without_gradient has no effect: %s needs all responses", self._needs_all_rows
+            )
         # In the later ones of several local updates, disco.measure=lagged goes on from the last KL.
         self.rollout = RolloutState(facts, 0.0 if facts.at_rollout_weights else self.rollout.kl)
         output = super().train_mini_batch(data)
@@ -173,11 +193,26 @@ class DiscoTrainingWorker(TrainingWorker):
         # verl's pass for old_log_probs logs the entropy; where there is none (bypass mode), we do.
         entropy_unknown = first and not facts.entropy_logged
 
-        plan = self._plan(data, free=free, with_entropy=entropy_unknown and not free)
-        metrics = {} if plan is None else dict(plan.metrics)
-        measured = time.perf_counter() - started
+        skips = facts.skip_rows and not self._needs_all_rows
+        # Of a part of the responses it would be another entropy.
+        skips_measuring = skips and not self.controller.reads_kl and not entropy_unknown
+        skips_training = skips and not (lagged and entropy_unknown)
 
-        self._fit_micro_batches(data, self.engine_config.micro_batch_size_per_gpu)
+        every = torch.ones(len(data) * self.engine.get_data_parallel_size(), dtype=torch.bool)
+        measured = ~every if free else self._mixed(data) if skips_measuring else every
+        made = self._plan(data, None if free else measured, with_entropy=entropy_unknown and not free)
+        plan, metrics, wanted = made and made[0], {}, every
+        if made is not None:
+            metrics = dict(made[0].metrics)
+            # The lagged KL is that of whole questions: responses chosen by their scores have another.
+            wanted = of_whole_questions(*made) if lagged else made[0].needs_gradient
+        wanted = told_by_last_stage(wanted, self.engine) if skips_training else every
+        took = time.perf_counter() - started
+
+        lengths = tu.get(data, "global_token_num")
+        data, _ = self._narrowed(data, wanted, self.engine_config.micro_batch_size_per_gpu)
+        # verl estimates the work by them.
+        tu.assign_non_tensor(data, global_token_num=NonTensorData(of_rows(lengths, wanted)))
         if lagged and entropy_unknown:
             tu.assign_non_tensor(data, calculate_entropy=True)
         loss = MiniBatchLoss(self.score, self.disco.kl_estimator, plan, self.entropy_coeff, [] if free else None)
@@ -187,68 +222,121 @@ class DiscoTrainingWorker(TrainingWorker):
             seen = metrics
             # Empty on pipeline stages before the last.
             if loss.sums:
-                kl_sum, length, entropy = self._gather(torch.cat(loss.sums)).unbind(-1)
-                kl = float(kl_sum.sum()) / max(plan.tokens, 1)
-                seen = kl_metrics(self.controller, kl) | kl_noise(kl_sum, length)
-                if lagged:
+                kl_sum, length, entropy = gathered(torch.cat(loss.sums), self._group()).unbind(-1)
+                tokens, seen = length.sum(), {}
+                if tokens > 0:
+                    kl = float(kl_sum.sum() / tokens)
+                    seen = kl_metrics(self.controller, kl) | kl_noise(kl_sum, length)
+                if lagged and seen:
                     # Coefficient and penalty stay those that were in force.
                     self.rollout.kl = kl
                     metrics |= seen
-                    metrics |= {"entropy": float(entropy.sum()) / max(plan.tokens, 1)} if entropy_unknown else {}
-            if first and facts.at_rollout_weights:
+                    metrics |= {"entropy": float(entropy.sum() / tokens)} if entropy_unknown else {}
+            if first and facts.at_rollout_weights and "kl" in seen:
                 # No update has come between: kernels, rounding and, of a rollout, old weights.
                 metrics["kl_floor"] = seen["kl"]
         if result is not None:
             found = tu.get(result, "metrics")
-            metrics |= {"measured": float(not free), "measure_seconds": measured}
+            metrics |= {"measured": float(not free), "measure_seconds": took}
+            metrics |= {"measured_tokens": float(sum(of_rows(lengths, measured)))}
+            metrics |= {"trained_tokens": float(sum(of_rows(lengths, wanted)))}
+            metrics |= {"trained_rows": float(wanted.float().mean())}
             # verl goes on without an update where the gradient is not finite.
             metrics["skipped_updates"] = float(not math.isfinite(found.get("grad_norm", 0.0)))
             # verl's "loss" is the value of the separable form, which only has L's gradient.
             found.update({f"disco/{k}": v for k, v in metrics.items()}, loss=metrics["loss"])
         return result
 
-    def _plan(self, data: TensorDict, free: bool, with_entropy: bool) -> UpdatePlan | None:
-        """Measure and exchange, write each row's weight into ``data``, and return the plan.
+    def _mixed(self, data: TensorDict) -> Tensor:
+        """Which rows of all ranks are of questions with right and wrong responses, (ranks * rows,) bool."""
+        rows, length = Rows.of(data), padded(data["response_mask"]).bool().sum(-1)
+        mine = torch.stack([x.double() for x in (rows.group_id, rows.sequence_reward, length)], -1)
+        question, reward, length = gathered(mine.to(self.device_name), self._group()).unbind(-1)
+        mixed = torch.zeros(len(question), dtype=torch.bool)
+        positive = is_positive(reward, self.disco.positive_threshold)
+        for _, positives, negatives in by_question(positive, question.long(), length).mixed:
+            mixed[positives] = mixed[negatives] = True
+        return mixed
 
-        None on pipeline stages before the last that have measured nothing: no loss is evaluated there.
+    def _plan(
+        self, data: TensorDict, measured: Tensor | None, with_entropy: bool
+    ) -> tuple[UpdatePlan, ScoreTable] | None:
+        """Measure and exchange, write each row's weight into ``data``, and return the plan and what it was made of.
+
+        None on pipeline stages before the last that have measured something: no loss is evaluated there.
 
         Args:
-            free: take old_log_probs for the policy's, which say nothing of the KL.
+            measured: (ranks * rows,) bool, whose scores and KL to measure; None: take old_log_probs for the policy's,
+                which say nothing of the KL.
         """
-        log_prob, entropy = (padded(data["old_log_probs"]).float(), None) if free else self._forward(data, with_entropy)
-        if log_prob is None:
-            return None
+        passed, log_prob, entropy = data, padded(data["old_log_probs"]).float(), None
+        mine = torch.ones(len(data), dtype=torch.bool)
+        if measured is not None:
+            passed, mine = self._narrowed(data, measured, self.engine_config.infer_micro_batch_size_per_gpu)
+            found = self._forward(passed, with_entropy)
+            if found is None:
+                return None
+            log_prob, entropy = found
         device = log_prob.device
-        rows, mask = Rows.of(data), padded(data["response_mask"]).bool().to(device)
-        old, reference = padded(data["old_log_probs"]).float().to(device), None
+        rows, mask = Rows.of(data), padded(passed["response_mask"]).bool().to(device)
+        old, reference = padded(passed["old_log_probs"]).float().to(device), None
         if self.score.base == "reference":
-            reference = padded(data["ref_log_prob"]).float().to(device)
+            reference = padded(passed["ref_log_prob"]).float().to(device)
         kl = kl_estimate(log_prob, old, mask, self.disco.kl_estimator).sum(-1)
+        score = compute_score(self.score, log_prob, old, mask, reference)
+        length = mask.sum(-1)
+        if not mine.all():
+            # Of this rank's rows in their order; 0 where nothing was measured.
+            kept = ~passed[FILLER].to(device)
+            score, kl = (torch.zeros(len(data)).to(x).masked_scatter(mine.to(device), x[kept]) for x in (score, kl))
+            length = padded(data["response_mask"]).bool().sum(-1).to(device)
         table = ScoreTable(
             question=rows.group_id,
             size=rows.group_size,
             index=rows.sample_index,
             reward=rows.sequence_reward,
-            length=mask.sum(-1),
-            score=compute_score(self.score, log_prob, old, mask, reference),
+            length=length,
+            score=score,
             kl=kl,
+            measured=mine,
             entropy=torch.full_like(kl, torch.nan) if entropy is None else masked(entropy, mask).sum(-1),
-        ).gathered(self._gather)
+        ).gathered(lambda x: gathered(x, self._group()))
         plan = plan_update(
             table,
             self.objective,
             self.controller,
             positive_threshold=self.disco.positive_threshold,
             # Where it is free: 0, or with disco.measure=lagged the previous mini-batch's.
-            kl=self.rollout.kl if free else None,
+            kl=self.rollout.kl if measured is None else None,
         )
         self.rollout.kl = plan.kl
         self._tell_of_swapped_sides(plan.weight, table)
-        mine = slice(self.engine.get_data_parallel_rank() * len(data), None)
-        data[WEIGHT] = plan.weight[mine][: len(data)].float().to(rows.group_id.device)
-        return plan
+        data[WEIGHT] = self._mine(plan.weight).float().to(rows.group_id.device)
+        return plan, table
 
-    def _forward(self, data: TensorDict, with_entropy: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _mine(self, everyones: Tensor) -> Tensor:
+        """This rank's rows of a column of all ranks."""
+        return everyones.view(self.engine.get_data_parallel_size(), -1)[self.engine.get_data_parallel_rank()]
+
+    def _group(self) -> dist.ProcessGroup:
+        return self.engine.get_data_parallel_group()
+
+    def _narrowed(self, data: TensorDict, wanted: Tensor, micro_batch: int | None) -> tuple[TensorDict, Tensor]:
+        """This rank's wanted rows, filled up to as many as any rank's, and which rows of ``data`` are wanted, (rows,).
+
+        Args:
+            wanted: (ranks * rows,) bool.
+            micro_batch: rows of a micro-batch, where they are not cut by tokens.
+        """
+        size = None if self.engine_config.use_dynamic_bsz else micro_batch
+        ranks = self.engine.get_data_parallel_size()
+        count = rows_per_rank(wanted, ranks, self.engine_config, size and largest_divisor(len(data), size))
+        mine = self._mine(wanted)
+        data = narrow(data, mine, count)
+        self._fit_micro_batches(data, micro_batch)
+        return data, mine
+
+    def _forward(self, data: TensorDict, with_entropy: bool) -> tuple[Tensor, Tensor | None] | None:
         """Log-probabilities and, on request, entropies (B, T) under the current policy, without gradient.
 
         None on early pipeline stages, which have no outputs.
@@ -264,22 +352,18 @@ class DiscoTrainingWorker(TrainingWorker):
             use_dynamic_bsz=engine.use_dynamic_bsz,
             max_token_len_per_gpu=engine.infer_max_token_len_per_gpu,
         )
-        self._fit_micro_batches(data, engine.infer_micro_batch_size_per_gpu)
         with self.engine.eval_mode(disable_auto_offload=True):
             # The engine's own: the worker's wrapper returns None on ranks that must weigh, too.
             output = self.engine.infer_batch(data, loss_function=None)
         output = (output or {}).get("model_output", {})
-        log_prob, entropy = (
-            no_padding_2_padding(output[n], data).float() if n in output else None for n in ("log_probs", "entropy")
-        )
-        return log_prob, entropy
-
-    def _gather(self, table: Tensor) -> Tensor:
-        """The rows of all data-parallel ranks, which have equally many, on the CPU; the same on every rank."""
-        group = self.engine.get_data_parallel_group()
-        parts = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, table, group=group)
-        return torch.cat(parts).cpu()
+        if "log_probs" not in output:
+            return None
+        found = {
+            name: no_padding_2_padding(output[name], data).float()
+            for name in ("log_probs", "entropy")
+            if name in output
+        }
+        return found["log_probs"], found.get("entropy")
 
     def _fit_micro_batches(self, data: TensorDict, size: int | None) -> None:
         if not self.engine_config.use_dynamic_bsz and size:

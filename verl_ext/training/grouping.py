@@ -1,8 +1,8 @@
 """Deal a batch's responses to mini-batches and data-parallel ranks, with whole groups in each mini-batch.
 
 Pure functions of each response's group and length. A group may span ranks, never mini-batches. In each mini-batch every
-rank gets the same number of rows (verl slices by rows) and nearly the same number of tokens, longest rows first;
-padding rows fill the gaps.
+rank gets the same number of rows (verl slices by rows) and nearly the same number of tokens, in all and of the rows
+that are trained on, longest rows first; padding rows fill the gaps.
 """
 
 import math
@@ -77,6 +77,22 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
     return split.tolist()
 
 
+def balance_both(lengths: Sequence[int], trained: Sequence[bool], parts: int) -> list[list[int]]:
+    """Split items as :func:`balance` does, those that are ``trained`` and the others each by themselves, too."""
+    first = [i for i, kind in enumerate(trained) if kind]
+    others = sorted((i for i, kind in enumerate(trained) if not kind), key=lambda i: lengths[i])
+    if not first or not others:
+        return balance(lengths, parts)
+    # Where trained items do not go round, the shortest others stand in for them.
+    missing = -len(first) % parts
+    split = []
+    for rows in (first + others[:missing], others[missing:]):
+        dealt = balance([lengths[i] for i in rows], parts) if rows else [[] for _ in range(parts)]
+        split.append(sorted(([rows[i] for i in part] for part in dealt), key=lambda p: sum(lengths[i] for i in p)))
+    # The part with the most trained tokens gets the fewest others.
+    return [a + b for a, b in zip(split[0], reversed(split[1]), strict=True)]
+
+
 def _best_trades(full: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find for each pair of parts the swap of two items that brings both closest to their mean.
 
@@ -108,6 +124,7 @@ def deal(
     micro_batches: Sequence[int] = (),
     padding_length: int = 0,
     shuffle_seed: int | None = None,
+    trained: Sequence[bool] | None = None,
 ) -> Deal:
     """Assign whole groups to mini-batches, and each mini-batch's rows to ranks.
 
@@ -120,6 +137,8 @@ def deal(
             mini-batch are a multiple of every size that they exceed.
         padding_length: tokens of a padding row.
         shuffle_seed: deal groups in a random order; None for the order of their first sequences.
+        trained: which sequences are likely to be trained on; others may only be measured. Ranks get equally many of
+            either kind, give or take one, with nearly the same tokens. None: all.
 
     Raises:
         ValueError: the batch is empty or a size is below 1.
@@ -151,8 +170,9 @@ def deal(
         filled = mini_batch + list(range(padding, padding + missing))
         padding += missing
         tokens = [lengths[row] if row < len(groups) else padding_length for row in filled]
+        kinds = [trained is None or (row < len(groups) and trained[row]) for row in filled]
         # Sorted, because a fixed micro-batch is padded to its longest row.
-        parts = [sorted(part, key=lambda i: -tokens[i]) for part in balance(tokens, ranks)]
+        parts = [sorted(part, key=lambda i: -tokens[i]) for part in balance_both(tokens, kinds, ranks)]
         partitions.append([[filled[i] for i in part] for part in parts])
     order = [row for rank in range(ranks) for mini_batch in partitions for row in mini_batch[rank]]
     mini_batch = [m for _ in range(ranks) for m in range(len(partitions)) for _ in range(rows)]

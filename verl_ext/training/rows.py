@@ -71,12 +71,14 @@ class BatchFacts:
         entropy_logged: verl's forward pass for old_log_probs has logged the policy's entropy.
         local_step: index of this update since the last weight synchronisation.
         local_steps: number of updates between two synchronisations.
+        skip_rows: rows without a gradient may be left out of a pass.
     """
 
     old_log_probs_fresh: bool
     entropy_logged: bool
     local_step: int = 0
     local_steps: int = 1
+    skip_rows: bool = False
 
     @classmethod
     def of(cls, data: TensorDict) -> "BatchFacts":
@@ -84,13 +86,13 @@ class BatchFacts:
         return cls(**{f.name: tu.get(data, f.name) for f in fields(cls)})
 
     @classmethod
-    def before(cls, local_step: int, local_steps: int, bypass_mode: bool) -> "BatchFacts":
+    def before(cls, local_step: int, local_steps: int, bypass_mode: bool, skip_rows: bool = False) -> "BatchFacts":
         """Derive the facts before an update.
 
         Args:
             bypass_mode: old_log_probs are the rollout's; verl makes no forward pass for them and logs no entropy.
         """
-        return cls(not bypass_mode and local_step == 0, not bypass_mode, local_step, local_steps)
+        return cls(not bypass_mode and local_step == 0, not bypass_mode, local_step, local_steps, skip_rows)
 
     @property
     def at_rollout_weights(self) -> bool:

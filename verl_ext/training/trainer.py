@@ -37,6 +37,7 @@ from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
 from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function
 from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows
+from verl_ext.training.skipping import SETTING, SkippingWorker, teaching
 from verl_ext.training.transfer import Batch, RowKey, parse_key, read, write
 from verl_ext.training.watch import Watch
 
@@ -91,6 +92,7 @@ class ExtendedTrainer:
     - ``validator``: function (config) -> None that refuses wrong settings;
     - ``actor_worker_class``: subclass of verl's ``ActorRolloutRefWorker`` to use instead;
     - ``whole_groups``: each mini-batch holds whole groups, with its tokens balanced over ranks;
+    - ``skip_rows_without_gradient``: rows that teach nothing are left out of the training pass;
     - ``metrics``: prefix of the worker's metrics that are logged without verl's ``actor/`` in front;
     - ``max_failed_rewards``: share of a step's rewards that may fail before the run stops.
     """
@@ -99,6 +101,7 @@ class ExtendedTrainer:
         if validator := OmegaConf.select(config, "verl_ext.validator"):
             load_class_from_fqn(validator, "validator")(config)
         self._whole_groups = bool(OmegaConf.select(config, "verl_ext.whole_groups", default=False))
+        self._skip_rows = bool(OmegaConf.select(config, SETTING, default=False))
         self._most_failed_rewards = most_failed_rewards(config)
         self._rewards, self._watch = Tally(), Watch(config)
         self._checkpoints_are_elsewhere = False
@@ -274,8 +277,9 @@ class ExtendedTrainer:
 
     def _actor_worker_class(self) -> type | None:
         """Return the class of the actor's workers; None for verl's own."""
-        name = OmegaConf.select(self.config, "verl_ext.actor_worker_class")
-        return load_class_from_fqn(name, "actor worker") if name else None
+        if name := OmegaConf.select(self.config, "verl_ext.actor_worker_class"):
+            return load_class_from_fqn(name, "actor worker")
+        return SkippingWorker if self._skip_rows else None
 
     def _balance_batch(self, batch: Batch, metrics, logging_prefix="global_seqlen", keep_minibatch=False):
         if "verl_ext" not in self.config:
@@ -300,6 +304,7 @@ class ExtendedTrainer:
             micro_batches=[] if actor.use_dynamic_bsz else micro_batches,
             padding_length=SYNTHETIC_PADDING_SEQ_LEN,
             shuffle_seed=actor.data_loader_seed + self.global_steps if actor.shuffle else None,
+            trained=teaching(group, reward) if self._skip_rows else None,
         )
         self._mini_batches += (max(plan.mini_batch) + 1) * actor.ppo_epochs
         padding = plan.num_padding
@@ -374,7 +379,9 @@ class ExtendedTrainer:
     @tensors_alone
     def _update_actor(self, batch: Batch, metrics: dict) -> Batch:
         if self._whole_groups:
-            facts = BatchFacts.before(self.local_trigger_step, self.parameter_sync_step, self._bypass_mode())
+            facts = BatchFacts.before(
+                self.local_trigger_step, self.parameter_sync_step, self._bypass_mode(), self._skip_rows
+            )
             batch.extra_info.update(asdict(facts))
         batch = super()._update_actor(batch, metrics)
         if group := OmegaConf.select(self.config, "verl_ext.metrics"):

@@ -62,14 +62,20 @@ def make_model(folder: str, experts: int = 0) -> None:
     model.save_pretrained(folder)
 
 
-def make_rows() -> list[dict]:
-    """Responses to 8 questions: mixed groups of several sizes, all-positive, all-negative, single, and a masked one."""
+def make_rows(mixed: float | None = None) -> list[dict]:
+    """Responses to 8 questions: mixed groups of several sizes, all-positive, all-negative, single, and a masked one.
+
+    Args:
+        mixed: share of 10 other questions, of 4 responses each, with right and wrong ones.
+    """
     g = torch.Generator().manual_seed(0)
 
     def tokens(low, high):
         return torch.randint(4, VOCABULARY, (int(torch.randint(low, high, (1,), generator=g)),), generator=g)
 
     rewards = [[1, 0, 0, 0], [1, 1, 0, 0, 1, 0], [0, 1], [1, 1, 1], [0, 0, 0, 0], [1], [1, 0, 1, 0, 0, 0, 0], [0, 1, 0]]
+    if mixed is not None:
+        rewards = [[1, 0, 0, 1] if q < round(10 * mixed) else [q % 2] * 4 for q in range(10)]
     rows = []
     for q, labels in enumerate(rewards):
         prompt = tokens(3, 9)
@@ -81,6 +87,12 @@ def make_rows() -> list[dict]:
     rows[1]["mask"][1:-1:3] = 0
     rows[8]["mask"][:] = 0
     return rows
+
+
+def mixed_questions(rows: list[dict]) -> set[str]:
+    """The questions with right and wrong responses that have a token."""
+    found = {(r["uid"], r["reward"]) for r in rows if r["mask"].any()}
+    return {uid for uid, _ in found if {(uid, 0.0), (uid, 1.0)} <= found}
 
 
 def settings_of(case: dict):
@@ -139,8 +151,14 @@ class Reference:
                 now, then = (torch.stack(x) for x in zip(*sides[0.0], strict=True))
                 share = torch.softmax(then / case["tau"], 0) if case["objective"] == "disco" else 1 / len(now)
                 total = total + torch.stack([s for s, _ in sides[1.0]]).mean() - (share * now).sum()
-        kl = ((old - log_prob) * mask).sum() / mask.sum()
         coefficient = case["beta"] * max(self.previous_kl - case["delta"], 0.0)
+        seen = mask
+        if case["skip"] and not coefficient:
+            # Of the questions that are trained on
+            seen = mask * torch.tensor([float(r["uid"] in mixed_questions(rows)) for r in rows])[:, None]
+        if not seen.any():
+            return 0 * log_prob.sum(), {}
+        kl = ((old - log_prob) * seen).sum() / seen.sum()
         self.previous_kl = kl.item()
         loss = -total / len({r["uid"] for r in rows}) + coefficient * kl
         return loss, {"kl": kl.item(), "coefficient": coefficient}
@@ -228,7 +246,7 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
         epochs=case["epochs"],
         seed=3,
         dataloader_kwargs={"shuffle": case["shuffle_mini_batches"]},
-        **asdict(BatchFacts(old_log_probs_fresh=case["fresh"], entropy_logged=True)),
+        **asdict(BatchFacts(old_log_probs_fresh=case["fresh"], entropy_logged=True, skip_rows=case["skip"])),
     )
     return data
 
@@ -384,6 +402,7 @@ DEFAULTS = dict(
     objective="disco",
     score="log_l",
     tau=0.5,
+    constraint="squared_hinge",
     delta=0.01,
     beta=20.0,
     temperature=0.8,
@@ -396,6 +415,8 @@ DEFAULTS = dict(
     shuffle_mini_batches=False,
     fresh=False,
     old_noise=0.1,
+    mixed=None,
+    skip=True,
     measure="exact",
     entropy_coeff=0.0,
     correction=False,
@@ -406,10 +427,11 @@ def run_case(worker, spec: dict, case: dict) -> dict:
     from verl.utils import tensordict_utils as tu
 
     from verl_ext.training.grouping import deal
+    from verl_ext.training.skipping import teaching
 
     case = DEFAULTS | case
     reference = Reference(spec["model"], spec["engine"].get("lora_rank", 0), worker.whole_initial)
-    rows = make_rows()
+    rows = make_rows(case["mixed"])
     noise, reference_noise, weight_noise = (torch.Generator().manual_seed(seed) for seed in (5, 6, 7))
     with torch.no_grad():
         current, _ = reference.log_probs(rows, case["temperature"])
@@ -434,6 +456,7 @@ def run_case(worker, spec: dict, case: dict) -> dict:
         ranks=ranks,
         micro_batches=() if case["dynamic"] else (case["micro"], case["infer_micro"]),
         padding_length=8,
+        trained=teaching([r["uid"] for r in rows], [r["reward"] for r in rows]) if case["skip"] else None,
     )
     worker.configure(settings_of(case), entropy_coeff=case["entropy_coeff"])
     for name, value in (
@@ -452,9 +475,8 @@ def run_case(worker, spec: dict, case: dict) -> dict:
     if case["shuffle_mini_batches"]:
         g = torch.Generator().manual_seed(3)
         order = [i for _ in range(case["epochs"]) for i in torch.randperm(len(plan.partitions), generator=g).tolist()]
-    logged = [
-        reference.step([rows[i] for part in plan.partitions[m] for i in part if i < len(rows)], case) for m in order
-    ]
+    mini_batches = [[rows[i] for part in parts for i in part if i < len(rows)] for parts in plan.partitions]
+    logged = [reference.step(mini_batches[m], case) for m in order]
     difference = update = size = 0.0
     ours = whole_parameters(engine)
     assert set(ours) == set(reference.initial)
@@ -462,7 +484,14 @@ def run_case(worker, spec: dict, case: dict) -> dict:
         difference += float((ours[name] - p.detach()).square().sum())
         update += float((p.detach() - reference.initial[name]).square().sum())
         size += float(p.detach().square().sum())
-    result = {"error": math.sqrt(difference / update), "parameters": math.sqrt(difference / size)}
+    result = {"error": math.sqrt(difference / update) if update else difference, "moved": update > 0}
+    result["parameters"] = math.sqrt(difference / size)
+    # Shares of the rows, with padding, of a mini-batch that have a token, and that belong to mixed questions.
+    count = len(plan.order) / len(plan.partitions)
+    kinds = [([r for r in m if r["mask"].any()], mixed_questions(m)) for m in mini_batches]
+    result["shares"] = [
+        (len(kinds[m][0]) / count, sum(r["uid"] in kinds[m][1] for r in kinds[m][0]) / count) for m in order
+    ]
     if output is not None:
         ours = tu.get(output, "metrics")
         result["metrics"] = {k.removeprefix("disco/"): v for k, v in ours.items() if k.startswith("disco/")}

@@ -1,0 +1,219 @@
+"""Leave rows without a gradient out of a pass: the same gradient, to the last term, for less work.
+
+A response teaches nothing where its loss has no gradient: in GRPO and its kin, where its advantage is 0 (all responses
+to the question got the same reward), and on padding rows. :func:`narrow` takes such rows out of a batch before the
+engine cuts it into micro-batches. Ranks stay in step: each keeps equally many rows, and one with fewer repeats its
+shortest row without a gradient as a filler, of which a loss must read no token (column ``is_filler``).
+
+:class:`SkippingWorker` does so for verl's own losses, if ``verl_ext.skip_rows_without_gradient`` asks for it.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from tensordict import NonTensorData, TensorDict
+from torch import Tensor
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+FILLER = "is_filler"
+SETTING = "verl_ext.skip_rows_without_gradient"
+
+PROPORTIONAL = ("vanilla", "gspo", "sapo", "gpg", "geo_mean", "cispo", "dppo_tv", "dppo_kl")
+"""verl's policy losses whose gradient by a response's tokens is 0 where its advantage is 0, whatever the other rows."""
+
+
+def teaching(groups: Sequence[Hashable], rewards: Sequence[float]) -> list[bool]:
+    """Tell which rows belong to a group whose rewards differ: others have advantage 0 and no weight."""
+    seen: dict[Hashable, set[float]] = {}
+    for group, reward in zip(groups, rewards, strict=True):
+        seen.setdefault(group, set()).add(reward)
+    return [len(seen[group]) > 1 for group in groups]
+
+
+def gathered(table: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the rows of all ranks of a group, which have equally many, on the CPU; the same on every rank."""
+    parts = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, table.contiguous(), group=group)
+    return torch.cat(parts).cpu()
+
+
+def rows_per_rank(wanted: Tensor, ranks: int, engine_config: Any, micro_batch: int | None) -> int:
+    """Count the rows that each rank keeps: those of the rank that wants most, in whole micro-batches.
+
+    Args:
+        wanted: (ranks * rows,) bool, rank by rank.
+        engine_config: verl's, of the engine.
+        micro_batch: rows of a micro-batch; None where they are cut by tokens.
+    """
+    rows = len(wanted) // ranks
+    kept = max(int(wanted.view(ranks, rows).sum(1).max()), 1)
+    if micro_batch and kept > micro_batch:
+        kept = -(-kept // micro_batch) * micro_batch
+    if getattr(engine_config, "virtual_pipeline_model_parallel_size", None):
+        # Interleaved pipelining runs micro-batches by the number of stages.
+        stages = engine_config.pipeline_model_parallel_size
+        kept = -(-kept // stages) * stages
+    return min(kept, rows)
+
+
+def narrow(data: TensorDict, wanted: Tensor, count: int) -> TensorDict:
+    """Keep the wanted rows of this rank, in their order, and fill up to ``count`` rows.
+
+    Args:
+        data: this rank's rows; ``input_ids`` is jagged.
+        wanted: (rows,) bool, at most ``count`` of them.
+        count: as :func:`rows_per_rank` gives.
+
+    Returns:
+        Another batch, whose column ``is_filler`` is True at rows that only keep ranks in step.
+    """
+    keep, rest = wanted.nonzero().flatten(), (~wanted).nonzero().flatten()
+    if count < len(data):
+        lengths = data["input_ids"].offsets().diff().cpu()
+        # A rank without a row to spare wants all of its own, and then so many are kept.
+        filler = rest[lengths[rest].argmin()].expand(count - len(keep)) if len(keep) < count else rest[:0]
+        data = tu.index_select_tensor_dict(data, torch.cat([keep, filler]))
+        is_filler = torch.arange(count) >= len(keep)
+    else:
+        data, is_filler = data.copy(), ~wanted
+    data[FILLER] = is_filler.to(data["input_ids"].device)
+    return data
+
+
+def told_by_last_stage(wanted: Tensor, engine: Any) -> Tensor:
+    """Return on all stages of a pipeline which rows, (rows,) bool, its last stage wants: it alone has outputs."""
+    if getattr(engine.engine_config, "pipeline_model_parallel_size", 1) == 1:
+        return wanted
+    from megatron.core import parallel_state
+
+    flags = wanted.to(get_device_name(), torch.uint8)
+    last, group = parallel_state.get_pipeline_model_parallel_last_rank, parallel_state.get_pipeline_model_parallel_group
+    dist.broadcast(flags, last(), group=group())
+    return flags.bool().cpu()
+
+
+def whole_batch_terms(engine: Any) -> list[str]:
+    """Name what an engine itself trains on all rows: a mixture's balancing, further tokens (Megatron alone has them).
+
+    FSDP engines take their loss from the loss function alone.
+    """
+    config, model = getattr(engine, "tf_config", None), getattr(engine, "model_config", None)
+    terms = []
+    if config is not None and config.num_moe_experts:
+        kind, weight = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+        kinds, weights = (x if isinstance(x, list) else [x] for x in (kind, weight))
+        if any(w and k != "none" for k, w in zip(kinds, weights, strict=True)) or "sinkhorn" in kinds:
+            terms.append(f"the router's balancing (moe_router_load_balancing_type={kind})")
+        if config.moe_z_loss_coeff:
+            terms.append(f"the router's z-loss (moe_z_loss_coeff={config.moe_z_loss_coeff})")
+        if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
+            terms.append(f"the router's bias (moe_router_bias_update_rate={config.moe_router_bias_update_rate})")
+        if config.moe_expert_capacity_factor is not None:
+            terms.append(f"the experts' capacity (moe_expert_capacity_factor={config.moe_expert_capacity_factor})")
+    mtp = getattr(model, "mtp", None)
+    if mtp is not None and mtp.enable and mtp.enable_train:
+        terms.append("multi-token prediction (model.mtp.enable_train)")
+    return terms
+
+
+def faults(config: DictConfig) -> list[tuple[str, Any, str]]:
+    """List the settings of verl's own methods for which leaving rows out would change the update.
+
+    Returns:
+        Per fault the setting, the value found, and what would be right.
+    """
+    actor, found = config.actor_rollout_ref.actor, []
+
+    def get(path: str) -> Any:
+        return OmegaConf.select(config, path)
+
+    where = "actor_rollout_ref.actor"
+    if actor.policy_loss.loss_mode not in PROPORTIONAL:
+        right = f"it reads all rows, or moves those with advantage 0; use one of {', '.join(PROPORTIONAL)}"
+        found.append((f"{where}.policy_loss.loss_mode", actor.policy_loss.loss_mode, right))
+    if actor.entropy_coeff:
+        found.append((f"{where}.entropy_coeff", actor.entropy_coeff, "the bonus trains on all rows; use 0"))
+    elif actor.calculate_entropy:
+        found.append((f"{where}.calculate_entropy", True, "actor/entropy is of all rows; use false"))
+    if actor.use_kl_loss:
+        found.append((f"{where}.use_kl_loss", True, "the KL loss trains on all rows; use false"))
+    if get("distillation.enabled"):
+        found.append(("distillation.enabled", True, "its loss trains on all rows; use false"))
+    if actor.loss_agg_mode == "seq-mean-token-sum-norm" and not actor.loss_scale_factor:
+        right = "verl divides by the width of each micro-batch; use a constant, such as data.max_response_length"
+        found.append((f"{where}.loss_scale_factor", actor.loss_scale_factor, right))
+    mtp = "actor_rollout_ref.model.mtp"
+    if get(f"{mtp}.enable") and get(f"{mtp}.enable_train"):
+        found.append((f"{mtp}.enable_train", True, "multi-token prediction trains on all rows; use false"))
+    if get(f"{where}.megatron.dynamic_context_parallel") and actor.strategy == "megatron":
+        found.append((f"{where}.megatron.dynamic_context_parallel", True, "it deals rows anew; use false"))
+    return found
+
+
+class SkippingTrainingWorker(TrainingWorker):
+    """verl's training worker that leaves rows with advantage 0 out of the training pass."""
+
+    loss_fn: Callable
+
+    def train_batch(self, data: TensorDict) -> TensorDict | None:
+        """Take one optimizer step on one mini-batch, with the gradient and the denominators of all of its rows."""
+        mask = data["response_mask"].to_padded_tensor(0).bool()
+        wanted = (mask & (data["advantages"].to_padded_tensor(0) != 0)).any(-1).cpu()
+        group, ranks = self.engine.get_data_parallel_group(), self.engine.get_data_parallel_size()
+        mine = torch.stack([wanted.double(), data["loss_mask"].to_padded_tensor(0).sum(-1).double().cpu()], -1)
+        everyones, loss_tokens = gathered(mine.to(self.device_name), group).unbind(-1)
+        engine = self.engine_config
+        micro_batch = None if engine.use_dynamic_bsz else engine.micro_batch_size_per_gpu
+        kept = rows_per_rank(everyones.bool(), ranks, engine, micro_batch)
+        if micro_batch and kept < micro_batch:
+            tu.assign_non_tensor(data, micro_batch_size_per_gpu=kept)
+        lengths, rows = tu.get(data, "global_token_num"), len(data)
+        data = narrow(data, wanted, kept)
+        trained = [n for n, keep in zip(lengths, everyones, strict=True) if keep]
+        # verl estimates the work by them.
+        tu.assign_non_tensor(data, global_token_num=NonTensorData(trained))
+        loss, self.loss_fn = self.loss_fn, _of_whole_batch(self.loss_fn, int(loss_tokens.sum()))
+        try:
+            result = super().train_batch(data)
+        finally:
+            self.loss_fn = loss
+        if result is not None:
+            tu.get(result, "metrics").update(
+                trained_rows=float(everyones.sum()) / (rows * ranks), trained_tokens=float(sum(trained))
+            )
+        return result
+
+
+def _of_whole_batch(loss_fn: Callable, tokens: int) -> Callable:
+    """Make a loss of verl's contract that divides by the tokens of the whole mini-batch."""
+
+    def loss(model_output: dict[str, Any], data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict]:
+        tu.assign_non_tensor(data, batch_num_tokens=tokens)
+        return loss_fn(model_output=model_output, data=data, dp_group=dp_group)
+
+    return loss
+
+
+class SkippingWorker(ActorRolloutRefWorker):
+    """verl's hybrid worker whose actor trains on no row with advantage 0."""
+
+    actor_worker_cls = SkippingTrainingWorker
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self):
+        """Build the model as verl does.
+
+        Raises:
+            ValueError: the engine trains on all rows by itself.
+        """
+        super().init_model()
+        if self.actor is not None and (terms := whole_batch_terms(self.actor.engine)):
+            raise ValueError(
+                f"{SETTING}=True would change the update: {'; '.join(terms)} depends on all rows; use false"
+            )
