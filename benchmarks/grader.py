@@ -1,6 +1,6 @@
-"""Answers a second of the mathematical grader, as verl's reward loop uses it: from threads, graded by child processes.
+"""Answers per second of the mathematical grader, called from threads as by verl's reward loop, graded by children.
 
-python benchmarks/grader.py [--data FILE.parquet ...] [--processes 2] [--seconds 10]
+python benchmarks/grader.py [--data FILE.parquet ...] [--processes 2] [--seconds 2] [--repeats 5]
 
 Without --data, pairs written below. With it (files of verl_ext.tasks.math.prepare), each ground truth is also graded
 against itself and against the next one.
@@ -10,7 +10,8 @@ import argparse
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+
+from record import Figure, record
 
 from verl_ext.tasks.math.reward import compute_score
 
@@ -43,33 +44,37 @@ HOSTILE = [
 ]
 
 
-def rate(pairs: list[tuple[str, str]], processes: int, seconds: float) -> tuple[float, float]:
-    """Answers a second over ``seconds``, and the share of them that was right."""
+def rates(pairs: list[tuple[str, str]], processes: int, seconds: float, repeats: int) -> tuple[list[float], float]:
+    """Measure answers per second, ``repeats`` times for at least ``seconds``, and the share of them that was right."""
 
     def grade(pair: tuple[str, str]) -> float:
         return compute_score("", f"</think> \\boxed{{{pair[0]}}}", pair[1], processes=processes)["score"]
 
+    found, scores, source = [], [], itertools.cycle(pairs)
     # As many threads as verl's reward loop may have on their way; a start of the children is not what is measured.
     with ThreadPoolExecutor(2 * processes) as pool:
         list(pool.map(grade, (pairs * processes)[: 2 * processes]))
-        count, right, started = 0, 0.0, time.perf_counter()
-        source = itertools.cycle(pairs)
-        while time.perf_counter() - started < seconds:
-            results = list(pool.map(grade, itertools.islice(source, 8 * processes)))
-            count, right = count + len(results), right + sum(results)
-        return count / (time.perf_counter() - started), right / count
+        for _ in range(repeats):
+            count, started = 0, time.perf_counter()
+            while time.perf_counter() - started < seconds:
+                results = list(pool.map(grade, itertools.islice(source, 8 * processes)))
+                count += len(results)
+                scores += results
+            found.append(count / (time.perf_counter() - started))
+    return found, sum(scores) / len(scores)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", default=[], help="parquet files of verl_ext.tasks.math.prepare")
     parser.add_argument("--processes", type=int, default=2, help="children that grade at the same time")
-    parser.add_argument("--seconds", type=float, default=10, help="for each kind of answers")
+    parser.add_argument("--seconds", type=float, default=2, help="per repeat")
+    parser.add_argument("--repeats", type=int, default=5, help="for each kind of answers")
     args = parser.parse_args()
 
     kinds = {
         "plain integers": [(str(n), str(n + n % 2)) for n in range(100)],
-        "right by mathematics": SAME_BY_MATHEMATICS,
+        "equal by mathematics": SAME_BY_MATHEMATICS,
         "wrong": WRONG,
         "hostile": HOSTILE,
     }
@@ -83,11 +88,12 @@ def main() -> None:
     if truths:
         kinds["truths against themselves"] = [(t, t) for t in truths]
         kinds["truths against the next"] = list(itertools.pairwise(truths))
-    measure = partial(rate, processes=args.processes, seconds=args.seconds)
-    print(f"{args.processes} processes")
+    figures = {}
     for kind, pairs in kinds.items():
-        per_second, right = measure(pairs)
-        print(f"{kind:28}{per_second:10.1f} a second, {100 * right:.0f} % right", flush=True)
+        found, right = rates(pairs, args.processes, args.seconds, args.repeats)
+        figures[f"{kind}, graded"] = Figure.of(found, "per second", better="higher")
+        figures[f"{kind}, right"] = Figure(100 * right, "%", better="neither")
+    record("grader", figures, {"processes": args.processes, "seconds": args.seconds, "repeats": args.repeats})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,13 @@ class Figure:
         ):
             raise ValueError(f"low {self.low}, value {self.value}, high {self.high}: give both, in this order")
 
+    @classmethod
+    def of(cls, values: Sequence[float], unit: str = "ratio", **more: Any) -> "Figure":
+        """Summarise repeats: median, and 10th and 90th percentile (of fewer than 10, minimum and maximum)."""
+        values = sorted(values)
+        tenth = len(values) // 10
+        return cls(statistics.median(values), unit, values[tenth], values[-1 - tenth], **more)
+
     @property
     def missed(self) -> bool:
         """Whether the value is beyond the target."""
@@ -60,8 +68,15 @@ class Figure:
         return self.value < self.target if self.better == "higher" else self.value > self.target
 
     def __str__(self) -> str:
-        noise = "" if self.low in (None, self.high) else f" ({number(self.low)} to {number(self.high)})"
-        return number(self.value) + noise
+        exact = self.low is None or self.high is None or self.low == self.high
+        return number(self.value) + ("" if exact else f" ({number(self.low)} to {number(self.high)})")
+
+    def bound(self) -> str:
+        """Name the target, in words for a table; empty without one."""
+        if self.target is None:
+            return ""
+        side = "at least" if self.better == "higher" else "at most"
+        return f"{side} {number(self.target)}{', missed' if self.missed else ''}"
 
 
 @dataclass(frozen=True)
@@ -83,16 +98,22 @@ class Result:
         return cls(**{**values, "figures": {name: Figure(**f) for name, f in values["figures"].items()}})
 
     def dump(self) -> str:
-        """Write as JSON, without what a figure does not have."""
+        """Write as JSON: six digits, without what a figure does not have."""
         values = asdict(self)
         for name, figure in values["figures"].items():
-            values["figures"][name] = {k: v for k, v in figure.items() if v is not None}
+            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figure.items()}
+            values["figures"][name] = {k: v for k, v in rounded.items() if v is not None}
         return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def read_folder(folder: Path = RESULTS) -> dict[str, Result]:
+    """Read the results in a folder, by name."""
+    return {file.stem: Result.load(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
 def number(value: float) -> str:
-    """Write with three significant digits, more before the decimal point."""
-    return f"{value:.0f}" if abs(value) >= 100 or value == 0 else f"{value:#.3g}".rstrip(".")
+    """Write with three significant digits, or all that stand before the decimal point."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def record(
@@ -124,8 +145,9 @@ def record(
     file.write_text(result.dump())
     width = max(map(len, figures))
     for key, figure in figures.items():
-        bound = "" if figure.target is None else f", target {number(figure.target)}{' MISSED' if figure.missed else ''}"
-        print(f"{key:{width}}  {figure} {figure.unit}{bound}")
+        bound = figure.bound()
+        print(f"{key:{width}}  {figure} {figure.unit}{bound and f' ({bound})'}")
+    print(f"{file.name} is written; `python benchmarks/results.py` takes it into RESULTS.md")
     return file
 
 

@@ -1,29 +1,84 @@
-"""Where the seconds of a step go: medians over a run's steps, from its metrics.jsonl.
+"""Where the seconds of a step go, and what a run learned, from its metrics.jsonl.
 
-python benchmarks/step_time.py RUN_DIR [--skip 5]
+python benchmarks/step_time.py RUN_DIR [--name quickstart] [--seconds 354] [--skip 5]
+
+Writes NAME_steps, medians over the run's steps; of an arithmetic run also NAME, before and after.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
+from record import Figure, record
+
+from verl_ext.report.tables import PHASES
+from verl_ext.runs.folder import read_metrics, read_settings
+from verl_ext.tasks.arithmetic.summary import overall, pass_at_1
+
+MEASURING = "disco/measure_seconds"
+TENTH = 1.2816
+"""Standard errors from the mean to the 10th and the 90th percentile."""
+IN_TRAINING = {
+    "reward in training": ("critic/score/mean", "ratio"),
+    "entropy": ("actor/entropy", "nats per token"),
+    "response length": ("response_length/mean", "tokens"),
+    "mixed groups": ("training/mixed_questions", "ratio"),
+}
+
+
+def phases(steps: list[dict]) -> dict[str, Figure]:
+    """Take medians of seconds per phase; what is neither a phase of the worker nor of the trainer is generation."""
+    figures = {"step": Figure.of([s["timing_s/step"] for s in steps], "s")}
+    known = [f"timing_s/{p}" for p in PHASES]
+    for name in known:
+        if values := [s[name] for s in steps if name in s]:
+            figures[name.removeprefix("timing_s/")] = Figure.of(values, "s")
+    rest = [s["timing_s/step"] - sum(s.get(name, 0.0) for name in known) for s in steps]
+    figures["generation, rewards, other"] = Figure.of(rest, "s")
+    if measured := [s for s in steps if MEASURING in s]:
+        figures["measuring passes, in update_actor"] = Figure.of([s[MEASURING] for s in measured], "s")
+        shares = [s[MEASURING] / s["timing_s/update_actor"] for s in measured]
+        figures["measuring passes, share of update_actor"] = Figure.of(shares, "ratio")
+    return figures
+
+
+def learned(rows: list[dict], steps: list[dict], questions: int) -> dict[str, Figure]:
+    """Compare the first with the last evaluation, and the first five steps with the last five."""
+    evaluations = [levels for levels in map(pass_at_1, rows) if levels]
+    if len(evaluations) < 2:
+        return {}
+    figures = {}
+    for when, levels, near in (("before", evaluations[0], steps[:5]), ("after", evaluations[-1], steps[-5:])):
+        for level, share in {"all levels": None, **levels}.items():
+            per_level = {level: share} if share is not None else levels
+            value, error = overall(per_level, questions * len(per_level) // len(levels))
+            low, high = (100 * min(max(value + side * TENTH * error, 0.0), 1.0) for side in (-1, 1))
+            name = level if share is None else f"level {level}"
+            better = "higher" if when == "after" else "neither"
+            figures[f"pass@1, {name}, {when}"] = Figure(100 * value, "%", low, high, better=better)
+        for label, (metric, unit) in IN_TRAINING.items():
+            if values := [s[metric] for s in near if metric in s]:
+                figures[f"{label}, {when}"] = Figure(statistics.fmean(values), unit, better="neither")
+    return figures
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="trainer.default_local_dir of a run")
-    parser.add_argument("--skip", type=int, default=5, help="first steps to leave out (warm-up)")
+    parser.add_argument("--name", default="quickstart", help="of the files in benchmarks/results")
+    parser.add_argument("--seconds", type=float, help="of the whole training, as examples/quickstart.sh prints them")
+    parser.add_argument("--skip", type=int, default=5, help="first steps to leave out of the times (warm-up)")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in rows if "timing_s/step" in r][args.skip :]
-    if not steps:
+    rows = read_metrics(args.run)
+    steps = [r for r in rows if "timing_s/step" in r]
+    if len(steps) <= args.skip:
         raise SystemExit(f"{args.run}: no steps after the first {args.skip}")
-    print(f"{len(steps)} steps, seconds: median (10th to 90th percentile)")
-    for name in sorted({k for r in steps for k in r if k.startswith("timing_s/")} | {"disco/measure_seconds"}):
-        values = sorted(r[name] for r in steps if name in r)
-        if values:
-            low, high = values[len(values) // 10], values[-1 - len(values) // 10]
-            print(f"{name:32} {statistics.median(values):7.3f} ({low:.3f} to {high:.3f})")
+    whole = {} if args.seconds is None else {"training, pre-training included": Figure(args.seconds, "s", target=240)}
+    record(f"{args.name}_steps", whole | phases(steps[args.skip :]), {"steps": len(steps) - args.skip})
+    settings = read_settings(args.run)
+    if figures := learned(rows, steps, questions := settings.get("arithmetic.test_size", 0)):
+        shown = ("trainer.total_training_steps", "data.train_batch_size", "actor_rollout_ref.rollout.n")
+        record(args.name, figures, {"held-out questions": questions} | {name: settings.get(name) for name in shown})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""Worst error of an update per engine, from the engine matrix of `tests/recipe/disco/test_worker.py`.
+
+python benchmarks/exactness.py RESULTS.jsonl [...]
+
+Lines as `tests/recipe/disco/harness.py` writes them: ``name``, ``case``, ``error`` relative to the update itself.
+"""
+
+import argparse
+from pathlib import Path
+
+from record import Figure, record
+
+from verl_ext.runs.folder import read_json_lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="+", type=Path, help="results of the harness")
+    args = parser.parse_args()
+    errors: dict[str, list[float]] = {}
+    for file in args.file:
+        for _, result in read_json_lines(file):
+            errors.setdefault(result["name"], []).append(result["error"])
+    # The bound of the test.
+    figures = {name: Figure(max(found), "relative error", target=2e-5) for name, found in errors.items()}
+    record("exactness", figures, {"cases": sum(map(len, errors.values()))})
+
+
+if __name__ == "__main__":
+    main()
