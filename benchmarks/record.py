@@ -155,9 +155,9 @@ def command(argv: Sequence[str]) -> str:
     """Write a command line without this machine's folders."""
 
     def plain(argument: str) -> str:
-        option, equals, value = argument.rpartition("=")
-        path = Path(value)
-        if path.is_absolute():
+        option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+        path = Path(value).resolve()
+        if Path(value).is_absolute() or ".." in Path(value).parts:
             value = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
         return option + equals + value
 
