@@ -134,13 +134,14 @@ def compute_score(
     base = ref_log_prob if score.base == "reference" else old_log_prob
     if base is None:
         raise ValueError(f"disco.score={score.name} compares with a reference model, but there is no ref_log_prob")
-    s = _checked(score, score(log_prob, base, mask), log_prob)
     if rollout_is_weights is None:
-        return s
+        return _checked(score, score(log_prob, base, mask), log_prob)
     if not score.correctable:
         raise ValueError(f"disco.score={score.name} takes no importance weights: let it multiply by rho")
+    with torch.no_grad():
+        s = _checked(score, score(log_prob, base, mask), log_prob)
     trained = _checked(score, score(log_prob, base, mask, rollout_is_weights.detach()), log_prob)
-    return s.detach() + (trained - trained.detach())
+    return s + (trained - trained.detach())
 
 
 def _checked(score: Score, s: Tensor, log_prob: Tensor) -> Tensor:
