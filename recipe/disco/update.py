@@ -121,7 +121,7 @@ def plan_update(
         "objective": j.value.item(),
         "objective_positive": j.positive.item(),
         "objective_negative": j.negative.item(),
-        **kl_metrics(controller, in_force.item()),
+        **(kl_metrics(controller, in_force.item()) if kl is not None or seen.any() else {}),
         **(kl_noise(table.kl[seen].detach(), table.length[seen]) if kl is None else {}),
         "coefficient": coefficient,
         "penalty": penalty,

@@ -75,7 +75,7 @@ def make_rows(mixed: float | None = None) -> list[dict]:
 
     rewards = [[1, 0, 0, 0], [1, 1, 0, 0, 1, 0], [0, 1], [1, 1, 1], [0, 0, 0, 0], [1], [1, 0, 1, 0, 0, 0, 0], [0, 1, 0]]
     if mixed is not None:
-        rewards = [[1, 0, 0, 1] if q < round(10 * mixed) else [q % 2] * 4 for q in range(10)]
+        rewards = [[1, 0, 0, 1] if 3 * q % 10 < round(10 * mixed) else [q % 2] * 4 for q in range(10)]
     rows = []
     for q, labels in enumerate(rewards):
         prompt = tokens(3, 9)
@@ -157,7 +157,7 @@ class Reference:
             # Of the questions that are trained on
             seen = mask * torch.tensor([float(r["uid"] in mixed_questions(rows)) for r in rows])[:, None]
         if not seen.any():
-            return 0 * log_prob.sum(), {}
+            return 0 * log_prob.sum(), {"kl": self.previous_kl, "coefficient": coefficient}
         kl = ((old - log_prob) * seen).sum() / seen.sum()
         self.previous_kl = kl.item()
         loss = -total / len({r["uid"] for r in rows}) + coefficient * kl
