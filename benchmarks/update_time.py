@@ -1,0 +1,120 @@
+"""Time of a step's actor update (4 mini-batches), DisCO's against that of verl's GRPO by the same engine and data.
+
+python benchmarks/update_time.py [--only ratios fits] [--checkpointing] [--ranks 2] [--mixed 0 0.5 1]
+
+``ratios``: 16 questions with 8 responses of skewed length, methods in turns, at several shares of mixed groups. The
+constraint is not active and the first mini-batch is on a fresh rollout, so it needs no measuring pass.
+``fits``: the exact update's time against tokens and group size.
+"""
+
+import argparse
+import functools
+import statistics
+
+import torch
+from engine import (
+    METHODS,
+    MINI_BATCHES,
+    Bench,
+    Responses,
+    Seconds,
+    arguments,
+    fit,
+    in_turns,
+    launch,
+    skewed_lengths,
+    spread,
+)
+from record import Figure, record
+
+PROMPT = 32
+# By the share of mixed groups and the method; exact: with gradient checkpointing, without.
+TARGETS = {(1.0, "exact"): (1.20, 1.25), (1.0, "lagged"): (1.02, 1.02)}
+TARGETS |= {(0.5, "exact"): (0.80, 0.80), (0.5, "lagged"): (0.60, 0.60)}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="+", choices=["ratios", "fits"], default=["ratios", "fits"])
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--mixed", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="shares of mixed groups")
+    parser.add_argument("--max-response", type=int, default=384, help="tokens of the longest response")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2**12, 2**14, 2**16, 2**18], help="for fits")
+    args = parser.parse_args()
+    if launch(args):
+        # Twice the longest sequence
+        bench = Bench(checkpointing=args.checkpointing, budget=2 * (args.max_response + PROMPT))
+        for part in args.only:
+            figures, settings = {"ratios": ratios, "fits": fits}[part](bench, args)
+            if bench.rank == 0:
+                suffix = f"{args.ranks}_rank{'s' * (args.ranks > 1)}{'_checkpointing' * args.checkpointing}"
+                shared = {k: v for k, v in vars(args).items() if k not in ("only", "tokens", "mixed")}
+                record(f"update_{'time' if part == 'ratios' else part}_{suffix}", figures, shared | settings)
+
+
+def ratios(bench: Bench, args: argparse.Namespace) -> tuple[dict[str, Figure], dict]:
+    """Compare all methods with GRPO."""
+    figures, theory = {}, {}
+    passes = 4 if args.checkpointing else 3
+    for mixed in args.mixed:
+        lengths = skewed_lengths(128, args.max_response)
+        responses = Responses.make(lengths, 8, mixed, PROMPT)
+        data = bench.batch(responses)
+        measured: list[float] = []
+
+        def update(method: str, data=data, measured=measured) -> Seconds:
+            took, metrics = bench.update(method, data)
+            if method == "exact":
+                measured.append(metrics["disco/measure_seconds"] / took.wall)
+            return took
+
+        times = in_turns({m: functools.partial(update, m) for m in ("grpo", *METHODS)}, args.turns)
+        figures[f"grpo, {mixed:.0%} mixed"] = spread([t.wall for t in times["grpo"]], "s")
+        for method in METHODS:
+            bound = TARGETS.get((mixed, method), (None, None))[not args.checkpointing]
+            pairs = list(zip(times[method], times["grpo"], strict=True))
+            name = f"{method}, {mixed:.0%} mixed"
+            figures[name] = spread([a.wall / b.wall for a, b in pairs], "ratio", target=bound)
+            if not torch.cuda.is_available():
+                figures[f"{name}, processor time"] = spread([a.core / b.core for a, b in pairs], "ratio", target=bound)
+        figures[f"exact, {mixed:.0%} mixed, share of measuring"] = spread(measured[1:], "ratio")
+        measuring = (MINI_BATCHES - 1) / MINI_BATCHES / passes
+        theory[f"exact, {mixed:.0%} mixed"] = round(responses.trained + measuring, 3)
+        theory[f"lagged, {mixed:.0%} mixed"] = round(responses.trained, 3)
+    return figures, {"tokens": responses.tokens, "ratio by the number of passes": theory}
+
+
+def fits(bench: Bench, args: argparse.Namespace) -> tuple[dict[str, Figure], dict]:
+    """Fit lines to the exact update's time."""
+    figures = {}
+    mean = 0.4 * args.max_response + PROMPT
+    # Whole groups of 8 in each mini-batch.
+    counts = [max(round(tokens / mean / 32), 1) * 32 for tokens in args.tokens]
+    batches = [Responses.make(skewed_lengths(n, args.max_response), 8, 1.0, PROMPT) for n in counts]
+    data = {f"{r.tokens}": bench.batch(r) for r in batches}
+    times = in_turns({n: lambda d=d: bench.update("exact", d)[0].wall for n, d in data.items()}, args.turns)
+    tokens = [r.tokens for r in batches]
+    seconds = [statistics.median(times[f"{n}"]) for n in tokens]
+    slope, intercept, r2 = fit(tokens, seconds)
+    for n in tokens:
+        figures[f"{n} tokens"] = spread(times[f"{n}"], "s")
+    figures["tokens: slope"] = Figure(slope * 1e6, "s per million tokens")
+    figures["tokens: intercept"] = Figure(intercept, "s")
+    figures["tokens: R2"] = Figure(r2, "", target=0.99, better="higher")
+
+    lengths = skewed_lengths(256, args.max_response)
+    sizes = [4, 8, 16, 32, 64]
+    data = {f"{n}": bench.batch(Responses.make(lengths, n, 1.0, PROMPT)) for n in sizes}
+    times = in_turns({n: lambda d=d: bench.update("exact", d)[0].wall for n, d in data.items()}, args.turns)
+    seconds = [statistics.median(times[f"{n}"]) for n in sizes]
+    slope, intercept, r2 = fit(sizes, seconds)
+    for n in sizes:
+        figures[f"groups of {n}"] = spread(times[f"{n}"], "s")
+    figures["group size: slope"] = Figure(slope * 1e3, "ms per response")
+    figures["group size: intercept"] = Figure(intercept, "s")
+    figures["group size: R2"] = Figure(r2, "", better="neither")
+    return figures, {"tokens": tokens, "responses, group size": len(lengths)}
+
+
+if __name__ == "__main__":
+    main()
