@@ -54,7 +54,7 @@ CASES = {
 }
 SCORE_NAMES = ("log_l", "l_ratio")
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def make_rows(rows: int, tokens: int, device: str) -> dict[str, Tensor]:

@@ -87,8 +87,6 @@ def disco_loss(
     tau = SCORES[score].published_tau if tau is None else tau
     if tau is not None:
         settings["tau"] = tau
-    elif "tau" in settings_of(OBJECTIVES[objective]):
-        raise ValueError(f"disco.score={score} has no published tau; give tau")
     require_finite("positive_threshold", positive_threshold)
     j, s, penalty = (
         OBJECTIVES.build(objective, settings),

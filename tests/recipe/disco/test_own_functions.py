@@ -228,7 +228,7 @@ def test_a_score_without_a_published_tau_asks_for_one(mine):
     mine(SCORES, score_of(lambda lp, old, mask: token_mean(lp, mask)))
     with pytest.raises(ValueError, match="disco.score=mine has no published tau; set disco.tau"):
         DiscoConfig(score="mine")
-    with pytest.raises(ValueError, match="disco.score=mine has no published tau; give tau"):
+    with pytest.raises(ValueError, match="disco.objective=disco needs the setting .tau."):
         disco_loss(SCORE[:, None], SCORE[:, None], torch.ones(7, 1), POSITIVE.float(), QUESTION, score="mine")
     # DisCO-b reads none.
     assert DiscoConfig(score="mine", objective="disco_b").tau is None
