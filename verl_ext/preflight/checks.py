@@ -21,6 +21,7 @@ from verl_ext.preflight.references import check_code, check_imports, check_paths
 from verl_ext.preflight.rows import check_data_files, check_rows
 from verl_ext.preflight.settings import check_cpu, check_dataclasses, check_validator, check_verls_own
 from verl_ext.preflight.sizes import check_first_evaluation, check_sizes, check_steps
+from verl_ext.preflight.skipping import check_skipping
 from verl_ext.preflight.trainer import (
     check_adapters,
     check_asynchrony,
@@ -66,7 +67,7 @@ CHECKS: dict[Needs, list[Callable[[Run], Iterator[Finding]]]] = {
     Needs.CODE: [check_code],
     Needs.FILES: [check_paths, check_data_files],
     Needs.CONTENTS: [check_imports, check_rows],
-    Needs.SETTINGS: [*_TRAINER, check_recipes_worker, check_cpu, check_validator],
+    Needs.SETTINGS: [*_TRAINER, check_recipes_worker, check_skipping, check_cpu, check_validator],
     Needs.CLUSTER: [check_nodes],
     Needs.PLAN: _PLAN,
 }

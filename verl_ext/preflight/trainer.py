@@ -10,7 +10,7 @@ from verl_ext import recipes
 from verl_ext.preflight.composition import Run, walk
 from verl_ext.preflight.findings import Finding
 
-EXTENSIONS = ("actor_worker_class", "whole_groups")
+EXTENSIONS = ("actor_worker_class", "whole_groups", "skip_rows_without_gradient")
 """Settings of the node ``verl_ext`` that only our trainers read."""
 
 SHARED_PREFIXES = ("use_prefix_tree", "use_prefix_grouper")

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 from tensordict import NonTensorData, TensorDict
 from torch import Tensor
 from verl.single_controller.base.decorator import Dispatch, register
@@ -23,9 +22,6 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 FILLER = "is_filler"
 SETTING = "verl_ext.skip_rows_without_gradient"
-
-PROPORTIONAL = ("vanilla", "gspo", "sapo", "gpg", "geo_mean", "cispo", "dppo_tv", "dppo_kl")
-"""verl's policy losses whose gradient by a response's tokens is 0 where its advantage is 0, whatever the other rows."""
 
 
 def teaching(groups: Sequence[Hashable], rewards: Sequence[float]) -> list[bool]:
@@ -120,40 +116,6 @@ def whole_batch_terms(engine: Any) -> list[str]:
     if mtp is not None and mtp.enable and mtp.enable_train:
         terms.append("multi-token prediction (model.mtp.enable_train)")
     return terms
-
-
-def faults(config: DictConfig) -> list[tuple[str, Any, str]]:
-    """List the settings of verl's own methods for which leaving rows out would change the update.
-
-    Returns:
-        Per fault the setting, the value found, and what would be right.
-    """
-    actor, found = config.actor_rollout_ref.actor, []
-
-    def get(path: str) -> Any:
-        return OmegaConf.select(config, path)
-
-    where = "actor_rollout_ref.actor"
-    if actor.policy_loss.loss_mode not in PROPORTIONAL:
-        right = f"it reads all rows, or moves those with advantage 0; use one of {', '.join(PROPORTIONAL)}"
-        found.append((f"{where}.policy_loss.loss_mode", actor.policy_loss.loss_mode, right))
-    if actor.entropy_coeff:
-        found.append((f"{where}.entropy_coeff", actor.entropy_coeff, "the bonus trains on all rows; use 0"))
-    elif actor.calculate_entropy:
-        found.append((f"{where}.calculate_entropy", True, "actor/entropy is of all rows; use false"))
-    if actor.use_kl_loss:
-        found.append((f"{where}.use_kl_loss", True, "the KL loss trains on all rows; use false"))
-    if get("distillation.enabled"):
-        found.append(("distillation.enabled", True, "its loss trains on all rows; use false"))
-    if actor.loss_agg_mode == "seq-mean-token-sum-norm" and not actor.loss_scale_factor:
-        right = "verl divides by the width of each micro-batch; use a constant, such as data.max_response_length"
-        found.append((f"{where}.loss_scale_factor", actor.loss_scale_factor, right))
-    mtp = "actor_rollout_ref.model.mtp"
-    if get(f"{mtp}.enable") and get(f"{mtp}.enable_train"):
-        found.append((f"{mtp}.enable_train", True, "multi-token prediction trains on all rows; use false"))
-    if get(f"{where}.megatron.dynamic_context_parallel") and actor.strategy == "megatron":
-        found.append((f"{where}.megatron.dynamic_context_parallel", True, "it deals rows anew; use false"))
-    return found
 
 
 class SkippingTrainingWorker(TrainingWorker):
