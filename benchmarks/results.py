@@ -3,18 +3,19 @@
     python benchmarks/results.py            # write it
     python benchmarks/results.py --check    # exit status 1 if it is not what the files give
 
-In the text, `{{NAME}}` on a line of its own is the table of `results/NAME.json`, and `{{NAME: FIGURE}}` one figure.
-Names like "ROW, COLUMN" make a table of rows and columns if none of its cells is empty. Files that the text does not
-name follow at the end.
+In the text, `{{NAME}}` on a line of its own is the table of `results/NAME.json`, `{{PART*}}` the tables of all files
+whose names begin so, and `{{NAME: FIGURE}}` one figure. Names like "ROW, COLUMN" make a table of rows and columns if
+none of its cells is empty. Files that the text does not name follow at the end.
 """
 
 import argparse
+import fnmatch
 import re
 from pathlib import Path
 
 from record import Figure, Result, read_folder
 
-TABLE, FIGURE = re.compile(r"^\{\{(\w+)\}\}$", re.M), re.compile(r"\{\{(\w+): ([^}]+)\}\}")
+TABLE, FIGURE = re.compile(r"^\{\{(\w+\*?)\}\}$", re.M), re.compile(r"\{\{(\w+): ([^}]+)\}\}")
 UNITLESS = ("ratio", "relative error")
 
 
@@ -34,7 +35,10 @@ def make(text: str, results: dict[str, Result]) -> str:
             raise SystemExit(f"RESULTS.in.md names {match[2]!r} of {match[1]}; there are {', '.join(figures)}")
         return with_unit(figures[match[2]])
 
-    text = FIGURE.sub(figure, TABLE.sub(lambda match: section(result(match[1])), text)).strip()
+    def tables(match: re.Match) -> str:
+        return "\n\n".join(section(result(n)) for n in fnmatch.filter(sorted(results), match[1]) or [match[1]])
+
+    text = FIGURE.sub(figure, TABLE.sub(tables, text)).strip()
     for name in sorted(results.keys() - set(used)):
         text += f"\n\n## {name}\n\n{section(results[name])}"
     return f"{text}\n\n## Where and when\n\n{places(results)}\n"

@@ -186,7 +186,9 @@ def test_the_page_is_made_from_text_and_files(load, made):
         "## x\n\n" in page
         and "|  |  | target |\n| --- | --- | --- |\n| a, b | 2 | at most 1, missed |\n| c | 3 |  |\n" in page
     )
-    for text in ("{{y}}", "{{x: y}}"):
+    two = results.make("{{x_*}}\n", {f"x_{n}": made({"f": r.Figure(n)}) for n in (1, 2)})
+    assert "| f | 1 |\n\n`python benchmarks/x.py`\n" in two and two.count("| f |") == 2
+    for text in ("{{y}}", "{{y*}}", "{{x: y}}"):
         with pytest.raises(SystemExit, match="RESULTS.in.md names"):
             results.make(text, {"x": made(grid)})
 
