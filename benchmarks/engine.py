@@ -201,10 +201,11 @@ class Bench:
         self.verl.set_loss_fn(functools.partial(ppo_loss, config=actor))
         self.initial = [p.detach().clone() for p in self.engine.module.parameters()]
 
-    def batch(self, responses: Responses, mini_batches: int = MINI_BATCHES) -> Any:
-        """Deal the responses and return this rank's rows as verl hands them to a worker.
+    def batch(self, responses: Responses, plan: Any = None) -> Any:
+        """Return this rank's rows as verl hands them to a worker: random tokens, log-probabilities of the policy.
 
-        Log-probabilities are those of the policy. Tokens are random.
+        Args:
+            plan: where each row goes; by default as ``verl_ext`` deals them.
         """
         from tensordict import TensorDict
         from verl.utils import tensordict_utils as tu
@@ -215,31 +216,33 @@ class Bench:
         from verl_ext.training.skipping import teaching
 
         questions = int(responses.question.max()) + 1
-        plan = deal(
+        plan = plan or deal(
             responses.question.tolist(),
             (responses.lengths + responses.prompt).tolist(),
-            groups_per_mini_batch=questions // mini_batches,
+            groups_per_mini_batch=questions // MINI_BATCHES,
             ranks=self.ranks,
             trained=teaching(responses.question.tolist(), responses.reward.tolist()),
         )
-        if plan.num_padding:
-            raise ValueError(f"{len(responses.lengths)} responses do not divide into {mini_batches} x {self.ranks}")
+        if plan.num_padding or len(plan.partitions) != MINI_BATCHES:
+            raise ValueError(f"{len(responses.lengths)} responses do not divide into {MINI_BATCHES} x {self.ranks}")
         rows = Rows.dealt(responses.question.tolist(), responses.reward.tolist(), plan).columns()
         share = len(plan.order) // self.ranks
         mine = slice(self.rank * share, (self.rank + 1) * share)
         rows, length = rows[mine], responses.lengths[plan.order[mine]]
         group = responses.reward.reshape(questions, -1)
         advantage = (group - group.mean(1, keepdims=True)) / (group.std(1, ddof=1, keepdims=True) + 1e-6)
-        g = torch.Generator().manual_seed(self.rank)
         vocabulary = self.worker.model_config.hf_config.vocab_size
+
+        def tokens(seed: int, n: int) -> torch.Tensor:
+            return torch.randint(3, vocabulary, (n,), generator=torch.Generator().manual_seed(seed))
 
         def jagged(row: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
             return torch.nested.as_nested_tensor(
                 [row(i, int(n)) for i, n in zip(plan.order[mine], length, strict=True)], layout=torch.jagged
             )
 
-        prompts = jagged(lambda i, n: torch.randint(3, vocabulary, (responses.prompt,), generator=g))
-        answers = jagged(lambda i, n: torch.randint(3, vocabulary, (n,), generator=g))
+        prompts = jagged(lambda i, n: tokens(int(responses.question[i]), responses.prompt))
+        answers = jagged(lambda i, n: tokens(questions + i, n))
         ids = [torch.cat(pair) for pair in zip(prompts.unbind(), answers.unbind(), strict=True)]
         data = TensorDict(
             {
@@ -258,8 +261,8 @@ class Bench:
             data,
             temperature=1.0,
             calculate_entropy=False,
-            global_batch_size=len(plan.order) // mini_batches,
-            mini_batch_size=len(plan.order) // mini_batches,
+            global_batch_size=len(plan.order) // MINI_BATCHES,
+            mini_batch_size=len(plan.order) // MINI_BATCHES,
             epochs=1,
             seed=42,
             dataloader_kwargs={"shuffle": False},
@@ -271,6 +274,17 @@ class Bench:
         found = self.verl.infer_batch(data.copy())["log_probs"]
         data["old_log_probs"] = response_to_nested(no_padding_2_padding(found, data), data["response_mask"]).float()
         return data
+
+    def configure(self, method: str) -> None:
+        """Set the worker's method, with a constraint that is not active, as in 99 % of a run's mini-batches."""
+        from recipe.disco.settings import DiscoConfig
+
+        self.worker.configure(DiscoConfig(delta=1.0, **METHODS[method]))
+
+    def moved(self) -> torch.Tensor:
+        """Return how far all parameters are from the initial ones, as one vector."""
+        now = zip(self.engine.module.parameters(), self.initial, strict=True)
+        return torch.cat([full(p.detach() - start).flatten().double() for p, start in now])
 
     def restore(self) -> None:
         """Go back to the initial parameters."""
@@ -286,12 +300,9 @@ class Bench:
         """
         from verl.utils import tensordict_utils as tu
 
-        from recipe.disco.settings import DiscoConfig
-
         self.restore()
         if method != "grpo":
-            # The constraint is not active, as in 99 % of an arithmetic run's mini-batches.
-            self.worker.configure(DiscoConfig(delta=1.0, **METHODS[method]))
+            self.configure(method)
         worker = self.verl if method == "grpo" else self.worker
         seconds, output = self.timed(lambda: worker.train_mini_batch(data.copy()))
         metrics = tu.get(output, "metrics")
@@ -309,6 +320,11 @@ class Bench:
         core = time.process_time() - core
         torch.distributed.barrier()
         return Seconds(time.perf_counter() - wall, core), result
+
+
+def full(p: torch.Tensor) -> torch.Tensor:
+    """Gather a parameter's shards."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 class Seconds(NamedTuple):

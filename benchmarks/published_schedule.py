@@ -1,0 +1,320 @@
+"""The exact update against the published schedule: same engine, same gradient; then by simulation on many ranks.
+
+python benchmarks/published_schedule.py [--only measured simulated] [--ranks 2] [--checkpointing]
+python benchmarks/published_schedule.py --read ROLLOUT_DATA_DIR TOKENIZER
+
+The published schedule: each micro-batch has a fixed number of sequences, in whole groups, each padded to the longest
+that is allowed; ranks take the questions as they come; the scores of a micro-batch are gathered from all ranks, and its
+loss is that of the gathered groups. So it needs no measuring pass. ``--read`` records lengths of a run's responses.
+"""
+
+import copy
+import functools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engine import MINI_BATCHES, Bench, Responses, arguments, in_turns, launch, skewed_lengths, spread
+from record import Figure, record
+from torch.nn.functional import pad
+
+from verl_ext.training.grouping import Deal, deal
+
+PROMPT, GROUP = 32, 8
+RECORDED = Path(__file__).parent / "arithmetic_lengths.json"
+RANKS = (8, 64, 512, 1024)
+ROWS = 16
+"""Responses per rank and mini-batch, in the simulation."""
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.set_defaults(ranks=2)
+    parser.add_argument("--only", nargs="+", choices=["measured", "simulated"], default=["measured", "simulated"])
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--max-response", type=int, default=384, help="tokens of the longest response, when measured")
+    parser.add_argument("--read", nargs=3, metavar=("ROLLOUTS", "TOKENIZER", "MAXIMUM"), help="record a run's lengths")
+    args = parser.parse_args()
+    if args.read:
+        read_lengths(Path(args.read[0]), Path(args.read[1]), int(args.read[2]))
+    elif launch(args):
+        bench = Bench(
+            checkpointing=args.checkpointing, budget=2 * (args.max_response + PROMPT), optimizer="SGD", lr=0.1
+        )
+        settings = {k: v for k, v in vars(args).items() if k not in ("only", "read")}
+        for part in args.only:
+            figures, more = {"measured": measured, "simulated": simulated}[part](bench, args)
+            if bench.rank == 0:
+                record(f"published_schedule_{part}", figures, settings | more)
+
+
+def read_lengths(rollouts: Path, tokenizer: Path, maximum: int) -> None:
+    """Write the tokens of a run's sequences, by question.
+
+    Args:
+        rollouts: verl's ``trainer.rollout_data_dir``.
+        tokenizer: of the run's model.
+        maximum: what the run allowed, prompt and response together.
+    """
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(tokenizer).encode
+    groups: dict[str, list[int]] = {}
+    for file in sorted(rollouts.glob("*.jsonl")):
+        for row in map(json.loads, file.read_text().splitlines()):
+            # And the end of the sequence, if there was room for it.
+            tokens = min(len(encode(row["input"])) + len(encode(row["output"])) + 1, maximum)
+            groups.setdefault(f"{file.stem} {row['uid'].rsplit('_', 2)[0]}", []).append(tokens)
+    RECORDED.write_text(json.dumps({"maximum": maximum, "lengths": list(groups.values())}) + "\n")
+    print(f"{RECORDED}: {sum(map(len, groups.values()))} lengths of {len(groups)} questions")
+
+
+# Measured ---------------------------------------------------------------------------------------------------------
+
+
+def in_order(responses: Responses, ranks: int) -> Deal:
+    """Give each rank its questions as they come; the mini-batches are those that :func:`deal` makes."""
+    parts = np.arange(len(responses.lengths)).reshape(MINI_BATCHES, ranks, -1)
+    order = parts.transpose(1, 0, 2)
+    mini_batch = np.broadcast_to(np.arange(MINI_BATCHES)[None, :, None], order.shape)
+    return Deal(order.ravel().tolist(), mini_batch.ravel().tolist(), 0, parts.tolist())
+
+
+@dataclass
+class GatheredLoss:
+    """The loss of the groups that all ranks' micro-batches hold together, in verl's loss contract.
+
+    Attributes:
+        worker: whose objective, score and constraint to use.
+        micro_batches: of a mini-batch.
+    """
+
+    worker: Any
+    micro_batches: int
+
+    def __call__(self, model_output: dict[str, Any], data: Any, dp_group: Any = None) -> tuple[torch.Tensor, dict]:
+        from verl.workers.utils.padding import no_padding_2_padding
+
+        from recipe.disco.constraint import kl_estimate
+        from recipe.disco.scores import compute_score
+        from recipe.disco.update import ScoreTable, plan_update
+        from verl_ext.training.rows import Rows
+        from verl_ext.training.skipping import gathered
+
+        worker, rows = self.worker, Rows.of(data)
+        log_prob = no_padding_2_padding(model_output["log_probs"], data)
+        mask, old = data["response_mask"].to_padded_tensor(0).bool(), data["old_log_probs"].to_padded_tensor(0)
+        score, kl = compute_score(worker.score, log_prob, old, mask, None), kl_estimate(log_prob, old, mask).sum(-1)
+        own = torch.stack([score, kl], -1).double()
+        columns = (rows.group_id, rows.group_size, rows.sample_index, rows.sequence_reward, mask.sum(-1))
+        table = torch.cat([torch.stack([c.double() for c in columns], -1), own.detach()], -1)
+        table = gathered(table, worker.engine.get_data_parallel_group()).to(own.device)
+        # Only this rank's have a gradient here.
+        rank = worker.engine.get_data_parallel_rank()
+        scores = torch.cat([table[: rank * len(own), -2:], own, table[(rank + 1) * len(own) :, -2:]])
+        question, size, index, _, length = table[:, :5].long().unbind(-1)
+        plan = plan_update(
+            ScoreTable(
+                question=question,
+                size=size,
+                index=index,
+                reward=table[:, 3],
+                length=length,
+                score=scores[:, 0],
+                kl=scores[:, 1],
+                measured=torch.ones_like(question, dtype=torch.bool),
+                entropy=torch.full_like(table[:, 3], torch.nan),
+            ),
+            worker.objective,
+            worker.controller,
+            positive_threshold=worker.disco.positive_threshold,
+        )
+        return plan.loss / self.micro_batches * data["dp_size"], {}
+
+
+class Published:
+    """The published schedule by a bench's engine.
+
+    Args:
+        bench: of which it takes engine and data.
+        maximum: tokens to pad each sequence to; None: remove padding, as the authors' framework could.
+    """
+
+    def __init__(self, bench: Bench, maximum: int | None):
+        self.bench, self.maximum, self.worker = bench, maximum, copy.copy(bench.verl)
+
+    def batch(self, responses: Responses) -> Any:
+        """Return this rank's rows in the order of the questions."""
+        from verl.utils import tensordict_utils as tu
+
+        data = self.bench.batch(responses, in_order(responses, self.bench.ranks))
+        tu.assign_non_tensor(
+            data,
+            use_dynamic_bsz=False,
+            micro_batch_size_per_gpu=GROUP,
+            use_remove_padding=self.maximum is None,
+            # verl's own cut of a rank's rows
+            mini_batch_size=len(data) // MINI_BATCHES * self.bench.ranks,
+        )
+        self.worker.set_loss_fn(GatheredLoss(self.bench.worker, len(data) // MINI_BATCHES // GROUP))
+        return data
+
+    def update(self, data: Any) -> Any:
+        """Take one step's update from the initial parameters; return its time."""
+        bench, prepare = self.bench, self.bench.engine.prepare_model_inputs
+        bench.configure("exact")
+        bench.restore()
+        if self.maximum is not None:
+            bench.engine.prepare_model_inputs = functools.partial(self._padded, prepare)
+        try:
+            return bench.timed(lambda: self.worker.train_mini_batch(data.copy()))[0]
+        finally:
+            bench.engine.prepare_model_inputs = prepare
+
+    def _padded(self, prepare: Any, micro_batch: Any) -> Any:
+        inputs, outputs = prepare(micro_batch)
+        return {n: pad(x, (0, self.maximum - x.shape[-1])) for n, x in inputs.items()}, outputs
+
+
+def measured(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
+    """Compare the times of an update, and the updates."""
+    figures, settings = {}, {}
+    longest = args.max_response + PROMPT
+    schedules = {"published": Published(bench, longest), "published, padding removed": Published(bench, None)}
+    for mixed in (1.0, 0.5):
+        responses = Responses.make(skewed_lengths(128, args.max_response), GROUP, mixed, PROMPT)
+        ours = bench.batch(responses)
+        theirs = {name: schedule.batch(responses) for name, schedule in schedules.items()}
+        calls = {"exact": lambda d=ours: bench.update("exact", d)[0]}
+        calls |= {n: functools.partial(s.update, theirs[n]) for n, s in schedules.items()}
+        updates = {}
+        for name, call in calls.items():
+            call()
+            updates[name] = bench.moved()
+        times = in_turns(calls, args.turns)
+        figures[f"exact, {mixed:.0%} mixed"] = spread([t.wall for t in times["exact"]], "s")
+        for name in schedules:
+            # Only the removal of padding is an addition of ours.
+            bound = {"target": 1.5, "better": "higher"} if name == "published" else {"better": "neither"}
+            ratio = [a.wall / b.wall for a, b in zip(times[name], times["exact"], strict=True)]
+            figures[f"{name} / exact, {mixed:.0%} mixed"] = spread(ratio, "ratio", **bound)
+            ratio = [a.core / b.core for a, b in zip(times[name], times["exact"], strict=True)]
+            figures[f"{name} / exact, {mixed:.0%} mixed, processor time"] = spread(ratio, "ratio", **bound)
+            difference = float((updates[name] - updates["exact"]).norm() / updates["exact"].norm())
+            figures[f"{name}, {mixed:.0%} mixed, difference of the update"] = Figure(difference, "", target=1e-4)
+        settings["tokens"] = responses.tokens
+    return figures, settings
+
+
+# Simulated --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a rank for a sequence: by its tokens and, of attention, by their square."""
+
+    token: float
+    square: float
+
+    @classmethod
+    def fit(cls, length: np.ndarray, rows: int, seconds: np.ndarray) -> "Cost":
+        """Fit to ``seconds`` for ``rows`` sequences of each length, relative errors alike."""
+        columns = rows * np.stack([length, length**2], 1) / seconds[:, None]
+        return cls(*np.linalg.lstsq(columns, np.ones(len(length)))[0])
+
+    def __call__(self, length: Any) -> Any:
+        return self.token * length + self.square * length**2
+
+
+def costs(bench: Bench, turns: int) -> tuple[Cost, Cost, dict[str, float]]:
+    """Measure what an update and a pass without gradient cost; return the fits, and the first one's errors."""
+    length, rows = np.array([96, 192, 384, 768]), GROUP * MINI_BATCHES
+    calls = {}
+    for n in length:
+        one_length = Responses.make(np.full(rows * bench.ranks, n - PROMPT), GROUP, 1.0, PROMPT)
+        schedule = Published(bench, int(n))
+        data = schedule.batch(one_length)
+        calls[f"train {n}"] = lambda s=schedule, d=data: s.update(d).wall
+        calls[f"measure {n}"] = lambda d=data: bench.timed(lambda: bench.verl.infer_batch(d.copy()))[0].wall
+    times = in_turns(calls, turns)
+    found = []
+    for kind in ("train", "measure"):
+        found.append(np.array([np.median(times[f"{kind} {n}"]) for n in length]))
+    train, measure = (Cost.fit(length, rows, seconds) for seconds in found)
+    error = rows * train(length) / found[0] - 1
+    return train, measure, {f"{n} tokens": round(float(e), 3) for n, e in zip(length, error, strict=True)}
+
+
+def schedules(groups: np.ndarray, maximum: int, ranks: int, train: Cost, measure: Cost) -> dict[str, float]:
+    """Simulate a step: the slowest rank counts, in each mini-batch or gathered micro-batch.
+
+    Args:
+        groups: (questions, responses) tokens of each sequence; all questions are mixed.
+        maximum: tokens to pad to, by the published schedule.
+
+    Returns:
+        Seconds, and shares of tokens wasted by padding and waiting, by schedule; seconds to deal.
+    """
+    rng = np.random.default_rng(ranks)
+    lengths = groups[rng.integers(len(groups), size=ranks * ROWS * MINI_BATCHES // GROUP)].ravel()
+    question = (np.arange(len(lengths)) // GROUP).tolist()
+    sequence = lengths.tolist()
+    started = time.perf_counter()
+    plan = deal(question, sequence, groups_per_mini_batch=ranks * ROWS // GROUP, ranks=ranks)
+    found = {"deal": time.perf_counter() - started}
+    dealt = lengths[np.array(plan.order)].reshape(ranks, MINI_BATCHES, ROWS)
+    gathered = lengths.reshape(MINI_BATCHES, ranks, ROWS // GROUP, GROUP)
+
+    def slowest(cost: Any, parts: np.ndarray, axis: int) -> np.ndarray:
+        return cost(parts).sum(-1).max(axis)
+
+    # The first mini-batch needs no measuring pass.
+    found["exact"] = float(slowest(train, dealt, 0).sum() + slowest(measure, dealt, 0)[1:].sum())
+    found["published, padding removed"] = float(slowest(train, gathered, 1).sum())
+    found["published"] = float(train(maximum) * ROWS * MINI_BATCHES)
+    slots = {"exact": slowest(lambda n: n, dealt, 0).sum(), "published": maximum * ROWS * MINI_BATCHES}
+    slots["published, padding removed"] = slowest(lambda n: n, gathered, 1).sum()
+    return found | {f"wasted, {name}": float(1 - lengths.sum() / ranks / n) for name, n in slots.items()}
+
+
+def simulated(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
+    """Simulate the schedules on many ranks by costs measured on this one."""
+    train, measure, errors = costs(bench, min(args.turns, 3))
+    recorded = json.loads(RECORDED.read_text())
+    proportions = Cost(train.token, train.token / 24576), Cost(measure.token, measure.token / 24576)
+    cases = {
+        "arithmetic": (np.array(recorded["lengths"]), recorded["maximum"], train, measure),
+        "8k": (skewed_lengths(65536, 8192).reshape(-1, GROUP), 8192, train, measure),
+    }
+    cases["8k, a 7B model's attention"] = (*cases["8k"][:2], *proportions)
+    figures = {}
+    for name, case in cases.items():
+        for ranks in RANKS:
+            found = schedules(*case[:2], ranks, *case[2:])
+            where = f"{name}, {ranks} ranks"
+            for schedule in ("published", "published, padding removed"):
+                better = "higher" if schedule == "published" else "neither"
+                ratio = found[schedule] / found["exact"]
+                figures[f"{where}: {schedule} / exact"] = Figure(ratio, "ratio", better=better)
+            for key, value in found.items():
+                wasted = key.startswith("wasted")
+                if key in ("exact", "deal", "wasted, exact"):
+                    figures[f"{where}: {key}"] = Figure(100 * value if wasted else value, "%" if wasted else "s")
+                else:
+                    unit = "%" if wasted else "s"
+                    figures[f"{where}: {key}"] = Figure(100 * value if wasted else value, unit, better="neither")
+    return figures, {
+        "arithmetic": "tokens recorded of a run",
+        "8k": "log-normal, cut at 8192, mean 40 %",
+        "us per token, trained and measured": [round(1e6 * c.token, 2) for c in (train, measure)],
+        "ns per token squared": [round(1e9 * c.square, 3) for c in (train, measure)],
+        "error of the fit": errors,
+    }
+
+
+if __name__ == "__main__":
+    main()
