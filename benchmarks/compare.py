@@ -4,8 +4,8 @@
     python benchmarks/compare.py BEFORE [AFTER]  # folders of JSON files, or git revisions; AFTER: the working tree
 
 A figure changed when the two ranges, low to high, do not overlap. A range reaches at least 1 % of the value to each
-side; of a figure without low and high, 5 %. Rounding errors (`relative error`) have to triple. A range without width is
-an exact figure, such as a count: any change counts.
+side; of a figure without low and high, or measured once, 5 %. Rounding errors (`relative error`) have to triple. A
+whole number without width is exact, such as a count: any change counts.
 
 Times and rates are compared on the same machine only: processor, cores, memory, accelerator. Other units (`ratio`, `%`,
 `MiB`, ...) are compared in any case.
@@ -27,10 +27,12 @@ TIME = re.compile(r"(^|/|per )(ns|us|µs|ms|s|min|h|seconds?|minutes?|hours?)\b"
 
 def margin(figure: Figure, end: float | None) -> float:
     """How far the value may be off towards ``end``, its ``low`` or ``high``."""
-    if figure.low is not None and figure.low == figure.high:
-        return 0.0
-    share = ROUNDING if figure.unit == "relative error" else UNMEASURED if end is None else MEASURED
-    return max(share * abs(figure.value), 0.0 if end is None else abs(end - figure.value))
+    once = figure.low == figure.high
+    if end is None or once:
+        exact = end is not None and isinstance(figure.value, int)
+        share = 0.0 if exact else ROUNDING if figure.unit == "relative error" else UNMEASURED
+        return share * abs(figure.value)
+    return max(MEASURED * abs(figure.value), abs(end - figure.value))
 
 
 def verdict(before: Figure, after: Figure) -> str:

@@ -32,7 +32,7 @@ class Figure:
     Args:
         value: the median of the repeats.
         unit: such as ``ratio``, ``s``, ``ms``, ``MiB``, ``%``, ``per second``. Times hold on one machine only.
-        low: 10th percentile, or the minimum of few repeats. Equal to ``value`` for what has no noise, such as a count.
+        low: 10th percentile, or the minimum of few repeats. Equal to an integer ``value`` that has no noise, such as a count.
         high: 90th percentile, or the maximum of few repeats.
         target: upper bound; lower bound with ``better="higher"``.
         better: ``neither`` for a figure that is told, but cannot get worse.
@@ -57,6 +57,8 @@ class Figure:
     def of(cls, values: Sequence[float], unit: str = "ratio", **more: Any) -> "Figure":
         """Summarise repeats: median, and 10th and 90th percentile (of fewer than 10, minimum and maximum)."""
         values = sorted(values)
+        if len(values) == 1:
+            return cls(values[0], unit, **more)
         tenth = len(values) // 10
         return cls(statistics.median(values), unit, values[tenth], values[-1 - tenth], **more)
 

@@ -12,6 +12,7 @@ import argparse
 import fnmatch
 import re
 from pathlib import Path
+from typing import Any
 
 from record import Figure, Result, read_folder
 
@@ -36,7 +37,8 @@ def make(text: str, results: dict[str, Result]) -> str:
         return with_unit(figures[match[2]])
 
     def tables(match: re.Match) -> str:
-        return "\n\n".join(section(result(n)) for n in fnmatch.filter(sorted(results), match[1]) or [match[1]])
+        names = fnmatch.filter(sorted(results), match[1]) if match[1].endswith("*") else [match[1]]
+        return "\n\n".join(section(result(name)) for name in names) or "Not measured yet."
 
     text = FIGURE.sub(figure, TABLE.sub(tables, text)).strip()
     for name in sorted(results.keys() - set(used)):
@@ -57,8 +59,15 @@ def places(results: dict[str, Result]) -> str:
 
 def section(result: Result) -> str:
     """Write a result's command, settings and table."""
-    settings = "".join(f"; {key}: {value}" for key, value in result.settings.items())
+    settings = "".join(f"; {key}: {plain(value)}" for key, value in result.settings.items())
     return f"`{result.command}`{settings}\n\n{figures_table(result.figures)}"
+
+
+def plain(value: Any) -> str:
+    """Write a setting without brackets."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(part)}" for key, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def figures_table(figures: dict[str, Figure]) -> str:

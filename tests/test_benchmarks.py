@@ -76,6 +76,7 @@ def test_what_is_recorded_is_read_again(load, tmp_path, monkeypatch, capsys):
     assert "exact, all  1.23 (1.2 to 1.3) ratio (at most 1.2, missed)" in capsys.readouterr().out
     assert r.Figure.of(range(11), "s") == r.Figure(5, "s", low=1, high=9)
     assert r.Figure.of([3, 1, 2]) == r.Figure(2, low=1, high=3)
+    assert r.Figure.of([3]) == r.Figure(3)
     with pytest.raises(ValueError, match="no figures"):
         r.record("y", {}, folder=tmp_path)
     with pytest.raises(ValueError, match="give both, in this order"):
@@ -96,6 +97,9 @@ def test_what_is_recorded_is_read_again(load, tmp_path, monkeypatch, capsys):
         # No noise told: 5 %
         ((100.0, "MiB"), (109.0, "MiB"), "same"),
         ((100.0, "MiB"), (112.0, "MiB"), "worse"),
+        # Measured once
+        ((1.0, "ratio", 1.0, 1.0), (1.09, "ratio", 1.09, 1.09), "same"),
+        ((1.0, "ratio", 1.0, 1.0), (1.12, "ratio", 1.12, 1.12), "worse"),
         # Exact
         ((100, "rows", 100, 100), (101, "rows", 101, 101), "worse"),
         ((100, "rows", 100, 100), (100, "rows", 100, 100), "same"),
@@ -174,9 +178,10 @@ def test_the_page_is_made_from_text_and_files(load, made):
         for row in ("a", "b")
         for column, u in (("time", "ratio"), ("space", "MiB"))
     }
-    page = results.make("# T\n\n{{x}}\n\nIt takes {{x: a, space}}.\n", {"x": made(grid, settings={"rows": 8})})
+    settings = {"rows": [8, 16], "theory": {"a": 1, "b": 2}}
+    page = results.make("# T\n\n{{x}}\n\nIt takes {{x: a, space}}.\n", {"x": made(grid, settings=settings)})
     assert page.startswith(
-        "# T\n\n`python benchmarks/x.py`; rows: 8\n\n|  | time | space |\n| --- | --- | --- |\n"
+        "# T\n\n`python benchmarks/x.py`; rows: 8, 16; theory: a 1, b 2\n\n|  | time | space |\n| --- | --- | --- |\n"
         "| a | 1.5 | 1.5 MiB |\n| b | 1.5 | 1.5 MiB |\n\nIt takes 1.5 MiB.\n\n## Where and when\n\n"
         "- cores 2; torch 2: `x` (2026-01-01, revision unknown)\n"
     )
@@ -188,7 +193,8 @@ def test_the_page_is_made_from_text_and_files(load, made):
     )
     two = results.make("{{x_*}}\n", {f"x_{n}": made({"f": r.Figure(n)}) for n in (1, 2)})
     assert "| f | 1 |\n\n`python benchmarks/x.py`\n" in two and two.count("| f |") == 2
-    for text in ("{{y}}", "{{y*}}", "{{x: y}}"):
+    assert "Not measured yet." in results.make("{{y*}}", {})
+    for text in ("{{y}}", "{{x: y}}"):
         with pytest.raises(SystemExit, match="RESULTS.in.md names"):
             results.make(text, {"x": made(grid)})
 
