@@ -32,7 +32,7 @@ class Figure:
     Args:
         value: the median of the repeats.
         unit: such as ``ratio``, ``s``, ``ms``, ``MiB``, ``%``, ``per second``. Times hold on one machine only.
-        low: 10th percentile, or the minimum of few repeats. Equal to an integer ``value`` that has no noise, such as a count.
+        low: 10th percentile, or the minimum of few repeats; equal to a whole ``value`` that has no noise (a count).
         high: 90th percentile, or the maximum of few repeats.
         target: upper bound; lower bound with ``better="higher"``.
         better: ``neither`` for a figure that is told, but cannot get worse.
