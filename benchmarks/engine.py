@@ -10,7 +10,6 @@ import copy
 import functools
 import io
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from record import Figure
 
 MINI_BATCHES = 4
 METHODS = {
@@ -349,11 +347,6 @@ def in_turns(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[
             if turn:
                 found[name].append(value)
     return found
-
-
-def spread(values: Sequence[float], unit: str, **options: Any) -> Figure:
-    """Make a figure of the median, with the smallest and the largest value."""
-    return Figure(statistics.median(values), unit, low=min(values), high=max(values), **options)
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:

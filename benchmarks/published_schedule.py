@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine import MINI_BATCHES, Bench, Responses, arguments, in_turns, launch, skewed_lengths, spread
+from engine import MINI_BATCHES, Bench, Responses, arguments, in_turns, launch, skewed_lengths
 from record import Figure, record
 from torch.nn.functional import pad
 
@@ -53,12 +53,12 @@ def main() -> None:
 
 
 def read_lengths(rollouts: Path, tokenizer: Path, maximum: int) -> None:
-    """Write the tokens of a run's sequences, by question.
+    """Write the tokens of a run's responses, by question.
 
     Args:
         rollouts: verl's ``trainer.rollout_data_dir``.
         tokenizer: of the run's model.
-        maximum: what the run allowed, prompt and response together.
+        maximum: the run's ``data.max_response_length``.
     """
     from transformers import AutoTokenizer
 
@@ -67,7 +67,7 @@ def read_lengths(rollouts: Path, tokenizer: Path, maximum: int) -> None:
     for file in sorted(rollouts.glob("*.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
             # And the end of the sequence, if there was room for it.
-            tokens = min(len(encode(row["input"])) + len(encode(row["output"])) + 1, maximum)
+            tokens = min(len(encode(row["output"])) + 1, maximum)
             groups.setdefault(f"{file.stem} {row['uid'].rsplit('_', 2)[0]}", []).append(tokens)
     RECORDED.write_text(json.dumps({"maximum": maximum, "lengths": list(groups.values())}) + "\n")
     print(f"{RECORDED}: {sum(map(len, groups.values()))} lengths of {len(groups)} questions")
@@ -184,7 +184,7 @@ def measured(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
     """Compare the times of an update, and the updates."""
     figures, settings = {}, {}
     longest = args.max_response + PROMPT
-    schedules = {"published": Published(bench, longest), "published, padding removed": Published(bench, None)}
+    schedules = {"published": Published(bench, longest), "padding removed": Published(bench, None)}
     for mixed in (1.0, 0.5):
         responses = Responses.make(skewed_lengths(128, args.max_response), GROUP, mixed, PROMPT)
         ours = bench.batch(responses)
@@ -196,16 +196,17 @@ def measured(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
             call()
             updates[name] = bench.moved()
         times = in_turns(calls, args.turns)
-        figures[f"exact, {mixed:.0%} mixed"] = spread([t.wall for t in times["exact"]], "s")
+        column = f"{mixed:.0%} mixed"
+        figures[f"exact, {column}"] = Figure.of([t.wall for t in times["exact"]], "s")
         for name in schedules:
-            # Only the removal of padding is an addition of ours.
+            # Padding to the maximum is what was published.
             bound = {"target": 1.5, "better": "higher"} if name == "published" else {"better": "neither"}
-            ratio = [a.wall / b.wall for a, b in zip(times[name], times["exact"], strict=True)]
-            figures[f"{name} / exact, {mixed:.0%} mixed"] = spread(ratio, "ratio", **bound)
-            ratio = [a.core / b.core for a, b in zip(times[name], times["exact"], strict=True)]
-            figures[f"{name} / exact, {mixed:.0%} mixed, processor time"] = spread(ratio, "ratio", **bound)
+            pairs = list(zip(times[name], times["exact"], strict=True))
+            figures[f"{name} / exact, {column}"] = Figure.of([a.wall / b.wall for a, b in pairs], **bound)
+            ratio = [a.core / b.core for a, b in pairs]
+            figures[f"{name} / exact (processor time), {column}"] = Figure.of(ratio, **bound)
             difference = float((updates[name] - updates["exact"]).norm() / updates["exact"].norm())
-            figures[f"{name}, {mixed:.0%} mixed, difference of the update"] = Figure(difference, "", target=1e-4)
+            figures[f"{name}: update, {column}"] = Figure(difference, "relative difference", target=1e-4)
         settings["tokens"] = responses.tokens
     return figures, settings
 
@@ -249,11 +250,11 @@ def costs(bench: Bench, turns: int) -> tuple[Cost, Cost, dict[str, float]]:
     return train, measure, {f"{n} tokens": round(float(e), 3) for n, e in zip(length, error, strict=True)}
 
 
-def schedules(groups: np.ndarray, maximum: int, ranks: int, train: Cost, measure: Cost) -> dict[str, float]:
+def simulate(groups: np.ndarray, maximum: int, ranks: int, train: Cost, measure: Cost) -> dict[str, float]:
     """Simulate a step: the slowest rank counts, in each mini-batch or gathered micro-batch.
 
     Args:
-        groups: (questions, responses) tokens of each sequence; all questions are mixed.
+        groups: (questions, responses) tokens of each response; all questions are mixed.
         maximum: tokens to pad to, by the published schedule.
 
     Returns:
@@ -274,11 +275,11 @@ def schedules(groups: np.ndarray, maximum: int, ranks: int, train: Cost, measure
 
     # The first mini-batch needs no measuring pass.
     found["exact"] = float(slowest(train, dealt, 0).sum() + slowest(measure, dealt, 0)[1:].sum())
-    found["published, padding removed"] = float(slowest(train, gathered, 1).sum())
+    found["padding removed"] = float(slowest(train, gathered, 1).sum())
     found["published"] = float(train(maximum) * ROWS * MINI_BATCHES)
     slots = {"exact": slowest(lambda n: n, dealt, 0).sum(), "published": maximum * ROWS * MINI_BATCHES}
-    slots["published, padding removed"] = slowest(lambda n: n, gathered, 1).sum()
-    return found | {f"wasted, {name}": float(1 - lengths.sum() / ranks / n) for name, n in slots.items()}
+    slots["padding removed"] = slowest(lambda n: n, gathered, 1).sum()
+    return found | {f"wasted by {name}": float(1 - lengths.sum() / ranks / n) for name, n in slots.items()}
 
 
 def simulated(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
@@ -294,22 +295,21 @@ def simulated(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
     figures = {}
     for name, case in cases.items():
         for ranks in RANKS:
-            found = schedules(*case[:2], ranks, *case[2:])
-            where = f"{name}, {ranks} ranks"
-            for schedule in ("published", "published, padding removed"):
-                better = "higher" if schedule == "published" else "neither"
-                ratio = found[schedule] / found["exact"]
-                figures[f"{where}: {schedule} / exact"] = Figure(ratio, "ratio", better=better)
+            found = simulate(*case[:2], ranks, *case[2:])
             for key, value in found.items():
                 wasted = key.startswith("wasted")
-                if key in ("exact", "deal", "wasted, exact"):
-                    figures[f"{where}: {key}"] = Figure(100 * value if wasted else value, "%" if wasted else "s")
-                else:
-                    unit = "%" if wasted else "s"
-                    figures[f"{where}: {key}"] = Figure(100 * value if wasted else value, unit, better="neither")
+                figure = Figure(
+                    100 * value if wasted else value,
+                    "%" if wasted else "s",
+                    better="lower" if "exact" in key or key == "deal" else "neither",
+                )
+                figures[f"{name}: {key}, {ranks} ranks"] = figure
+            ratio = found["published"] / found["exact"]
+            figures[f"{name}: published / exact, {ranks} ranks"] = Figure(ratio, better="higher")
     return figures, {
-        "arithmetic": "tokens recorded of a run",
+        "arithmetic": f"{sum(map(len, recorded['lengths']))} responses of a run",
         "8k": "log-normal, cut at 8192, mean 40 %",
+        "prompts": "left out",
         "us per token, trained and measured": [round(1e6 * c.token, 2) for c in (train, measure)],
         "ns per token squared": [round(1e9 * c.square, 3) for c in (train, measure)],
         "error of the fit": errors,

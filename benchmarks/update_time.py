@@ -23,7 +23,6 @@ from engine import (
     in_turns,
     launch,
     skewed_lengths,
-    spread,
 )
 from record import Figure, record
 
@@ -55,33 +54,33 @@ def main() -> None:
 def ratios(bench: Bench, args: argparse.Namespace) -> tuple[dict[str, Figure], dict]:
     """Compare all methods with GRPO."""
     figures, theory = {}, {}
-    passes = 4 if args.checkpointing else 3
     for mixed in args.mixed:
-        lengths = skewed_lengths(128, args.max_response)
-        responses = Responses.make(lengths, 8, mixed, PROMPT)
+        responses = Responses.make(skewed_lengths(128, args.max_response), 8, mixed, PROMPT)
         data = bench.batch(responses)
-        measured: list[float] = []
+        shares: list[float] = []
 
-        def update(method: str, data=data, measured=measured) -> Seconds:
+        def update(method: str, data=data, shares=shares) -> Seconds:
             took, metrics = bench.update(method, data)
             if method == "exact":
-                measured.append(metrics["disco/measure_seconds"] / took.wall)
+                shares.append(metrics["disco/measure_seconds"] / took.wall)
             return took
 
         times = in_turns({m: functools.partial(update, m) for m in ("grpo", *METHODS)}, args.turns)
-        figures[f"grpo, {mixed:.0%} mixed"] = spread([t.wall for t in times["grpo"]], "s")
+        column = f"{mixed:.0%} mixed"
+        figures[f"grpo, {column}"] = Figure.of([t.wall for t in times["grpo"]], "s")
         for method in METHODS:
             bound = TARGETS.get((mixed, method), (None, None))[not args.checkpointing]
             pairs = list(zip(times[method], times["grpo"], strict=True))
-            name = f"{method}, {mixed:.0%} mixed"
-            figures[name] = spread([a.wall / b.wall for a, b in pairs], "ratio", target=bound)
+            figures[f"{method}, {column}"] = Figure.of([a.wall / b.wall for a, b in pairs], target=bound)
             if not torch.cuda.is_available():
-                figures[f"{name}, processor time"] = spread([a.core / b.core for a, b in pairs], "ratio", target=bound)
-        figures[f"exact, {mixed:.0%} mixed, share of measuring"] = spread(measured[1:], "ratio")
-        measuring = (MINI_BATCHES - 1) / MINI_BATCHES / passes
-        theory[f"exact, {mixed:.0%} mixed"] = round(responses.trained + measuring, 3)
-        theory[f"lagged, {mixed:.0%} mixed"] = round(responses.trained, 3)
-    return figures, {"tokens": responses.tokens, "ratio by the number of passes": theory}
+                ratio = [a.core / b.core for a, b in pairs]
+                figures[f"{method} (processor time), {column}"] = Figure.of(ratio, target=bound)
+        # The first update is to warm up.
+        figures[f"measuring, of exact, {column}"] = Figure.of(shares[1:])
+        measuring = (MINI_BATCHES - 1) / MINI_BATCHES / (4 if args.checkpointing else 3)
+        theory[f"exact, {column}"] = round(responses.trained + measuring, 3)
+        theory[f"lagged, {column}"] = round(responses.trained, 3)
+    return figures, {"tokens": responses.tokens, "theory (a forward pass is 1, a backward pass 2)": theory}
 
 
 def fits(bench: Bench, args: argparse.Namespace) -> tuple[dict[str, Figure], dict]:
@@ -97,10 +96,10 @@ def fits(bench: Bench, args: argparse.Namespace) -> tuple[dict[str, Figure], dic
     seconds = [statistics.median(times[f"{n}"]) for n in tokens]
     slope, intercept, r2 = fit(tokens, seconds)
     for n in tokens:
-        figures[f"{n} tokens"] = spread(times[f"{n}"], "s")
+        figures[f"{n} tokens"] = Figure.of(times[f"{n}"], "s")
     figures["tokens: slope"] = Figure(slope * 1e6, "s per million tokens")
     figures["tokens: intercept"] = Figure(intercept, "s")
-    figures["tokens: R2"] = Figure(r2, "", target=0.99, better="higher")
+    figures["tokens: R2"] = Figure(r2, target=0.99, better="higher")
 
     lengths = skewed_lengths(256, args.max_response)
     sizes = [4, 8, 16, 32, 64]
@@ -109,10 +108,10 @@ def fits(bench: Bench, args: argparse.Namespace) -> tuple[dict[str, Figure], dic
     seconds = [statistics.median(times[f"{n}"]) for n in sizes]
     slope, intercept, r2 = fit(sizes, seconds)
     for n in sizes:
-        figures[f"groups of {n}"] = spread(times[f"{n}"], "s")
-    figures["group size: slope"] = Figure(slope * 1e3, "ms per response")
+        figures[f"groups of {n}"] = Figure.of(times[f"{n}"], "s")
+    figures["group size: slope"] = Figure(slope * 1e3, "ms per response", better="neither")
     figures["group size: intercept"] = Figure(intercept, "s")
-    figures["group size: R2"] = Figure(r2, "", better="neither")
+    figures["group size: R2"] = Figure(r2, better="neither")
     return figures, {"tokens": tokens, "responses, group size": len(lengths)}
 
 
