@@ -45,21 +45,25 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def launch(args: argparse.Namespace) -> bool:
     """Start this script again on each rank, the machine's cores divided among them; return True in the ranks."""
-    if "RANK" in os.environ:
-        warnings.filterwarnings("ignore")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        return True
-    # As verl_ext/config/backend/cpu.yaml sets them.
-    threads = max(len(os.sched_getaffinity(0)) // args.ranks, 1)
-    env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    if "RANK" not in os.environ:
+        start(args, args.ranks, max(len(os.sched_getaffinity(0)) // args.ranks, 1))
+        return False
+    warnings.filterwarnings("ignore")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return True
+
+
+def start(args: argparse.Namespace, ranks: int, threads: int, **env: str) -> None:
+    """Make a model, and start this script on each rank; leave with the ranks if they fail."""
+    env |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    # As verl_ext/config/backend/cpu.yaml sets them
     env |= {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "268435456"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, args)
-        ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
-        if subprocess.run([*ranks, *sys.argv], env=os.environ | env | {MODEL: folder}).returncode:
+        if subprocess.run([*torchrun, *sys.argv], env=os.environ | env | {MODEL: folder}).returncode:
             raise SystemExit(1)
-    return False
 
 
 def make_model(folder: str, args: argparse.Namespace) -> None:
@@ -343,10 +347,8 @@ def in_turns(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[
     for turn in range(turns + 1):
         # Not always in the same order: a neighbour on the machine may have a rhythm.
         for name in list(calls)[:: -1 if turn % 2 else 1]:
-            value = calls[name]()
-            if turn:
-                found[name].append(value)
-    return found
+            found[name].append(calls[name]())
+    return {name: values[1:] for name, values in found.items()}
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:

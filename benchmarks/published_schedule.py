@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine import MINI_BATCHES, Bench, Responses, arguments, in_turns, launch, skewed_lengths
+from engine import MINI_BATCHES, Bench, Responses, Seconds, arguments, in_turns, launch, skewed_lengths
 from record import Figure, record
 from torch.nn.functional import pad
 
@@ -33,10 +33,10 @@ ROWS = 16
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.set_defaults(ranks=2)
+    parser.set_defaults(ranks=2, turns=3)
     parser.add_argument("--only", nargs="+", choices=["measured", "simulated"], default=["measured", "simulated"])
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--max-response", type=int, default=384, help="tokens of the longest response, when measured")
+    parser.add_argument("--max-response", type=int, default=256, help="tokens of the longest response, when measured")
     parser.add_argument("--read", nargs=3, metavar=("ROLLOUTS", "TOKENIZER", "MAXIMUM"), help="record a run's lengths")
     args = parser.parse_args()
     if args.read:
@@ -191,11 +191,15 @@ def measured(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
         theirs = {name: schedule.batch(responses) for name, schedule in schedules.items()}
         calls = {"exact": lambda d=ours: bench.update("exact", d)[0]}
         calls |= {n: functools.partial(s.update, theirs[n]) for n, s in schedules.items()}
-        updates = {}
-        for name, call in calls.items():
-            call()
-            updates[name] = bench.moved()
-        times = in_turns(calls, args.turns)
+        updates: dict[str, torch.Tensor] = {}
+
+        def update(name: str, calls=calls, updates=updates) -> Seconds:
+            took = calls[name]()
+            if name not in updates:
+                updates[name] = bench.moved()
+            return took
+
+        times = in_turns({name: functools.partial(update, name) for name in calls}, args.turns)
         column = f"{mixed:.0%} mixed"
         figures[f"exact, {column}"] = Figure.of([t.wall for t in times["exact"]], "s")
         for name in schedules:
@@ -264,9 +268,12 @@ def simulate(groups: np.ndarray, maximum: int, ranks: int, train: Cost, measure:
     lengths = groups[rng.integers(len(groups), size=ranks * ROWS * MINI_BATCHES // GROUP)].ravel()
     question = (np.arange(len(lengths)) // GROUP).tolist()
     sequence = lengths.tolist()
-    started = time.perf_counter()
-    plan = deal(question, sequence, groups_per_mini_batch=ranks * ROWS // GROUP, ranks=ranks)
-    found = {"deal": time.perf_counter() - started}
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        plan = deal(question, sequence, groups_per_mini_batch=ranks * ROWS // GROUP, ranks=ranks)
+        seconds.append(time.perf_counter() - started)
+    found = {"deal": float(np.median(seconds))}
     dealt = lengths[np.array(plan.order)].reshape(ranks, MINI_BATCHES, ROWS)
     gathered = lengths.reshape(MINI_BATCHES, ranks, ROWS // GROUP, GROUP)
 
