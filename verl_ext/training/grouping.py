@@ -38,7 +38,7 @@ def split_evenly(items: Sequence, most: int) -> list[list]:
     return [list(items[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
+def balance(lengths: Sequence[int], parts: int, base: Sequence[int] | None = None) -> list[list[int]]:
     """Split items into ``parts`` of equal size and nearly equal total length, in memory linear in the items.
 
     Items go longest first, one to each part, the longer ones to the shorter parts. Then parts swap single items: the
@@ -46,11 +46,13 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
     Args:
         lengths: length of each item; their number is a multiple of ``parts``.
+        base: length that each part has before; None: nothing.
     """
-    if parts in (1, len(lengths)):
+    if parts == 1 or not len(lengths) or (base is None and parts == len(lengths)):
         return np.arange(len(lengths)).reshape(parts, -1).tolist()
     size = np.asarray(lengths)
-    load = np.zeros(parts, dtype=size.dtype)
+    start = np.zeros(parts, dtype=size.dtype) if base is None else np.asarray(base)
+    load = start.copy()
     dealt = []
     for items in np.argsort(-size, kind="stable").reshape(-1, parts):
         dealt.append(np.empty_like(items))
@@ -60,14 +62,14 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
     for _ in range(100):
         split = np.take_along_axis(split, size[split].argsort(1), 1)
         tokens = size[split]
-        load = tokens.sum(1)
+        load = tokens.sum(1) + start
         order = load.argsort()
         full, other = order[::-1][: parts // 2], order[: parts // 2]
-        miss, a, b = _best_trades(tokens[full], tokens[other])
+        miss, a, b = _best_trades(tokens[full], tokens[other], load[full] - load[other])
         chosen = miss < (load[full] - load[other]) / 2
         if not chosen[0]:
             full, other = order[[-1] * (parts - 1)], order[:-1]
-            miss, a, b = _best_trades(tokens[full], tokens[other])
+            miss, a, b = _best_trades(tokens[full], tokens[other], load[full] - load[other])
             best = ((load[full] + load[other]) / 2 + miss).argmin()
             chosen = (np.arange(parts - 1) == best) & (miss < (load[full] - load[other]) / 2)
             if not chosen.any():
@@ -78,32 +80,38 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def balance_both(lengths: Sequence[int], trained: Sequence[bool], parts: int) -> list[list[int]]:
-    """Split items as :func:`balance` does, those that are ``trained`` and the others each by themselves, too."""
-    first = [i for i, kind in enumerate(trained) if kind]
-    others = sorted((i for i, kind in enumerate(trained) if not kind), key=lambda i: lengths[i])
-    if not first or not others:
+    """Split items as :func:`balance` does, those that are ``trained`` by themselves, and then all of them."""
+    size = np.asarray(lengths)
+    order = np.argsort(-size, kind="stable")
+    is_trained = np.asarray(trained, dtype=bool)[order]
+    first, others = order[is_trained], order[~is_trained]
+    if not len(first) or not len(others):
         return balance(lengths, parts)
-    # Where trained items do not go round, the shortest others stand in for them.
-    missing = -len(first) % parts
-    split = []
-    for rows in (first + others[:missing], others[missing:]):
-        dealt = balance([lengths[i] for i in rows], parts) if rows else [[] for _ in range(parts)]
-        split.append(sorted(([rows[i] for i in part] for part in dealt), key=lambda p: sum(lengths[i] for i in p)))
-    # The part with the most trained tokens gets the fewest others.
-    return [a + b for a, b in zip(split[0], reversed(split[1]), strict=True)]
+    even = len(first) // parts * parts
+    split = [first[part] for part in np.asarray(balance(size[first[:even]], parts)).reshape(parts, -1).astype(int)]
+    if odd := len(first) - even:
+        # One more row for each: the last trained ones, and the shortest others where there are none.
+        last = np.concatenate([first[even:], others[odd - parts :]])
+        others = others[: odd - parts]
+        load = [size[part].sum() for part in split]
+        for part, row in zip(np.argsort(load, kind="stable"), last, strict=True):
+            split[part] = np.append(split[part], row)
+    rest = balance(size[others], parts, base=[size[part].sum() for part in split])
+    return [[*a.tolist(), *others[b].tolist()] for a, b in zip(split, rest, strict=True)]
 
 
-def _best_trades(full: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _best_trades(full: np.ndarray, other: np.ndarray, lead: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find for each pair of parts the swap of two items that brings both closest to their mean.
 
     Args:
         full, other: (pairs, items) lengths, sorted within each part.
+        lead: (pairs,) by how much the first part is longer.
 
     Returns:
         (pairs,) each: the distance from the mean after the swap, and the item's index in ``full`` and in ``other``.
     """
     pair, size = np.arange(len(full)), full.shape[1]
-    half = (full.sum(1) - other.sum(1))[:, None] / 2
+    half = lead[:, None] / 2
     # For each item of the longer part, the items of the other part nearest to the length wanted in exchange. A shift
     # per pair makes one sorted sequence of all parts.
     wanted, shift = full - half, pair[:, None] * (2.0 * max(full.max(), other.max()) + 1)

@@ -32,9 +32,13 @@ def flatten(batch, seed):
     st.sampled_from([1, 2, 3, 8]),
     st.sampled_from([(), (2,), (4, 5), (4, 8), (16, 16)]),
     st.sampled_from([None, 0, 7]),
+    st.sampled_from([None, 0.0, 0.4, 1.0]),
 )
-def test_every_group_whole_and_every_sequence_once(batch, seed, per_mini_batch, ranks, micro_batches, shuffle_seed):
+def test_every_group_whole_and_every_sequence_once(
+    batch, seed, per_mini_batch, ranks, micro_batches, shuffle_seed, share
+):
     groups, lengths = flatten(batch, seed)
+    trained = None if share is None else [hash(g) % 10 < 10 * share for g in groups]
     plan = deal(
         groups,
         lengths,
@@ -43,6 +47,7 @@ def test_every_group_whole_and_every_sequence_once(batch, seed, per_mini_batch, 
         micro_batches=micro_batches,
         padding_length=128,
         shuffle_seed=shuffle_seed,
+        trained=trained,
     )
     # Every sequence once, and each padding row once.
     assert sorted(plan.order) == list(range(len(groups) + plan.num_padding))
@@ -66,6 +71,9 @@ def test_every_group_whole_and_every_sequence_once(batch, seed, per_mini_batch, 
             assert set(plan.mini_batch[start : start + rows]) == {m}
             tokens = [lengths[row] if row < len(groups) else 128 for row in plan.partitions[m][rank]]
             assert tokens == sorted(tokens, reverse=True)
+    for parts in plan.partitions if trained else ():
+        counts = [sum(row < len(groups) and trained[row] for row in part) for part in parts]
+        assert max(counts) - min(counts) <= 1
     # No more padding than the fullest mini-batch and the micro-batches ask for.
     fullest = max(sum(row < len(groups) for part in parts for row in part) for parts in plan.partitions)
     needed = -(-fullest // ranks)
@@ -97,6 +105,34 @@ def test_many_ranks_within_10_percent_of_the_lower_bound(ranks, rows, seed):
     ordered = sorted(lengths)
     bound = max(sum(lengths) / ranks, ordered[-1] + sum(ordered[: rows - 1]))
     assert max(sum(lengths[i] for i in part) for part in parts) <= 1.10 * bound
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_what_is_trained_is_balanced_and_what_is_measured_too(ranks, share):
+    rng = random.Random(ranks)
+    groups = [f"q{i // 8}" for i in range(32 * ranks)]
+    lengths = [min(8192, int(rng.lognormvariate(7, 0.8)) + 1) for _ in groups]
+    mixed = {g: rng.random() < share for g in sorted(set(groups))}
+    trained = [mixed[g] for g in groups]
+
+    def heaviest_to_mean(plan, rows):
+        tokens = [sum(lengths[row] for row in part if row in rows) for part in plan.partitions[0]]
+        return max(tokens) / (sum(tokens) / ranks)
+
+    everything = set(range(len(groups)))
+    teaching = {row for row in everything if trained[row]}
+    plan, before = (
+        deal(groups, lengths, groups_per_mini_batch=4 * ranks, ranks=ranks, trained=t) for t in (trained, None)
+    )
+    counts = [sum(row in teaching for row in part) for part in plan.partitions[0]]
+    assert max(counts) - min(counts) <= 1
+    # As many rows for each rank: the longest comes with the shortest others at least.
+    ordered = sorted(lengths[row] for row in teaching)
+    bound = max(1.0, (ordered[-1] + sum(ordered[: min(counts) - 1])) / (sum(ordered) / ranks))
+    assert heaviest_to_mean(plan, teaching) <= min(1.15 * bound, heaviest_to_mean(before, teaching))
+    # What is only measured makes up for it, as far as there is such.
+    assert heaviest_to_mean(plan, everything) <= (1.001 if share < 0.9 else 1.12)
 
 
 def test_balance_is_better_than_slicing():
