@@ -39,21 +39,21 @@ def gathered(table: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(parts).cpu()
 
 
-def rows_per_rank(wanted: Tensor, ranks: int, engine_config: Any, micro_batch: int | None) -> int:
+def rows_per_rank(wanted: Tensor, ranks: int, mcore: Any, micro_batch: int | None) -> int:
     """Count the rows that each rank keeps: those of the rank that wants most, in whole micro-batches.
 
     Args:
         wanted: (ranks * rows,) bool, rank by rank.
-        engine_config: verl's, of the engine.
+        mcore: the engine's config, Megatron's or another.
         micro_batch: rows of a micro-batch; None where they are cut by tokens.
     """
     rows = len(wanted) // ranks
     kept = max(int(wanted.view(ranks, rows).sum(1).max()), 1)
     if micro_batch and kept > micro_batch:
         kept = -(-kept // micro_batch) * micro_batch
-    if getattr(engine_config, "virtual_pipeline_model_parallel_size", None):
+    if getattr(mcore, "virtual_pipeline_model_parallel_size", None):
         # Interleaved pipelining runs micro-batches by the number of stages.
-        stages = engine_config.pipeline_model_parallel_size
+        stages = mcore.pipeline_model_parallel_size
         kept = -(-kept // stages) * stages
     return min(kept, rows)
 

@@ -197,6 +197,43 @@ def test_updates_that_verl_skips_are_counted(configured, monkeypatch):
         assert train(worker, batch(worker)[0])["skipped_updates"] == [1.0]
 
 
+# Which rows it trains on ----------------------------------------------------------------------------------------------
+
+
+def test_what_has_no_gradient_is_not_trained_on_and_without_a_price_not_measured(configured):
+    # Of the second question only a wrong response has a weight, if it has one of either kind; one is empty.
+    worker = configured(delta=9.0)
+    data, *_ = batch(worker, old_log_probs_fresh=False, skip_rows=True)
+    data["sequence_reward"][data["group_id"] == 1] = 1.0
+    tokens = data["input_ids"].offsets().diff().tolist()
+    mixed = [n for n, q in zip(tokens, data["group_id"].tolist(), strict=True) if q == 0]
+    metrics = train(worker, data.clone())
+    assert metrics["trained_tokens"] == [sum(mixed)] and metrics["measured_tokens"] == [sum(tokens)]
+    assert metrics["trained_rows"] == [0.5]
+    worker = configured(constraint="none")
+    metrics = train(worker, data.clone())
+    assert metrics["measured_tokens"] == metrics["trained_tokens"] == [sum(mixed)]
+    everything = train(worker, data.clone())["kl"]
+    # None is mixed: nothing is measured, and no KL is made up.
+    data["sequence_reward"][:] = 0.0
+    metrics = train(worker, data.clone())
+    assert metrics["measured_tokens"] == metrics["trained_rows"] == [0.0] and "kl" not in metrics and everything
+    # Off
+    module.tu.assign_non_tensor(data, skip_rows=False)
+    metrics = train(worker, data.clone())
+    assert metrics["measured_tokens"] == metrics["trained_tokens"] == [sum(tokens)]
+
+
+@pytest.mark.parametrize("delta, trained", [(9.0, 0.5), (0.0, 5 / 6)])
+def test_a_price_of_the_kl_needs_every_response_with_a_token(configured, delta, trained):
+    worker = configured(delta=delta)
+    data, *_ = batch(worker, noise=-0.1, old_log_probs_fresh=False, skip_rows=True)
+    data["sequence_reward"][data["group_id"] == 1] = 1.0
+    metrics = train(worker, data)
+    assert (metrics["coefficient"][0] > 0) == (delta == 0.0)
+    assert metrics["trained_rows"] == [pytest.approx(trained)]
+
+
 # What it says ---------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +262,17 @@ def test_an_objective_that_favours_wrong_responses_is_told_once(mine, configured
     worker = configured()
     train(worker, batch(worker)[0])
     assert not told()
+
+
+def test_an_entropy_bonus_trains_on_all_rows_and_says_so_once(configured, told):
+    worker = configured(delta=9.0)
+    worker.configure(worker.disco, entropy_coeff=0.1)
+    for _ in range(2):
+        data, *_ = batch(worker, skip_rows=True)
+        module.tu.assign_non_tensor(data, calculate_entropy=True)
+        assert train(worker, data)["trained_rows"] == [1.0]
+    (message,) = told()
+    assert "has no effect: the entropy bonus (actor.entropy_coeff) needs all responses" in message
 
 
 def noise(worker, error, floor):
