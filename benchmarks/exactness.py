@@ -1,8 +1,9 @@
 """Worst error of an update per engine, from the engine matrix of `tests/recipe/disco/test_worker.py`.
 
-python benchmarks/exactness.py RESULTS.jsonl [...]
+EXACTNESS_FILE=$PWD/exactness.jsonl pytest -n 0 tests/recipe/disco/test_worker.py
+python benchmarks/exactness.py exactness.jsonl
 
-Lines as `tests/recipe/disco/harness.py` writes them: ``name``, ``case``, ``error`` relative to the update itself.
+A line per case: ``name`` of the engine, ``error`` relative to the update itself.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from verl_ext.runs.folder import read_json_lines
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="+", type=Path, help="results of the harness")
+    parser.add_argument("file", nargs="+", type=Path, help="results of the test")
     args = parser.parse_args()
     errors: dict[str, list[float]] = {}
     for file in args.file:

@@ -102,8 +102,12 @@ def run(folder: Path, ranks: int, specs: list[dict]) -> tuple[dict[str, list[dic
     return results, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def check(results: list[dict], cases: list[dict], output: str) -> None:
+def check(name: str, results: list[dict], cases: list[dict], output: str) -> None:
     assert len(results) == len(cases), output
+    if record := os.environ.get("EXACTNESS_FILE"):
+        # For benchmarks/exactness.py
+        with open(record, "a") as f:
+            f.writelines(json.dumps({"name": name, "error": r["error"]}) + "\n" for r in results)
     for r in results:
         # Relative to the update itself, which is far stricter than relative to the parameters.
         assert r["error"] < 2e-5, r["case"]
@@ -182,7 +186,7 @@ def results(model, mixture, tmp_path_factory):
 )
 def test_update_equals_the_definition(results, start, name):
     found, output = results(start)
-    check(found[name], ENGINES[start][name][1], output)
+    check(name, found[name], ENGINES[start][name][1], output)
 
 
 @pytest.mark.skipif(
@@ -198,6 +202,6 @@ def test_update_equals_the_definition(results, start, name):
     ],
     ids=["tensor parallel 2", "pipeline parallel 2", "both", "context parallel 2"],
 )
-def test_update_through_megatron_equals_the_definition(model, tmp_path, ranks, engine):
+def test_update_through_megatron_equals_the_definition(model, tmp_path, request, ranks, engine):
     found, output = run(tmp_path, ranks, [dict(name="megatron", model=model, engine=engine, cases=SHORT)])
-    check(found["megatron"], SHORT, output)
+    check(request.node.callspec.id, found["megatron"], SHORT, output)
