@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.util
 import io
 import os
 import subprocess
@@ -36,9 +37,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """Make a parser with the arguments of every benchmark that runs an engine."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--hidden", type=int, default=256, help="the model's width")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=512, help="the model's width")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--turns", type=int, default=5, help="repeats, after one to warm up")
     return parser
 
@@ -91,6 +92,38 @@ def make_model(folder: str, args: argparse.Namespace) -> None:
         bos_token_id=None,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def attention() -> str:
+    """Name an attention by which packed sequences cost what they cost apart: FlashAttention's, or one in plain torch.
+
+    SDPA, verl's choice where there is no FlashAttention, spends the square of the packed length.
+    """
+    if importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register("packed", attend)
+    AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
+    return "packed"
+
+
+def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **more: Any) -> Any:
+    """Attend causally within each sequence; (rows, heads, tokens, width) -> (rows, tokens, heads, width).
+
+    A single row holds packed sequences, each from where ``position_ids`` is 0. Several are padded at their ends, where
+    nothing reads what comes out.
+    """
+    repeat, ends = query.shape[1] // key.shape[1], [query.shape[2]]
+    if len(query) == 1:
+        ends = (more["position_ids"].flatten() == 0).nonzero().flatten().tolist()[1:] + ends
+    pieces = []
+    for a, b in zip([0, *ends], ends, strict=False):
+        q, k, v = (x[:, :, a:b] for x in (query, key, value))
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        pieces.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+    return torch.cat(pieces, 2).transpose(1, 2).contiguous(), None
 
 
 def skewed_lengths(count: int, maximum: int, mean: float = 0.4, seed: int = 0) -> np.ndarray:
@@ -177,7 +210,7 @@ class Bench:
             model_config=HFModelConfig(
                 path=os.environ[MODEL],
                 enable_gradient_checkpointing=checkpointing,
-                override_config={"attn_implementation": "sdpa"},
+                override_config={"attn_implementation": attention()},
             ),
             engine_config=FSDPEngineConfig(
                 strategy="fsdp2",

@@ -42,9 +42,9 @@ def main() -> None:
     if args.read:
         read_lengths(Path(args.read[0]), Path(args.read[1]), int(args.read[2]))
     elif launch(args):
-        bench = Bench(
-            checkpointing=args.checkpointing, budget=2 * (args.max_response + PROMPT), optimizer="SGD", lr=0.1
-        )
+        # As many tokens as a published micro-batch
+        budget = GROUP * (args.max_response + PROMPT)
+        bench = Bench(checkpointing=args.checkpointing, budget=budget, optimizer="SGD", lr=0.1)
         settings = {k: v for k, v in vars(args).items() if k not in ("only", "read")}
         for part in args.only:
             figures, more = {"measured": measured, "simulated": simulated}[part](bench, args)
@@ -235,9 +235,9 @@ class Cost:
         return self.token * length + self.square * length**2
 
 
-def costs(bench: Bench, turns: int) -> tuple[Cost, Cost, dict[str, float]]:
+def costs(bench: Bench, args: Any) -> tuple[Cost, Cost, dict[str, float]]:
     """Measure what an update and a pass without gradient cost; return the fits, and the first one's errors."""
-    length, rows = np.array([96, 192, 384, 768]), GROUP * MINI_BATCHES
+    length, rows = 2 * (args.max_response + PROMPT) // np.array([8, 4, 2, 1]), GROUP * MINI_BATCHES
     calls = {}
     for n in length:
         one_length = Responses.make(np.full(rows * bench.ranks, n - PROMPT), GROUP, 1.0, PROMPT)
@@ -245,7 +245,7 @@ def costs(bench: Bench, turns: int) -> tuple[Cost, Cost, dict[str, float]]:
         data = schedule.batch(one_length)
         calls[f"train {n}"] = lambda s=schedule, d=data: s.update(d).wall
         calls[f"measure {n}"] = lambda d=data: bench.timed(lambda: bench.verl.infer_batch(d.copy()))[0].wall
-    times = in_turns(calls, turns)
+    times = in_turns(calls, min(args.turns, 3))
     found = []
     for kind in ("train", "measure"):
         found.append(np.array([np.median(times[f"{kind} {n}"]) for n in length]))
@@ -291,7 +291,7 @@ def simulate(groups: np.ndarray, maximum: int, ranks: int, train: Cost, measure:
 
 def simulated(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
     """Simulate the schedules on many ranks by costs measured on this one."""
-    train, measure, errors = costs(bench, min(args.turns, 3))
+    train, measure, errors = costs(bench, args)
     recorded = json.loads(RECORDED.read_text())
     proportions = Cost(train.token, train.token / 24576), Cost(measure.token, measure.token / 24576)
     cases = {

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["ratios", "fits", "ranks"], default=["ratios"])
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--mixed", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="shares of mixed groups")
-    parser.add_argument("--max-response", type=int, default=320, help="tokens of the longest response")
+    parser.add_argument("--max-response", type=int, default=256, help="tokens of the longest response")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**12, 2**14, 2**16, 2**18], help="for fits")
     args = parser.parse_args()
     settings = {k: v for k, v in vars(args).items() if k not in ("only", "tokens", "mixed", "ranks")}
