@@ -38,9 +38,10 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=512, help="the model's width")
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--turns", type=int, default=5, help="repeats, after one to warm up")
+    parser.add_argument("--seconds", type=float, default=150, help="begin no further turn of a comparison after these")
     return parser
 
 
@@ -374,10 +375,20 @@ class Seconds(NamedTuple):
     core: float
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[Any]]:
-    """Make the calls in turns, after one turn to warm up; return what each returned, turn by turn."""
+def in_turns(calls: dict[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, list[Any]]:
+    """Make the calls in turns, after one turn to warm up; return what each returned, turn by turn.
+
+    Args:
+        args: ``turns`` and ``seconds``; two turns are made however long they take.
+    """
     found: dict[str, list[Any]] = {name: [] for name in calls}
-    for turn in range(turns + 1):
+    started = time.perf_counter()
+    for turn in range(args.turns + 1):
+        spent = [time.perf_counter() - started]
+        # Ranks must agree.
+        torch.distributed.broadcast_object_list(spent)
+        if turn > 1 and spent[0] > args.seconds:
+            break
         # Not always in the same order: a neighbour on the machine may have a rhythm.
         for name in list(calls)[:: -1 if turn % 2 else 1]:
             found[name].append(calls[name]())

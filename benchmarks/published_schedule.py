@@ -199,7 +199,7 @@ def measured(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
                 updates[name] = bench.moved()
             return took
 
-        times = in_turns({name: functools.partial(update, name) for name in calls}, args.turns)
+        times = in_turns({name: functools.partial(update, name) for name in calls}, args)
         column = f"{mixed:.0%} mixed"
         figures[f"exact, {column}"] = Figure.of([t.wall for t in times["exact"]], "s")
         for name in schedules:
@@ -245,7 +245,7 @@ def costs(bench: Bench, args: Any) -> tuple[Cost, Cost, dict[str, float]]:
         data = schedule.batch(one_length)
         calls[f"train {n}"] = lambda s=schedule, d=data: s.update(d).wall
         calls[f"measure {n}"] = lambda d=data: bench.timed(lambda: bench.verl.infer_batch(d.copy()))[0].wall
-    times = in_turns(calls, min(args.turns, 3))
+    times = in_turns(calls, args)
     found = []
     for kind in ("train", "measure"):
         found.append(np.array([np.median(times[f"{kind} {n}"]) for n in length]))

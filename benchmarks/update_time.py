@@ -49,7 +49,7 @@ def main() -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("only", "tokens", "mixed", "ranks")}
     if SPEEDS in os.environ:
         launch(args)
-        speeds(bench_of(args), args.max_response, args.turns)
+        speeds(bench_of(args), args)
         return
     if "ranks" in args.only and "RANK" not in os.environ:
         record("update_ranks", ranks(args), settings)
@@ -83,7 +83,7 @@ def ratios(bench: Bench, args: argparse.Namespace) -> tuple[dict[str, Figure], d
                 shares.append(metrics["disco/measure_seconds"] / took.wall)
             return took
 
-        times = in_turns({m: functools.partial(update, m) for m in ("grpo", *METHODS)}, args.turns)
+        times = in_turns({m: functools.partial(update, m) for m in ("grpo", *METHODS)}, args)
         column = f"{mixed:.0%} mixed"
         figures[f"grpo, {column}"] = Figure.of([t.wall for t in times["grpo"]], "s")
         for method in METHODS:
@@ -109,7 +109,7 @@ def fits(bench: Bench, args: argparse.Namespace) -> tuple[dict[str, Figure], dic
     counts = [max(round(tokens / mean / 32), 1) * 32 for tokens in args.tokens]
     batches = [Responses.make(skewed_lengths(n, args.max_response), 8, 1.0, PROMPT) for n in counts]
     data = {f"{r.tokens}": bench.batch(r) for r in batches}
-    times = in_turns({n: lambda d=d: bench.update("exact", d)[0].wall for n, d in data.items()}, args.turns)
+    times = in_turns({n: lambda d=d: bench.update("exact", d)[0].wall for n, d in data.items()}, args)
     tokens = [r.tokens for r in batches]
     seconds = [statistics.median(times[f"{n}"]) for n in tokens]
     slope, intercept, r2 = fit(tokens, seconds)
@@ -122,7 +122,7 @@ def fits(bench: Bench, args: argparse.Namespace) -> tuple[dict[str, Figure], dic
     lengths = skewed_lengths(256, args.max_response)
     sizes = [4, 8, 16, 32, 64]
     data = {f"{n}": bench.batch(Responses.make(lengths, n, 1.0, PROMPT)) for n in sizes}
-    times = in_turns({n: lambda d=d: bench.update("exact", d)[0].wall for n, d in data.items()}, args.turns)
+    times = in_turns({n: lambda d=d: bench.update("exact", d)[0].wall for n, d in data.items()}, args)
     seconds = [statistics.median(times[f"{n}"]) for n in sizes]
     slope, intercept, r2 = fit(sizes, seconds)
     for n in sizes:
@@ -149,11 +149,11 @@ def ranks(args: argparse.Namespace) -> dict[str, Figure]:
     return figures | {"R2": Figure(r2, better="higher")}
 
 
-def speeds(bench: Bench, maximum: int, turns: int) -> None:
+def speeds(bench: Bench, args: argparse.Namespace) -> None:
     """Write the tokens per second of some exact updates, with equally many responses on each rank."""
-    responses = Responses.make(skewed_lengths(64 * bench.ranks, maximum), 8, 1.0, PROMPT)
+    responses = Responses.make(skewed_lengths(64 * bench.ranks, args.max_response), 8, 1.0, PROMPT)
     data = bench.batch(responses)
-    times = in_turns({"exact": lambda: bench.update("exact", data)[0].wall}, turns)
+    times = in_turns({"exact": lambda: bench.update("exact", data)[0].wall}, args)
     if bench.rank == 0:
         Path(os.environ[SPEEDS]).write_text(json.dumps([responses.tokens / t for t in times["exact"]]))
 
