@@ -226,10 +226,12 @@ class Cost:
     square: float
 
     @classmethod
-    def fit(cls, length: np.ndarray, rows: int, seconds: np.ndarray) -> "Cost":
-        """Fit to ``seconds`` for ``rows`` sequences of each length, relative errors alike."""
-        columns = rows * np.stack([length, length**2], 1) / seconds[:, None]
-        return cls(*np.linalg.lstsq(columns, np.ones(len(length)))[0])
+    def fit(cls, length: np.ndarray, seconds: np.ndarray) -> "Cost":
+        """Fit to the seconds per token at each length."""
+        square, token = np.polyfit(length, seconds, 1)
+        if min(square, token) < 0:
+            raise RuntimeError(f"seconds per token do not rise with the length: {seconds} at {length} tokens")
+        return cls(token, square)
 
     def __call__(self, length: Any) -> Any:
         return self.token * length + self.square * length**2
@@ -237,21 +239,22 @@ class Cost:
 
 def costs(bench: Bench, args: Any) -> tuple[Cost, Cost, dict[str, float]]:
     """Measure what an update and a pass without gradient cost; return the fits, and the first one's errors."""
-    length, rows = 2 * (args.max_response + PROMPT) // np.array([8, 4, 2, 1]), GROUP * MINI_BATCHES
+    # Always as many tokens, in full micro-batches
+    budget = bench.worker.engine_config.max_token_len_per_gpu
+    length = budget // np.array([16, 8, 4, 2, 1])
+    rows = 4 * budget // length * bench.ranks
     calls = {}
-    for n in length:
-        one_length = Responses.make(np.full(rows * bench.ranks, n - PROMPT), GROUP, 1.0, PROMPT)
-        schedule = Published(bench, int(n))
-        data = schedule.batch(one_length)
-        calls[f"train {n}"] = lambda s=schedule, d=data: s.update(d).wall
-        calls[f"measure {n}"] = lambda d=data: bench.timed(lambda: bench.verl.infer_batch(d.copy()))[0].wall
+    for n, count in zip(length, rows, strict=True):
+        data = bench.batch(Responses.make(np.full(count, n - PROMPT), 2, 1.0, PROMPT))
+        calls[f"train {n}"] = lambda d=data: bench.update("grpo", d)[0].core
+        calls[f"measure {n}"] = lambda d=data: bench.timed(lambda: bench.verl.infer_batch(d.copy()))[0].core
     times = in_turns(calls, args)
-    found = []
-    for kind in ("train", "measure"):
-        found.append(np.array([np.median(times[f"{kind} {n}"]) for n in length]))
-    train, measure = (Cost.fit(length, rows, seconds) for seconds in found)
-    error = rows * train(length) / found[0] - 1
-    return train, measure, {f"{n} tokens": round(float(e), 3) for n, e in zip(length, error, strict=True)}
+    train, measure = (
+        np.array([np.median(times[f"{kind} {n}"]) for n in length]) / (4 * budget) for kind in ("train", "measure")
+    )
+    fits = Cost.fit(length, train), Cost.fit(length, measure)
+    errors = {f"{n} tokens": round(float(fits[0](n) / n / x - 1), 3) for n, x in zip(length, train, strict=True)}
+    return *fits, errors
 
 
 def simulate(groups: np.ndarray, maximum: int, ranks: int, train: Cost, measure: Cost) -> dict[str, float]:

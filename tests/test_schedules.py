@@ -34,8 +34,11 @@ def test_mixed_groups_are_spread_evenly_and_are_the_share_that_was_asked_for(sch
 
 def test_costs_are_found_again(schedules):
     length = np.array([96, 192, 384, 768])
-    cost = schedules.Cost.fit(length, 32, 32 * (2e-4 * length + 3e-7 * length**2))
+    cost = schedules.Cost.fit(length, 2e-4 + 3e-7 * length)
     assert (cost.token, cost.square) == pytest.approx((2e-4, 3e-7))
+    assert cost(1000) == pytest.approx(0.5)
+    with pytest.raises(RuntimeError, match="do not rise"):
+        schedules.Cost.fit(length, 2e-4 - 1e-7 * length)
 
 
 def test_without_spread_the_schedules_differ_by_the_measuring_pass_alone(schedules):
