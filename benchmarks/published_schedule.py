@@ -220,21 +220,23 @@ def measured(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a rank for a sequence: by its tokens and, of attention, by their square."""
+    """Seconds of a rank for a sequence: by its tokens, of attention by their square, and for the sequence as such."""
 
     token: float
     square: float
+    sequence: float = 0.0
 
     @classmethod
     def fit(cls, length: np.ndarray, seconds: np.ndarray) -> "Cost":
         """Fit to the seconds per token at each length."""
-        square, token = np.polyfit(length, seconds, 1)
-        if min(square, token) < 0:
-            raise RuntimeError(f"seconds per token do not rise with the length: {seconds} at {length} tokens")
-        return cls(token, square)
+        columns = np.stack([np.ones(len(length)), length, 1 / length], 1) / seconds[:, None]
+        token, square, sequence = np.linalg.lstsq(columns, np.ones(len(length)))[0]
+        if min(token, square) < 0:
+            raise RuntimeError(f"cannot be extrapolated to longer sequences: {seconds} s per token at {length} tokens")
+        return cls(token, square, sequence)
 
     def __call__(self, length: Any) -> Any:
-        return self.token * length + self.square * length**2
+        return self.sequence + self.token * length + self.square * length**2
 
 
 def costs(bench: Bench, args: Any) -> tuple[Cost, Cost, dict[str, float]]:
@@ -322,6 +324,7 @@ def simulated(bench: Bench, args: Any) -> tuple[dict[str, Figure], dict]:
         "prompts": "left out",
         "us per token, trained and measured": [round(1e6 * c.token, 2) for c in (train, measure)],
         "ns per token squared": [round(1e9 * c.square, 3) for c in (train, measure)],
+        "us per sequence": [round(1e6 * c.sequence, 1) for c in (train, measure)],
         "error of the fit": errors,
     }
 

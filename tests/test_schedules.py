@@ -34,10 +34,10 @@ def test_mixed_groups_are_spread_evenly_and_are_the_share_that_was_asked_for(sch
 
 def test_costs_are_found_again(schedules):
     length = np.array([96, 192, 384, 768])
-    cost = schedules.Cost.fit(length, 2e-4 + 3e-7 * length)
-    assert (cost.token, cost.square) == pytest.approx((2e-4, 3e-7))
-    assert cost(1000) == pytest.approx(0.5)
-    with pytest.raises(RuntimeError, match="do not rise"):
+    cost = schedules.Cost.fit(length, 2e-4 + 3e-7 * length + 5e-3 / length)
+    assert (cost.token, cost.square, cost.sequence) == pytest.approx((2e-4, 3e-7, 5e-3))
+    assert cost(1000) == pytest.approx(0.505)
+    with pytest.raises(RuntimeError, match="extrapolated"):
         schedules.Cost.fit(length, 2e-4 - 1e-7 * length)
 
 
