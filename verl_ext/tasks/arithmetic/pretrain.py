@@ -1,4 +1,4 @@
-"""Pre-train the toy model, two minutes on a CPU: on correct solutions, and in the end on careless ones.
+"""Pre-train the toy model, half a minute on a CPU: on correct solutions, and in the end on careless ones.
 
 The model can then work a chain out, but mostly guesses, and slips when it does not. Reinforcement learning has to find
 out which habit pays.
@@ -38,7 +38,8 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update, tall = p.grad.lerp(average, group["momentum"]), p.size(0) > p.size(1)
-                alike.setdefault(tuple(p.shape), []).append((p, update.T if tall else update, tall))
+                update = update.T if tall else update
+                alike.setdefault(tuple(update.shape), []).append((p, update, tall))
             for shape, entries in alike.items():
                 x = torch.stack([u for _, u, _ in entries])
                 x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
@@ -83,25 +84,27 @@ def pretrain(
         torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / WARM_UP) * (1 - 0.95 * i / iterations))
         for o in optimizers
     ]
-    losses, pool, started, pad = [], [], time.time(), tokenizer.pad_token_id
+    losses, started, pad = [], time.time(), tokenizer.pad_token_id
     model.train()
     for i in range(iterations):
-        if not pool:
-            # Batches of similar lengths need little padding.
-            questions = sorted(draw_many(rng, rng.choices(LEVELS, k=4 * BATCH), exclude), key=lambda q: q.level)
-            pool = [questions[j : j + BATCH] for j in range(0, len(questions), BATCH)]
-            rng.shuffle(pool)
         careless = i >= (1 - CARELESS) * iterations
-        rows = [(q.text, q.careless_solution(rng) if careless else q.solution) for q in pool.pop()]
-        ids, labels = collate([encode(tokenizer, *row) for row in rows], pad)
-        hidden = model.model(input_ids=ids).last_hidden_state
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[labels >= 0]), labels[labels >= 0])
+        questions = draw_many(rng, rng.choices(LEVELS, k=BATCH), exclude)
+        rows = [(q.text, q.careless_solution(rng) if careless else q.solution) for q in questions]
+        encoded = sorted((encode(tokenizer, *row) for row in rows), key=lambda e: len(e[0]) + len(e[1]))
+        asked = sum(len(response) for _, response in encoded)
         model.zero_grad()
-        loss.backward()
+        losses.append(0.0)
+        # The short half and the long half: a batch of all levels in one gradient, with little padding.
+        for half in (encoded[: BATCH // 2], encoded[BATCH // 2 :]):
+            ids, labels = collate(half, pad)
+            hidden = model.model(input_ids=ids).last_hidden_state
+            logits = model.lm_head(hidden[labels >= 0])
+            loss = torch.nn.functional.cross_entropy(logits, labels[labels >= 0], reduction="sum") / asked
+            loss.backward()
+            losses[-1] += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for step in (*optimizers, *schedules):
             step.step()
-        losses.append(loss.item())
         if (i + 1) % 25 == 0 or i + 1 == iterations:
             mean = sum(losses[-25:]) / len(losses[-25:])
             print(f"pre-training {i + 1}/{iterations}: loss {mean:.3f}, {time.time() - started:.0f} s", flush=True)

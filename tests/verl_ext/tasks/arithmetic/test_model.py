@@ -64,7 +64,7 @@ def test_the_model_is_a_small_qwen3_that_vllm_can_serve(saved, tokenizer):
     assert config.vocab_size == len(tokenizer)
     # vLLM's CPU build knows these.
     assert config.head_dim in (32, 64, 128)
-    assert 0.9e6 < sum(p.numel() for p in model.parameters()) < 4e6
+    assert 1e5 < sum(p.numel() for p in model.parameters()) < 3e5
     assert config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert config.pad_token_id == tokenizer.pad_token_id
 
