@@ -127,6 +127,34 @@ def test_a_step_logs_the_totals_of_its_local_updates(bare, monkeypatch):
     assert metrics == {"training/padding_rows": 3, "disco/kl": 1.0, "training/failed_rewards": 0} | MIXED
 
 
+@pytest.mark.parametrize("skips", [True, False])
+def test_the_deal_and_the_workers_are_told_what_may_be_left_out(bare, monkeypatch, skips):
+    told = {}
+
+    def deal(groups, lengths, **options):
+        told.update(options)
+        raise StopIteration
+
+    scores = torch.nested.as_nested_tensor([torch.tensor([r]) for r in (1.0, 1.0, 0.0, 1.0)], layout=torch.jagged)
+    rows = tu.get_tensordict({"rm_scores": scores})
+    monkeypatch.setattr(trainer, "read", lambda *arguments, **options: rows)
+    monkeypatch.setattr(trainer, "deal", deal)
+    this = bare(_update_actor=lambda self, batch, metrics: batch)
+    actor = {"ppo_mini_batch_size": 2, "ppo_micro_batch_size_per_gpu": 1, "use_dynamic_bsz": True, "shuffle": False}
+    rollout = {"log_prob_micro_batch_size_per_gpu": 1, "agent": {"default_agent_loop": "single_turn_agent"}}
+    this.config.actor_rollout_ref = OmegaConf.merge(this.config.actor_rollout_ref, {"actor": actor, "rollout": rollout})
+    this._whole_groups, this._skip_rows, this._actor_data_parallel_size = True, skips, lambda: 2
+    this.processor, this.local_trigger_step, this.parameter_sync_step = None, 0, 1
+    batch = SimpleNamespace(
+        keys=["u_0_0", "u_1_0", "v_0_0", "v_1_0"], tags=[{"seq_len": 3}] * 4, extra_info={}, fields=None
+    )
+    with pytest.raises(StopIteration):
+        this._balance_batch(batch, {})
+    # Only the second question is mixed.
+    assert told["trained"] == ([False, False, True, True] if skips else None)
+    assert this._update_actor(batch, {}).extra_info["skip_rows"] == skips
+
+
 def test_failed_rewards_are_counted_and_the_first_ones_text_is_shown_once_per_step(bare, capsys):
     tallies = [Tally(20, 1, "r.py: KeyError"), Tally(20, 0), Tally(20, 2, "r.py: TypeError")]
     this = bare(tallies, step=lambda self, metrics, timing: metrics.update(MIXED))
