@@ -189,7 +189,7 @@ def build_controller(kind: str, settings: Mapping[str, Any]) -> Controller:
 
     Raises:
         ValueError: for an unknown kind, a setting that is missing or out of range, or a state that no checkpoint can
-            hold, naming it.
+            hold, or a penalty that reads a KL which is not measured, naming it.
     """
     controller = CONTROLLERS.build(kind, settings)
     try:
@@ -198,4 +198,10 @@ def build_controller(kind: str, settings: Mapping[str, Any]) -> Controller:
         raise ValueError(
             f"disco.constraint={kind} has a state that JSON cannot hold ({e}): {controller.state_dict()}"
         ) from e
+    slopes = [] if controller.reads_kl else [price(controller, kl).coefficient for kl in (-1.0, 0.0, 1.0)]
+    if len(set(slopes)) > 1:
+        raise ValueError(
+            f"disco.constraint={kind} has reads_kl = False, but its penalty's derivative depends on the KL ({slopes} "
+            "at -1, 0, 1), which would be measured on a part of the responses; set reads_kl = True"
+        )
     return controller

@@ -32,14 +32,22 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
-from recipe.disco.constraint import kl_estimate
+from recipe.disco.constraint import Controller, kl_estimate
 from recipe.disco.loss import micro_batch_loss
 from recipe.disco.objectives import by_question
 from recipe.disco.scores import Score, compute_score, masked
 from recipe.disco.settings import DiscoConfig
 from recipe.disco.update import ScoreTable, UpdatePlan, is_positive, kl_metrics, kl_noise, plan_update, require_numbers
 from verl_ext.training.rows import BatchFacts, Rows
-from verl_ext.training.skipping import FILLER, gathered, narrow, rows_per_rank, told_by_last_stage, whole_batch_terms
+from verl_ext.training.skipping import (
+    FILLER,
+    fit_micro_batches,
+    gathered,
+    narrowed,
+    of_rows,
+    told_by_last_stage,
+    whole_batch_terms,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,19 +61,49 @@ def padded(x: Tensor) -> Tensor:
     return x.to_padded_tensor(0) if x.is_nested else x
 
 
-def of_rows(lengths: list[int], wanted: Tensor) -> list[int]:
-    """Those of the wanted rows."""
-    return [n for n, keep in zip(lengths, wanted.tolist(), strict=True) if keep]
-
-
 def of_whole_questions(plan: UpdatePlan, table: ScoreTable) -> Tensor:
     """Which rows with a token are of a question that has a row with a gradient."""
     return torch.isin(table.question, table.question[plan.needs_gradient]) & (table.length > 0)
 
 
-def largest_divisor(n: int, limit: int) -> int:
-    """Largest divisor of ``n`` that is at most ``limit``."""
-    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+@dataclass(frozen=True)
+class Passes:
+    """What is run for one update.
+
+    Attributes:
+        free: no measuring pass: old_log_probs are taken for the policy's.
+        with_entropy: which pass gives the policy's entropy: "measuring", "training", or None where verl has logged it.
+        measure_mixed: the measuring pass is of mixed questions alone.
+        train_some: the training pass is of rows with a gradient alone.
+    """
+
+    free: bool
+    with_entropy: str | None
+    measure_mixed: bool
+    train_some: bool
+
+
+def passes(facts: BatchFacts, first: bool, lagged: bool, controller: Controller, needs_all: bool) -> Passes:
+    """Decide what one update runs.
+
+    Args:
+        first: no update on this rollout has come before.
+        lagged: disco.measure.
+        needs_all: something besides the method trains on all rows.
+    """
+    # At pi_theta = pi_old there is nothing to measure: scores follow from old_log_probs and the KL is 0.
+    free = lagged or (first and facts.old_log_probs_fresh)
+    # verl's pass for old_log_probs logs the entropy; where there is none (bypass mode), we do.
+    unknown = first and not facts.entropy_logged
+    with_entropy = None if not unknown or (free and not lagged) else "training" if lagged else "measuring"
+    skips = facts.skip_rows and not needs_all
+    # The entropy that is logged is of all rows. So is the lagged KL that a state is learned from.
+    return Passes(
+        free,
+        with_entropy,
+        measure_mixed=skips and not (free or unknown or controller.reads_kl),
+        train_some=skips and not (lagged and (unknown or controller.state_dict())),
+    )
 
 
 @dataclass
@@ -103,7 +141,7 @@ class MiniBatchLoss:
 
     def __call__(self, model_output: dict[str, Any], data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict]:
         log_prob = no_padding_2_padding(model_output["log_probs"], data)
-        mask, old = padded(data["response_mask"]).bool() & ~data[FILLER][:, None], padded(data["old_log_probs"])
+        mask, old = padded(data["response_mask"]).bool(), padded(data["old_log_probs"])
         index, plan, score = data["sample_index"], self.plan, self.score
         assert plan is not None
         require_numbers("log_prob", log_prob.detach(), mask, index)
@@ -133,8 +171,8 @@ class MiniBatchLoss:
                 loss = loss - self.entropy_coeff * entropy.sum() / max(plan.tokens, 1)
         if self.sums is not None:
             kl = kl_estimate(log_prob.detach(), old, mask, self.kl_estimator).sum(-1)
-            columns = (kl, mask.sum(-1), entropy.detach().expand_as(kl))
-            self.sums.append(torch.stack([x.double() for x in columns], -1))
+            columns = torch.stack([x.double() for x in (kl, mask.sum(-1), entropy.detach().expand_as(kl))], -1)
+            self.sums.append(columns.masked_fill(data[FILLER][:, None], 0.0))
         return loss * data["dp_size"], {}
 
 
@@ -178,7 +216,8 @@ class DiscoTrainingWorker(TrainingWorker):
 
     def infer_batch(self, data: TensorDict) -> TensorDict:
         """verl's own pass, with a micro-batch size that divides the rows whatever their number."""
-        self._fit_micro_batches(data, self.engine_config.infer_micro_batch_size_per_gpu)
+        engine = self.engine_config
+        fit_micro_batches(data, None if engine.use_dynamic_bsz else engine.infer_micro_batch_size_per_gpu)
         return super().infer_batch(data)
 
     # One mini-batch -------------------------------------------------------------------------------------------------
@@ -186,58 +225,38 @@ class DiscoTrainingWorker(TrainingWorker):
     def train_batch(self, data: TensorDict) -> TensorDict | None:
         """One optimizer step on one mini-batch, with the exact gradient of L."""
         started = time.perf_counter()
-        facts, first, lagged = self.rollout.facts, self.rollout.updates == 0, self.disco.measure == "lagged"
+        first, lagged = self.rollout.updates == 0, self.disco.measure == "lagged"
         self.rollout.updates += 1
-        # At pi_theta = pi_old there is nothing to measure: scores follow from old_log_probs and the KL is 0.
-        free = lagged or (first and facts.old_log_probs_fresh)
-        # verl's pass for old_log_probs logs the entropy; where there is none (bypass mode), we do.
-        entropy_unknown = first and not facts.entropy_logged
-
-        skips = facts.skip_rows and not self._needs_all_rows
-        # Of a part of the responses it would be another entropy.
-        skips_measuring = skips and not self.controller.reads_kl and not entropy_unknown
-        skips_training = skips and not (lagged and entropy_unknown)
+        run = passes(self.rollout.facts, first, lagged, self.controller, bool(self._needs_all_rows))
 
         every = torch.ones(len(data) * self.engine.get_data_parallel_size(), dtype=torch.bool)
-        measured = ~every if free else self._mixed(data) if skips_measuring else every
-        made = self._plan(data, None if free else measured, with_entropy=entropy_unknown and not free)
-        plan, metrics, wanted = made and made[0], {}, every
-        if made is not None:
-            metrics = dict(made[0].metrics)
+        measured = ~every if run.free else self._mixed(data) if run.measure_mixed else every
+        made = self._plan(data, measured, run)
+        wanted = every
+        if run.train_some:
             # The lagged KL is that of whole questions: responses chosen by their scores have another.
-            wanted = of_whole_questions(*made) if lagged else made[0].needs_gradient
-        wanted = told_by_last_stage(wanted, self.engine) if skips_training else every
+            needed = every if made is None else of_whole_questions(*made) if lagged else made[0].needs_gradient
+            wanted = told_by_last_stage(needed, self.engine)
         took = time.perf_counter() - started
 
         lengths = tu.get(data, "global_token_num")
-        data, _ = self._narrowed(data, wanted, self.engine_config.micro_batch_size_per_gpu)
+        data = narrowed(data, wanted, self.engine, self.engine_config.micro_batch_size_per_gpu)
         # verl estimates the work by them.
         tu.assign_non_tensor(data, global_token_num=NonTensorData(of_rows(lengths, wanted)))
-        if lagged and entropy_unknown:
+        if run.with_entropy == "training":
             tu.assign_non_tensor(data, calculate_entropy=True)
-        loss = MiniBatchLoss(self.score, self.disco.kl_estimator, plan, self.entropy_coeff, [] if free else None)
+        plan = made and made[0]
+        loss = MiniBatchLoss(self.score, self.disco.kl_estimator, plan, self.entropy_coeff, [] if run.free else None)
         self.set_loss_fn(loss)
         result = super().train_batch(data)
-        if plan is not None:
-            seen = metrics
-            # Empty on pipeline stages before the last.
-            if loss.sums:
-                kl_sum, length, entropy = gathered(torch.cat(loss.sums), self._group()).unbind(-1)
-                tokens, seen = length.sum(), {}
-                if tokens > 0:
-                    kl = float(kl_sum.sum() / tokens)
-                    seen = kl_metrics(self.controller, kl) | kl_noise(kl_sum, length)
-                if lagged and seen:
-                    # Coefficient and penalty stay those that were in force.
-                    self.rollout.kl = kl
-                    metrics |= seen
-                    metrics |= {"entropy": float(entropy.sum() / tokens)} if entropy_unknown else {}
-            if first and facts.at_rollout_weights and "kl" in seen:
-                # No update has come between: kernels, rounding and, of a rollout, old weights.
-                metrics["kl_floor"] = seen["kl"]
+        if plan is None:
+            return result
+        # The lagged plan's KL is the one before.
+        metrics = {k: v for k, v in plan.metrics.items() if not lagged or k not in ("kl", "over_delta")}
+        metrics |= self._seen(loss, plan, run, first, lagged)
         if result is not None:
             found = tu.get(result, "metrics")
-            metrics |= {"measured": float(not free), "measure_seconds": took}
+            metrics |= {"measured": float(measured.any()), "measure_seconds": took}
             metrics |= {"measured_tokens": float(sum(of_rows(lengths, measured)))}
             metrics |= {"trained_tokens": float(sum(of_rows(lengths, wanted)))}
             metrics |= {"trained_rows": float(wanted.float().mean())}
@@ -246,6 +265,27 @@ class DiscoTrainingWorker(TrainingWorker):
             # verl's "loss" is the value of the separable form, which only has L's gradient.
             found.update({f"disco/{k}": v for k, v in metrics.items()}, loss=metrics["loss"])
         return result
+
+    def _seen(self, loss: MiniBatchLoss, plan: UpdatePlan, run: Passes, first: bool, lagged: bool) -> dict[str, float]:
+        """What the passes say of the KL besides the plan; in the lagged mode, the KL of the next plan's penalty."""
+        metrics, found = {}, plan.metrics
+        # Empty on pipeline stages before the last.
+        if loss.sums:
+            found = {}
+            kl_sum, length, entropy = gathered(torch.cat(loss.sums), self._group()).unbind(-1)
+            if (tokens := length.sum()) > 0:
+                kl = float(kl_sum.sum() / tokens)
+                found = kl_metrics(self.controller, kl) | kl_noise(kl_sum, length)
+                if run.with_entropy == "training":
+                    metrics["entropy"] = float(entropy.sum() / tokens)
+                if lagged:
+                    # Coefficient and penalty stay those that were in force.
+                    self.rollout.kl = kl
+                    metrics |= found
+        if first and self.rollout.facts.at_rollout_weights and "kl" in found:
+            # No update has come between: kernels, rounding and, of a rollout, old weights.
+            metrics["kl_floor"] = found["kl"]
+        return metrics
 
     def _mixed(self, data: TensorDict) -> Tensor:
         """Which rows of all ranks are of questions with right and wrong responses, (ranks * rows,) bool."""
@@ -258,25 +298,22 @@ class DiscoTrainingWorker(TrainingWorker):
             mixed[positives] = mixed[negatives] = True
         return mixed
 
-    def _plan(
-        self, data: TensorDict, measured: Tensor | None, with_entropy: bool
-    ) -> tuple[UpdatePlan, ScoreTable] | None:
+    def _plan(self, data: TensorDict, measured: Tensor, run: Passes) -> tuple[UpdatePlan, ScoreTable] | None:
         """Measure and exchange, write each row's weight into ``data``, and return the plan and what it was made of.
 
         None on pipeline stages before the last that have measured something: no loss is evaluated there.
 
         Args:
-            measured: (ranks * rows,) bool, whose scores and KL to measure; None: take old_log_probs for the policy's,
-                which say nothing of the KL.
+            measured: (ranks * rows,) bool, whose scores and KL to measure.
         """
         passed, log_prob, entropy = data, padded(data["old_log_probs"]).float(), None
-        mine = torch.ones(len(data), dtype=torch.bool)
-        if measured is not None:
-            passed, mine = self._narrowed(data, measured, self.engine_config.infer_micro_batch_size_per_gpu)
-            found = self._forward(passed, with_entropy)
+        if measured.any():
+            passed = narrowed(data, measured, self.engine, self.engine_config.infer_micro_batch_size_per_gpu)
+            found = self._forward(passed, run.with_entropy == "measuring")
             if found is None:
                 return None
             log_prob, entropy = found
+        mine = self._mine(measured | run.free)
         device = log_prob.device
         rows, mask = Rows.of(data), padded(passed["response_mask"]).bool().to(device)
         old, reference = padded(passed["old_log_probs"]).float().to(device), None
@@ -287,7 +324,7 @@ class DiscoTrainingWorker(TrainingWorker):
         length = mask.sum(-1)
         if not mine.all():
             # Of this rank's rows in their order; 0 where nothing was measured.
-            kept = ~passed[FILLER].to(device)
+            kept = ~passed[FILLER].to(device) if measured.any() else mine.to(device)
             score, kl = (torch.zeros(len(data)).to(x).masked_scatter(mine.to(device), x[kept]) for x in (score, kl))
             length = padded(data["response_mask"]).bool().sum(-1).to(device)
         table = ScoreTable(
@@ -307,7 +344,7 @@ class DiscoTrainingWorker(TrainingWorker):
             self.controller,
             positive_threshold=self.disco.positive_threshold,
             # Where it is free: 0, or with disco.measure=lagged the previous mini-batch's.
-            kl=self.rollout.kl if measured is None else None,
+            kl=self.rollout.kl if run.free else None,
         )
         self.rollout.kl = plan.kl
         self._tell_of_swapped_sides(plan.weight, table)
@@ -320,21 +357,6 @@ class DiscoTrainingWorker(TrainingWorker):
 
     def _group(self) -> dist.ProcessGroup:
         return self.engine.get_data_parallel_group()
-
-    def _narrowed(self, data: TensorDict, wanted: Tensor, micro_batch: int | None) -> tuple[TensorDict, Tensor]:
-        """This rank's wanted rows, filled up to as many as any rank's, and which rows of ``data`` are wanted, (rows,).
-
-        Args:
-            wanted: (ranks * rows,) bool.
-            micro_batch: rows of a micro-batch, where they are not cut by tokens.
-        """
-        size = None if self.engine_config.use_dynamic_bsz else micro_batch
-        ranks = self.engine.get_data_parallel_size()
-        count = rows_per_rank(wanted, ranks, self.engine_config, size and largest_divisor(len(data), size))
-        mine = self._mine(wanted)
-        data = narrow(data, mine, count)
-        self._fit_micro_batches(data, micro_batch)
-        return data, mine
 
     def _forward(self, data: TensorDict, with_entropy: bool) -> tuple[Tensor, Tensor | None] | None:
         """Log-probabilities and, on request, entropies (B, T) under the current policy, without gradient.
@@ -364,10 +386,6 @@ class DiscoTrainingWorker(TrainingWorker):
             if name in output
         }
         return found["log_probs"], found.get("entropy")
-
-    def _fit_micro_batches(self, data: TensorDict, size: int | None) -> None:
-        if not self.engine_config.use_dynamic_bsz and size:
-            tu.assign_non_tensor(data, micro_batch_size_per_gpu=largest_divisor(len(data), size))
 
     # What a run says of itself --------------------------------------------------------------------------------------
 

@@ -41,8 +41,7 @@ WITHOUT_EFFECT = (
     r"actor_rollout_ref\.rollout\.(nnodes|n_gpus_per_node|\w*parallel_size|agent\.agent_loop_manager_class)",
     r"(distillation|reward\.reward_model)\.(nnodes|n_gpus_per_node)|reward\.reward_model\.rollout\.\w*parallel_size",
     r".*\.engine_kwargs\..*|reward\.max_concurrent|.*\.ulysses_sequence_parallel_size|.*\.ref\.megatron\..*parallel_size",
-    # Micro-batches, and rows without a gradient: sums over a batch do not depend on them.
-    r"verl_ext\.skip_rows_without_gradient",
+    # Micro-batches: sums over a batch do not depend on them.
     r".*micro_batch_size(_per_gpu)?|.*max_token_len_per_gpu|.*use_dynamic_bsz|data\.val_batch_size",
     # Memory and speed.
     r".*(offload|offload_policy|gradient_checkpointing|entropy_checkpointing|use_torch_compile|use_remove_padding)",

@@ -31,6 +31,14 @@ class Deal:
     partitions: list[list[list[int]]]
 
 
+def values_by_group(groups: Sequence[Hashable], values: Sequence[float]) -> dict[Hashable, set[float]]:
+    """Collect the different values of each group."""
+    seen: dict[Hashable, set[float]] = {}
+    for group, value in zip(groups, values, strict=True):
+        seen.setdefault(group, set()).add(value)
+    return seen
+
+
 def split_evenly(items: Sequence, most: int) -> list[list]:
     """Split into as few parts of at most ``most`` items as possible, in order, with sizes differing by at most one."""
     parts = -(-len(items) // most)

@@ -3,7 +3,7 @@
 A response teaches nothing where its loss has no gradient: in GRPO and its kin, where its advantage is 0 (all responses
 to the question got the same reward), and on padding rows. :func:`narrow` takes such rows out of a batch before the
 engine cuts it into micro-batches. Ranks stay in step: each keeps equally many rows, and one with fewer repeats its
-shortest row without a gradient as a filler, of which a loss must read no token (column ``is_filler``).
+shortest row without a gradient as a filler (column ``is_filler``), for sums over rows to leave out.
 
 :class:`SkippingWorker` does so for verl's own losses, if ``verl_ext.skip_rows_without_gradient`` asks for it.
 """
@@ -20,15 +20,15 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from verl_ext.training.grouping import values_by_group
+
 FILLER = "is_filler"
 SETTING = "verl_ext.skip_rows_without_gradient"
 
 
 def teaching(groups: Sequence[Hashable], rewards: Sequence[float]) -> list[bool]:
     """Tell which rows belong to a group whose rewards differ: others have advantage 0 and no weight."""
-    seen: dict[Hashable, set[float]] = {}
-    for group, reward in zip(groups, rewards, strict=True):
-        seen.setdefault(group, set()).add(reward)
+    seen = values_by_group(groups, rewards)
     return [len(seen[group]) > 1 for group in groups]
 
 
@@ -37,6 +37,22 @@ def gathered(table: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, table.contiguous(), group=group)
     return torch.cat(parts).cpu()
+
+
+def of_rows(lengths: Sequence[int], wanted: Tensor) -> list[int]:
+    """Return those of the wanted rows."""
+    return [n for n, keep in zip(lengths, wanted.tolist(), strict=True) if keep]
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """Return the largest divisor of ``n`` that is at most ``limit``."""
+    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+def fit_micro_batches(data: TensorDict, size: int | None) -> None:
+    """Set a fixed micro-batch size, at most ``size``, that divides the rows; None: they are cut by tokens."""
+    if size:
+        tu.assign_non_tensor(data, micro_batch_size_per_gpu=largest_divisor(len(data), size))
 
 
 def rows_per_rank(wanted: Tensor, ranks: int, mcore: Any, micro_batch: int | None) -> int:
@@ -49,13 +65,33 @@ def rows_per_rank(wanted: Tensor, ranks: int, mcore: Any, micro_batch: int | Non
     """
     rows = len(wanted) // ranks
     kept = max(int(wanted.view(ranks, rows).sum(1).max()), 1)
-    if micro_batch and kept > micro_batch:
-        kept = -(-kept // micro_batch) * micro_batch
+    unit = micro_batch or 1
     if getattr(mcore, "virtual_pipeline_model_parallel_size", None):
         # Interleaved pipelining runs micro-batches by the number of stages.
-        stages = mcore.pipeline_model_parallel_size
-        kept = -(-kept // stages) * stages
-    return min(kept, rows)
+        unit *= mcore.pipeline_model_parallel_size
+    elif kept < unit:
+        unit = 1
+    return min(-(-kept // unit) * unit, rows)
+
+
+def narrowed(data: TensorDict, wanted: Tensor, engine: Any, micro_batch: int | None) -> TensorDict:
+    """Keep this rank's wanted rows, filled up to as many as any rank has, in micro-batches that fit.
+
+    Args:
+        data: this rank's rows; ``input_ids`` is jagged.
+        wanted: (ranks * rows,) bool, rank by rank, the same on every rank.
+        engine: verl's.
+        micro_batch: rows of a micro-batch, where the engine does not cut by tokens.
+
+    Returns:
+        Another batch, whose column ``is_filler`` is True at rows that only keep ranks in step.
+    """
+    ranks, size = engine.get_data_parallel_size(), None if engine.engine_config.use_dynamic_bsz else micro_batch
+    size = size and largest_divisor(len(data), size)
+    count = rows_per_rank(wanted, ranks, engine.engine_config, size)
+    data = narrow(data, wanted.view(ranks, -1)[engine.get_data_parallel_rank()], count)
+    fit_micro_batches(data, size)
+    return data
 
 
 def narrow(data: TensorDict, wanted: Tensor, count: int) -> TensorDict:
@@ -126,18 +162,13 @@ class SkippingTrainingWorker(TrainingWorker):
     def train_batch(self, data: TensorDict) -> TensorDict | None:
         """Take one optimizer step on one mini-batch, with the gradient and the denominators of all of its rows."""
         mask = data["response_mask"].to_padded_tensor(0).bool()
-        wanted = (mask & (data["advantages"].to_padded_tensor(0) != 0)).any(-1).cpu()
-        group, ranks = self.engine.get_data_parallel_group(), self.engine.get_data_parallel_size()
-        mine = torch.stack([wanted.double(), data["loss_mask"].to_padded_tensor(0).sum(-1).double().cpu()], -1)
-        everyones, loss_tokens = gathered(mine.to(self.device_name), group).unbind(-1)
-        engine = self.engine_config
-        micro_batch = None if engine.use_dynamic_bsz else engine.micro_batch_size_per_gpu
-        kept = rows_per_rank(everyones.bool(), ranks, engine, micro_batch)
-        if micro_batch and kept < micro_batch:
-            tu.assign_non_tensor(data, micro_batch_size_per_gpu=kept)
-        lengths, rows = tu.get(data, "global_token_num"), len(data)
-        data = narrow(data, wanted, kept)
-        trained = [n for n, keep in zip(lengths, everyones, strict=True) if keep]
+        mine = (mask & (data["advantages"].to_padded_tensor(0) != 0)).any(-1)
+        loss_tokens = data["loss_mask"].to_padded_tensor(0).sum(-1)
+        table = torch.stack([x.double().to(self.device_name) for x in (mine, loss_tokens)], -1)
+        flags, loss_tokens = gathered(table, self.engine.get_data_parallel_group()).unbind(-1)
+        wanted, lengths = flags.bool(), tu.get(data, "global_token_num")
+        data = narrowed(data, wanted, self.engine, self.engine_config.micro_batch_size_per_gpu)
+        trained = of_rows(lengths, wanted)
         # verl estimates the work by them.
         tu.assign_non_tensor(data, global_token_num=NonTensorData(trained))
         loss, self.loss_fn = self.loss_fn, _of_whole_batch(self.loss_fn, int(loss_tokens.sum()))
@@ -146,9 +177,7 @@ class SkippingTrainingWorker(TrainingWorker):
         finally:
             self.loss_fn = loss
         if result is not None:
-            tu.get(result, "metrics").update(
-                trained_rows=float(everyones.sum()) / (rows * ranks), trained_tokens=float(sum(trained))
-            )
+            tu.get(result, "metrics").update(trained_rows=float(flags.mean()), trained_tokens=float(sum(trained)))
         return result
 
 

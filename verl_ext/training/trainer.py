@@ -31,7 +31,7 @@ from verl_ext.runs.files import write_whole
 from verl_ext.runs.folder import METRICS_FILE
 from verl_ext.training.advantages import estimating
 from verl_ext.training.detached import DetachedWorker
-from verl_ext.training.grouping import deal
+from verl_ext.training.grouping import deal, values_by_group
 from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_row
 from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
@@ -424,9 +424,7 @@ def sequence_rewards(scores: torch.Tensor, keys: Sequence[str], where: str) -> l
 
 def shares(group: list[str], reward: list[float]) -> tuple[float, float]:
     """Return the shares of questions whose responses got different rewards, and the same reward above 0."""
-    rewards: dict[str, set[float]] = {}
-    for name, value in zip(group, reward, strict=True):
-        rewards.setdefault(name, set()).add(value)
+    rewards = values_by_group(group, reward)
     mixed = sum(len(values) > 1 for values in rewards.values())
     right = sum(len(values) == 1 and max(values) > 0 for values in rewards.values())
     return mixed / max(len(rewards), 1), right / max(len(rewards), 1)

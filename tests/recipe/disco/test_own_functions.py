@@ -9,7 +9,7 @@ import torch
 from named import evaluate, objective_of, score_of, weigh
 
 from recipe.disco import disco_loss
-from recipe.disco.constraint import CONTROLLERS, Controller, build_controller
+from recipe.disco.constraint import CONTROLLERS, Controller, Unconstrained, build_controller
 from recipe.disco.metrics import group_metrics
 from recipe.disco.objectives import OBJECTIVES, Disco, Objective, Sides
 from recipe.disco.scores import SCORES, Score, masked, token_mean
@@ -265,3 +265,19 @@ def test_a_misspelt_choice_is_refused_wherever_it_is_made(name, value):
 def test_a_number_as_text_is_refused():
     with pytest.raises(ValueError, match="disco.tau='10' is not a finite number > 0"):
         DiscoConfig(tau="10")
+
+
+def test_a_penalty_that_reads_a_kl_which_is_not_measured_is_refused(monkeypatch):
+    monkeypatch.setattr(CONTROLLERS, "_items", dict(CONTROLLERS._items))
+
+    @CONTROLLERS.register("gentle")
+    @dataclass
+    class Gentle(Unconstrained):
+        def penalty(self, kl):
+            return 500 * torch.relu(kl) ** 2
+
+    with pytest.raises(ValueError, match="disco.constraint=gentle has reads_kl = False, .* set reads_kl = True"):
+        build_controller("gentle", {})
+    Gentle.reads_kl = True
+    assert build_controller("gentle", {}).reads_kl
+    assert not build_controller("none", {}).reads_kl

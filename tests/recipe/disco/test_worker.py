@@ -124,7 +124,7 @@ def check(name: str, results: list[dict], cases: list[dict], output: str) -> Non
             if not case["skip"] or case["entropy_coeff"]:
                 assert share == 1.0
             elif case.get("negatives") == "topk" or case.get("surrogate") == "squared_hinge":
-                assert share <= mixed or r["metrics"]["coefficient"][i]
+                assert share < mixed or r["metrics"]["coefficient"][i]
             else:
                 assert share == pytest.approx(with_tokens if r["metrics"]["coefficient"][i] else mixed), case
         assert not any(r["metrics"]["skipped_updates"])
@@ -203,5 +203,7 @@ def test_update_equals_the_definition(results, start, name):
     ids=["tensor parallel 2", "pipeline parallel 2", "both", "context parallel 2"],
 )
 def test_update_through_megatron_equals_the_definition(model, tmp_path, request, ranks, engine):
-    found, output = run(tmp_path, ranks, [dict(name="megatron", model=model, engine=engine, cases=SHORT)])
-    check(request.node.callspec.id, found["megatron"], SHORT, output)
+    # Early stages have no outputs, and run the same rows.
+    cases = SHORT + (UNPRICED if "pipeline" in request.node.callspec.id else [])
+    found, output = run(tmp_path, ranks, [dict(name="megatron", model=model, engine=engine, cases=cases)])
+    check(request.node.callspec.id, found["megatron"], cases, output)

@@ -13,10 +13,11 @@ from harness import DEFAULTS, build_worker, make_model, to_batch
 from named import objective_of, score_of
 
 from recipe.disco import worker as module
+from recipe.disco.constraint import build_controller
 from recipe.disco.objectives import OBJECTIVES, Sides
 from recipe.disco.scores import SCORES, masked
 from recipe.disco.settings import DiscoConfig
-from recipe.disco.worker import largest_divisor
+from recipe.disco.worker import passes
 from verl_ext.training.grouping import deal
 from verl_ext.training.rows import BatchFacts
 
@@ -92,10 +93,6 @@ def train(worker, data) -> dict[str, list[float]]:
     """The metrics of all updates on a batch, each with a value per mini-batch."""
     metrics = module.tu.get(worker.train_mini_batch(data), "metrics")
     return {k.removeprefix("disco/"): v for k, v in metrics.items()}
-
-
-def test_largest_divisor():
-    assert [largest_divisor(n, limit) for n, limit in ((12, 5), (12, 64), (7, 3), (8, 8), (1, 4))] == [4, 12, 1, 8, 1]
 
 
 def test_rows_that_were_reordered_after_the_deal_are_refused(configured):
@@ -217,11 +214,61 @@ def test_what_has_no_gradient_is_not_trained_on_and_without_a_price_not_measured
     # None is mixed: nothing is measured, and no KL is made up.
     data["sequence_reward"][:] = 0.0
     metrics = train(worker, data.clone())
-    assert metrics["measured_tokens"] == metrics["trained_rows"] == [0.0] and "kl" not in metrics and everything
+    assert metrics["measured_tokens"] == metrics["trained_rows"] == metrics["measured"] == [0.0]
+    assert "kl" not in metrics and everything
     # Off
     module.tu.assign_non_tensor(data, skip_rows=False)
     metrics = train(worker, data.clone())
     assert metrics["measured_tokens"] == metrics["trained_tokens"] == [sum(tokens)]
+
+
+FACTS = {
+    "fresh": BatchFacts(old_log_probs_fresh=True, entropy_logged=True, skip_rows=True),
+    "bypass": BatchFacts(old_log_probs_fresh=False, entropy_logged=False, skip_rows=True),
+    "off": BatchFacts(old_log_probs_fresh=True, entropy_logged=True),
+}
+
+
+@pytest.mark.parametrize(
+    "facts, first, lagged, constraint, needs_all, expected",
+    [
+        # free, which pass gives the entropy, measure mixed questions alone, train rows with a gradient alone
+        ("fresh", True, False, "squared_hinge", False, (True, None, False, True)),
+        ("fresh", False, False, "squared_hinge", False, (False, None, False, True)),
+        ("fresh", False, False, "none", False, (False, None, True, True)),
+        ("fresh", False, False, "none", True, (False, None, False, False)),
+        ("off", False, False, "none", False, (False, None, False, False)),
+        ("bypass", True, False, "none", False, (False, "measuring", False, True)),
+        ("bypass", False, False, "none", False, (False, None, True, True)),
+        ("bypass", True, True, "squared_hinge", False, (True, "training", False, False)),
+        ("fresh", True, True, "squared_hinge", False, (True, None, False, True)),
+        # A multiplier learns from the KL of all responses.
+        ("fresh", True, True, "augmented_lagrangian", False, (True, None, False, False)),
+        ("fresh", False, False, "augmented_lagrangian", False, (False, None, False, True)),
+    ],
+)
+def test_what_an_update_runs(facts, first, lagged, constraint, needs_all, expected):
+    controller = build_controller(constraint, {"delta": 0.1, "beta": 1.0, "rho": 1.0})
+    run = passes(FACTS[facts], first, lagged, controller, needs_all)
+    assert (run.free, run.with_entropy, run.measure_mixed, run.train_some) == expected
+
+
+def test_a_score_that_needs_a_token_sees_those_of_fillers(mine, configured):
+    mine(SCORES, score_of(lambda log_prob, old, mask: (log_prob * mask).sum(-1) / mask.sum(-1)))
+    worker = configured(score="mine", delta=9.0)
+    data, *_ = batch(worker, old_log_probs_fresh=False, skip_rows=True)
+    for name in ("response_mask", "loss_mask"):
+        data[name].values()[:] = 1
+    data["sequence_reward"][:] = 1.0
+    assert train(worker, data)["trained_rows"] == [0.0]
+
+
+def test_the_lagged_mode_logs_no_kl_where_nothing_is_trained_on(configured):
+    worker = configured(measure="lagged")
+    data, *_ = batch(worker, skip_rows=True)
+    data["sequence_reward"][:] = 1.0
+    metrics = train(worker, data)
+    assert not {"kl", "over_delta", "kl_floor"} & set(metrics) and metrics["trained_rows"] == [0.0]
 
 
 @pytest.mark.parametrize("delta, trained", [(9.0, 0.5), (0.0, 5 / 6)])

@@ -16,7 +16,7 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl_ext.preflight.composition import compose
 from verl_ext.preflight.skipping import PROPORTIONAL, check_skipping
 from verl_ext.recipes import describe_algorithms
-from verl_ext.training.skipping import FILLER, narrow, rows_per_rank, teaching, whole_batch_terms
+from verl_ext.training.skipping import FILLER, largest_divisor, narrow, rows_per_rank, teaching, whole_batch_terms
 
 HERE = Path(__file__).parent
 DEFAULTS = dict(mixed=0.3, dynamic=True, groups_per_mini_batch=5, loss_mode="vanilla", loss_agg_mode="token-mean")
@@ -69,6 +69,10 @@ def batch(lengths):
     return TensorDict({"input_ids": ids, "row": torch.arange(len(lengths))}, batch_size=len(lengths))
 
 
+def test_largest_divisor():
+    assert [largest_divisor(n, limit) for n, limit in ((12, 5), (12, 64), (7, 3), (8, 8), (1, 4))] == [4, 12, 1, 8, 1]
+
+
 def test_each_rank_keeps_the_rows_of_the_one_that_wants_most():
     wanted = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0]).bool()
     plain, stages = (
@@ -78,6 +82,8 @@ def test_each_rank_keeps_the_rows_of_the_one_that_wants_most():
     # In micro-batches of 2 they are filled up; in one of 8 they fit.
     assert [rows_per_rank(wanted, 2, plain, m) for m in (None, 2, 3, 8)] == [3, 4, 3, 3]
     assert rows_per_rank(wanted, 2, stages, None) == 4
+    # Fixed micro-batches come in multiples of the stages, too.
+    assert [rows_per_rank(torch.arange(16) < n, 1, stages, 2) for n in (1, 8, 9)] == [8, 8, 16]
     # At least one row, so that no rank stands still; never more than there are.
     assert rows_per_rank(torch.zeros(12).bool(), 2, plain, None) == 1
     assert rows_per_rank(torch.ones(6).bool(), 2, stages, None) == 3
