@@ -120,6 +120,8 @@ def test_batches_that_divide_unevenly_in_the_lagged_mode_with_the_rollouts_log_p
         assert step["disco/measured"] == 0
         assert step["training/padding_rows"] > 0 and step["training/failed_questions"] == 0
         assert step["disco/questions"] == 3
+        # The first mini-batch is trained on whole, for its entropy; others at least without padding.
+        assert 0.25 < step["disco/trained_rows"] < 0.7
         # verl logs none in this mode.
         assert step["disco/entropy"] > 0
         # The last mini-batches pay for the KL of those before.
