@@ -240,7 +240,7 @@ class DiscoTrainingWorker(TrainingWorker):
         took = time.perf_counter() - started
 
         lengths = tu.get(data, "global_token_num")
-        data = narrowed(data, wanted, self.engine, self.engine_config.micro_batch_size_per_gpu)
+        data = narrowed(data, wanted, self, self.engine_config.micro_batch_size_per_gpu)
         # verl estimates the work by them.
         tu.assign_non_tensor(data, global_token_num=NonTensorData(of_rows(lengths, wanted)))
         if run.with_entropy == "training":
@@ -308,7 +308,7 @@ class DiscoTrainingWorker(TrainingWorker):
         """
         passed, log_prob, entropy = data, padded(data["old_log_probs"]).float(), None
         if measured.any():
-            passed = narrowed(data, measured, self.engine, self.engine_config.infer_micro_batch_size_per_gpu)
+            passed = narrowed(data, measured, self, self.engine_config.infer_micro_batch_size_per_gpu)
             found = self._forward(passed, run.with_entropy == "measuring")
             if found is None:
                 return None

@@ -74,22 +74,22 @@ def rows_per_rank(wanted: Tensor, ranks: int, mcore: Any, micro_batch: int | Non
     return min(-(-kept // unit) * unit, rows)
 
 
-def narrowed(data: TensorDict, wanted: Tensor, engine: Any, micro_batch: int | None) -> TensorDict:
+def narrowed(data: TensorDict, wanted: Tensor, worker: TrainingWorker, micro_batch: int | None) -> TensorDict:
     """Keep this rank's wanted rows, filled up to as many as any rank has, in micro-batches that fit.
 
     Args:
         data: this rank's rows; ``input_ids`` is jagged.
         wanted: (ranks * rows,) bool, rank by rank, the same on every rank.
-        engine: verl's.
-        micro_batch: rows of a micro-batch, where the engine does not cut by tokens.
+        worker: whose engine runs them.
+        micro_batch: rows of a micro-batch, where it does not cut by tokens.
 
     Returns:
         Another batch, whose column ``is_filler`` is True at rows that only keep ranks in step.
     """
-    ranks, size = engine.get_data_parallel_size(), None if engine.engine_config.use_dynamic_bsz else micro_batch
+    ranks, size = worker.engine.get_data_parallel_size(), None if worker.engine_config.use_dynamic_bsz else micro_batch
     size = size and largest_divisor(len(data), size)
-    count = rows_per_rank(wanted, ranks, engine.engine_config, size)
-    data = narrow(data, wanted.view(ranks, -1)[engine.get_data_parallel_rank()], count)
+    count = rows_per_rank(wanted, ranks, worker.engine_config, size)
+    data = narrow(data, wanted.view(ranks, -1)[worker.engine.get_data_parallel_rank()], count)
     fit_micro_batches(data, size)
     return data
 
@@ -167,7 +167,7 @@ class SkippingTrainingWorker(TrainingWorker):
         table = torch.stack([x.double().to(self.device_name) for x in (mine, loss_tokens)], -1)
         flags, loss_tokens = gathered(table, self.engine.get_data_parallel_group()).unbind(-1)
         wanted, lengths = flags.bool(), tu.get(data, "global_token_num")
-        data = narrowed(data, wanted, self.engine, self.engine_config.micro_batch_size_per_gpu)
+        data = narrowed(data, wanted, self, self.engine_config.micro_batch_size_per_gpu)
         trained = of_rows(lengths, wanted)
         # verl estimates the work by them.
         tu.assign_non_tensor(data, global_token_num=NonTensorData(trained))
