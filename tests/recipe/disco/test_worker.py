@@ -114,7 +114,8 @@ def check(name: str, results: list[dict], cases: list[dict], output: str) -> Non
         assert r["parameters"] < 1e-5, r["case"]
         assert r["moved"] or r["case"]["mixed"] == 0.0
         # Where there is no price, the KL is that of the responses measured or trained on.
-        if r["case"]["constraint"] != "none" and not (r["case"]["measure"] == "lagged" and not r["moved"]):
+        sees_kl = r["case"]["constraint"] != "none" and not (r["case"]["measure"] == "lagged" and not r["moved"])
+        if sees_kl:
             # Of the first mini-batch, measured or seen in its training pass; at the same weights there is none.
             floor = 0.0 if r["case"]["fresh"] else r["reference"]["kl"][0]
             assert r["metrics"]["kl_floor"] == [pytest.approx(floor, rel=1e-3, abs=1e-5)], r["case"]
@@ -129,7 +130,7 @@ def check(name: str, results: list[dict], cases: list[dict], output: str) -> Non
                 assert share == pytest.approx(with_tokens if r["metrics"]["coefficient"][i] else mixed), case
         assert not any(r["metrics"]["skipped_updates"])
         # What is logged is what the definition says, at the step's parameters.
-        names = ["coefficient"] + ["kl"] * (r["case"]["constraint"] != "none")
+        names = ["coefficient"] + ["kl"] * sees_kl
         if r["case"]["measure"] == "exact":
             names += ["loss", "objective", "groups_mixed", "effective_negatives"]
             if not r["case"]["fresh"] and r["case"]["constraint"] != "none":
