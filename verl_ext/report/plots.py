@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from verl_ext.recipes import installed, metric_names
+from verl_ext.recipes import installed, kl_metrics, metric_names
 from verl_ext.report.read import Run, is_number
 from verl_ext.report.tables import by_method
 
@@ -28,10 +28,8 @@ GAIN = "gain of pass@1 by pass rate at the start"
 
 
 def curve_of(run: Run, name: str) -> pd.Series:
-    if name == "kl" and run.algorithm == "kl_cov":
-        # verl logs the mean of |log ratio| as ``actor/ppo_kl``.
-        return pd.Series(dtype=float)
-    return run.column(*metric_names(name, CURVES[name][1])).rolling(SMOOTHING, min_periods=1).mean()
+    names = kl_metrics(run.algorithm) if name == "kl" else metric_names(name, CURVES[name][1])
+    return run.column(*names).rolling(SMOOTHING, min_periods=1).mean()
 
 
 def draw_all(runs: list[Run], difficulty: pd.DataFrame, out: Path) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_ext import recipes
+from verl_ext.runs.evaluations import EVALUATION
 from verl_ext.runs.folder import (
     CONFIG_FILE,
     FINISHED_FILE,
@@ -23,9 +24,6 @@ from verl_ext.runs.folder import (
     read_metrics,
     read_settings,
 )
-
-EVALUATION = re.compile(r"^val-core/(?P<benchmark>.+)/(?:acc|reward|score)/mean@(?P<n>\d+)$")
-"""verl's name for pass@1 over n samples. Its ``best@k`` is not pass@k: drawn with replacement, it is biased low."""
 
 POOLED = "all benchmarks"
 """Benchmark of stored responses that do not name theirs, if several benchmarks were evaluated."""

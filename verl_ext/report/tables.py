@@ -1,6 +1,5 @@
 """Compute the tables of a report as data frames: pass@k, gain by difficulty, time."""
 
-import bisect
 import itertools
 import math
 import re
@@ -14,12 +13,8 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from verl_ext import recipes
-from verl_ext.report.read import EVALUATION, Run
-
-BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Bounds of the bands of difficulty; 0 and 1 are bands of their own: 0, (0, .25], ..., (.75, 1), 1."""
-
-BAND_NAMES = ("0", *(f"({a:g}, {b:g}{']' if b < 1 else ')'}" for a, b in itertools.pairwise(BANDS)), "1")
+from verl_ext.report.read import Run
+from verl_ext.runs.evaluations import BAND_NAMES, EVALUATION, band_of
 
 PHASES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor", "update_weights")
 
@@ -217,11 +212,6 @@ def pass_rates(answers: pd.DataFrame) -> pd.Series:
 
 def model_of(run: Run) -> str:
     return str(run.settings.get("actor_rollout_ref.model.path"))
-
-
-def band_of(share: float) -> str:
-    """Name the band of a pass rate."""
-    return BAND_NAMES[-1] if share == 1 else BAND_NAMES[bisect.bisect_left(BANDS, share)]
 
 
 def time_table(runs: list[Run], skip: int = 5) -> pd.DataFrame:

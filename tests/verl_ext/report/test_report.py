@@ -11,7 +11,6 @@ from verl_ext.report import __main__ as report
 from verl_ext.report.plots import draw_all
 from verl_ext.report.read import Run, differences, other_differences, read_run, read_runs, repeated_seeds
 from verl_ext.report.tables import (
-    band_of,
     difficulty_table,
     mean_and_interval,
     pass_table,
@@ -19,6 +18,7 @@ from verl_ext.report.tables import (
     time_table,
 )
 from verl_ext.runs import folder as runs
+from verl_ext.runs.evaluations import band_of
 
 
 def read(folders: list[Path]) -> list[Run]:
