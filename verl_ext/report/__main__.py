@@ -230,8 +230,8 @@ def write_report(
     if len(weight := weight_table(runs)):
         text = (
             "`34 of 20`: questions with this pass rate in the batch had 34 % of the weight and were 20 % of the "
-            "questions. A response's weight is its mean absolute advantage over tokens, for DisCO's family dJ/ds; what "
-            "a loss divides by besides, such as lengths, is not in it. Right is a reward above 0."
+            "questions. A response's weight is its mean absolute advantage over tokens, before the update clips it or "
+            "divides it by a length. Right is a reward above 0."
         )
         parts += ["## The training's weight by difficulty, %", text, to_paste.add("weight", weight)]
         parts.append(image("weight.svg", plots))

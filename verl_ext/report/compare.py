@@ -85,7 +85,7 @@ def side_by_side(a: Run, b: Run, step: int) -> pd.DataFrame:
     Raises:
         ValueError: they have no question in common, or a file is damaged.
     """
-    table = questions_of(a, step).join(questions_of(b, step), lsuffix="_a", rsuffix="_b", how="inner")
+    table = questions_of(a, step).add_suffix("_a").join(questions_of(b, step).add_suffix("_b"), how="inner")
     if not len(table):
         raise ValueError(f"{a.folder} and {b.folder} have no question in common at step {step}")
     return table

@@ -118,12 +118,11 @@ def in_words(table: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     """Write :func:`headline`'s table in percent and points."""
     rows = {}
     for method, row in table.iterrows():
-        cells = {"step": int(row["step"]), "seeds": int(row["seeds"])}
-        cells["pass@1, %"] = percent(row["pass_at_1"], row["half"])
+        cells = {"pass@1, %": percent(row["pass_at_1"], row["half"])}
         if len(table) > 1:
-            cells[f"difference to {baseline}, points"] = "baseline" if method == baseline else points(row)
+            cells[f"points to {baseline}"] = "baseline" if method == baseline else points(row)
             cells["over"] = "" if math.isnan(row["pairs"]) else over(row)
-        rows[method] = cells
+        rows[method] = cells | {"seeds": str(int(row["seeds"])), "step": str(int(row["step"]))}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 

@@ -28,14 +28,14 @@ SMOOTHING = 5
 GAIN = "gain of pass@1 by pass rate at the start"
 WEIGHTS = "share of the training's weight by pass rate in the batch"
 
-SIZE = (8, 4.5)
-"""Inches. Text of 11 points is then legible where the plot is as wide as a telephone."""
+SIZE = (7, 4)
+"""Inches. Text of 12 points is then legible where the plot is as wide as a telephone."""
 
 STYLE = {
     # A method's name may hold a setting's value with a dollar sign, which must not start a formula.
     "text.parse_math": False,
-    "font.size": 11,
-    "legend.fontsize": 9,
+    "font.size": 12,
+    "legend.fontsize": 10,
     # Letters stay text, and the same runs give the same file.
     "svg.fonttype": "none",
     "svg.hashsalt": "report",

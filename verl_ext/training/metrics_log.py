@@ -118,8 +118,9 @@ class MetricsLog:
             counts = {"rows of steps to run again": len(rows) - len(kept), "unreadable lines": damaged}
             found = "".join(f"; {what}: {number}" for what, number in counts.items() if number)
             print(f"verl-disco: the old {self._path.name} is kept as {aside}{found}", flush=True)
-        for row in kept if progress else ():
-            progress.note(row.step, row.values)
+        if progress is not None:
+            for row in kept:
+                progress.note(row.step, row.values)
         is_logged = any(row.step == resumed_step for row in kept)
         self._unlogged = {} if is_logged or unlogged is None else dict(unlogged) | {"step": resumed_step}
         self._waiting: list[bytes] = []
@@ -142,7 +143,7 @@ class MetricsLog:
             before = {}
         self._write(as_line(step, before | data))
         self._tracking.log(data=data, step=step, **kwargs)
-        if self._progress:
+        if self._progress is not None:
             print(f"verl-disco: {self._progress.line(step, data)}", flush=True)
 
     def _write(self, line: bytes = b"") -> None:

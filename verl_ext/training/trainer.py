@@ -362,12 +362,12 @@ class ExtendedTrainer:
 
     def _weight_by_pass_rate(self, batch: Batch) -> dict[str, float]:
         """Share the batch's |advantages| out over the pass rates of its questions."""
-        real = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
         data = read(batch, ["advantages", "response_mask", "rm_scores"]).to_padded_tensor()
         mask = data["response_mask"]
         weight = (data["advantages"].abs() * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-        columns = ([parse_key(key).uid for key in batch.keys], data["rm_scores"].sum(-1).tolist(), weight.tolist())
-        return weight_by_pass_rate(*([column[i] for i in real] for column in columns))
+        reward, real = data["rm_scores"].sum(-1), [not tag.get("is_padding", False) for tag in batch.tags]
+        question = [parse_key(key).uid for key, is_real in zip(batch.keys, real, strict=True) if is_real]
+        return weight_by_pass_rate(question, reward[real].tolist(), weight[real].tolist())
 
     def _bypass_mode(self) -> bool:
         """Tell whether old_log_probs are the rollout's: verl makes no forward pass for them and logs no entropy."""
