@@ -83,11 +83,11 @@ def step_line(
         parts.append(f"entropy {entropy:.3f}")
     seconds, tokens = number("timing_s/step"), number("perf/total_num_tokens")
     if seconds:
-        parts += [f"{tokens / seconds:,.0f} tokens/s"] if tokens is not None else []
+        parts += [f"{tokens / seconds:,.0f} tok/s"] if tokens is not None else []
         parts.append(f"{seconds:.1f} s")
     if seconds_left:
         parts.append(f"{duration(seconds_left)} left")
-    return "   ".join(parts)
+    return "  ".join(parts)
 
 
 class Progress:

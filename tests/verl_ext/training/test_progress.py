@@ -30,30 +30,30 @@ def test_a_line_has_the_step_at_a_glance():
     progress = Progress(OmegaConf.create(DISCO), total=100, clock=Clock())
     assert (
         progress.line(0, {"val-core/a/acc/mean@4": 0.5, "val-core/b/reward/mean@4": 0.25})
-        == "step   0/100   pass@1 37.5%"
+        == "step   0/100  pass@1 37.5%"
     )
     assert progress.line(1, ROW) == (
-        "step   1/100   pass@1 37.5% (step 0)   reward 0.625   mixed 50%   KL 3.1e-04 of 1.0e-03   entropy 0.250"
-        "   4,500 tokens/s   2.0 s   3 min left"
+        "step   1/100  pass@1 37.5% (step 0)  reward 0.625  mixed 50%  KL 3.1e-04 of 1.0e-03  entropy 0.250"
+        "  4,500 tok/s  2.0 s  3 min left"
     )
 
 
 @pytest.mark.parametrize(
     "algorithm, row, shown",
     [
-        ("ppo", {"actor/ppo_kl": 2e-3, "actor/entropy": 0.5}, "KL 2.0e-03   entropy 0.500"),
+        ("ppo", {"actor/ppo_kl": 2e-3, "actor/entropy": 0.5}, "KL 2.0e-03  entropy 0.500"),
         ("kl_cov", {"actor/ppo_kl": 2e-3}, ""),
         ("grpo", {"actor/ppo_kl": float("nan"), "critic/score/mean": None}, ""),
-        ("disco", {"disco/kl": 2e-3, "disco/entropy": 0.5}, "KL 2.0e-03   entropy 0.500"),
+        ("disco", {"disco/kl": 2e-3, "disco/entropy": 0.5}, "KL 2.0e-03  entropy 0.500"),
     ],
 )
 def test_every_method_has_its_line_and_only_a_bound_that_it_has(algorithm, row, shown):
     progress = Progress(OmegaConf.create({"verl_ext": {"algorithm": algorithm}}), total=9)
-    assert progress.line(3, row) == "   ".join(filter(None, ["step 3/9", shown]))
+    assert progress.line(3, row) == "  ".join(filter(None, ["step 3/9", shown]))
 
 
 def test_stock_verl_has_its_line_too():
-    assert Progress(OmegaConf.create({}), total=9).line(3, {"actor/ppo_kl": 1e-3}) == "step 3/9   KL 1.0e-03"
+    assert Progress(OmegaConf.create({}), total=9).line(3, {"actor/ppo_kl": 1e-3}) == "step 3/9  KL 1.0e-03"
 
 
 def test_the_time_left_is_by_this_processs_steps_after_its_first():
@@ -63,7 +63,7 @@ def test_the_time_left_is_by_this_processs_steps_after_its_first():
     # Resumed at step 40; the first step takes long, and every second one evaluates for 20 s.
     for step, seconds in ((41, 300), (42, 30), (43, 10), (44, 30), (45, 10)):
         clock.now += seconds
-        lefts.append(progress.line(step, {"timing_s/step": 300 if step == 41 else 10}).split("   ")[-1])
+        lefts.append(progress.line(step, {"timing_s/step": 300 if step == 41 else 10}).split("  ")[-1])
     # 9 steps of 300 s; then 8 of 30, 7 of 20, 6 of 70 / 3, 5 of 20 s.
     assert lefts == ["45 min left", "4 min left", "2 min left", "2 min left", "2 min left"]
     assert "left" not in progress.line(50, {"timing_s/step": 10})
@@ -86,8 +86,8 @@ def test_a_resumed_run_knows_the_last_evaluation_and_an_evaluation_alone_has_no_
     path.write_bytes(as_line(4, evaluation) + as_line(5, {"critic/score/mean": 1.0}) + as_line(7, evaluation))
     log = MetricsLog(Tracking(), path, resumed_step=5, progress=Progress(OmegaConf.create({}), total=9))
     log.log(data={"critic/score/mean": 0.5}, step=6)
-    assert "verl-disco: step 6/9   pass@1 50.0% (step 4)   reward 0.500" in capsys.readouterr().out
-    assert step_line(0, None, {}, evaluated=(0, 0.5)) == "step 0   pass@1 50.0%"
+    assert "verl-disco: step 6/9  pass@1 50.0% (step 4)  reward 0.500" in capsys.readouterr().out
+    assert step_line(0, None, {}, evaluated=(0, 0.5)) == "step 0  pass@1 50.0%"
 
 
 @pytest.mark.parametrize("given, shown", [({}, True), ({"verl_ext": {"progress": False}}, False)])
@@ -101,7 +101,7 @@ def test_the_trainers_lines_are_on_unless_switched_off(tmp_path, given, shown, m
     trainer.global_steps, trainer.total_training_steps = 0, 20
     trainer.logger = type("Tracking", (), {"log": lambda self, **kwargs: None})()
     trainer.logger.log(data={"critic/score/mean": 1}, step=2)
-    assert ("verl-disco: step  2/20   reward 1.000" in capsys.readouterr().out) == shown
+    assert ("verl-disco: step  2/20  reward 1.000" in capsys.readouterr().out) == shown
 
 
 @pytest.mark.parametrize("name, value", [("progress", "often"), ("progress", 1), ("max_failed_rewards", 2)])

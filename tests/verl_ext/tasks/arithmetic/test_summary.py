@@ -51,8 +51,8 @@ def test_no_run_ends_with_a_message(tmp_path, monkeypatch):
 
 
 def test_progress_shows_a_step_in_one_line_without_rays_prefix():
-    line = "\x1b[36m(TaskRunnerV1 pid=1, ip=10.0.0.1)\x1b[0m verl-disco: step  7/100   pass@1 37.5%\n"
-    assert progress.summarise(line) == "step  7/100   pass@1 37.5%"
+    line = "\x1b[36m(TaskRunnerV1 pid=1, ip=10.0.0.1)\x1b[0m verl-disco: step  7/100  pass@1 37.5%\n"
+    assert progress.summarise(line) == "step  7/100  pass@1 37.5%"
 
 
 @pytest.mark.parametrize(
