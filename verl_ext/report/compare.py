@@ -112,7 +112,7 @@ def body_of(table: pd.DataFrame, a: Run, b: Run, step: int, most: int) -> Iterat
     names = "".join(f"{side}: {html.escape(name_of(run))}.<br>" for side, run in (("A", a), ("B", b)))
     yield f"<p>{names}Step {step}, {len(table)} questions.</p>"
     yield (
-        f"<p>A is {100 * mean:+.1f}{interval} points of pass@1 from B; the 95 % interval is over questions alone. "
+        f"<p>pass@1 of A minus B: {100 * mean:+.1f}{interval} points, with its 95 % interval over questions alone. "
         "Solved means by at least half of the responses.</p>"
     )
     by_group = table.groupby(["solved_a", "solved_b"])

@@ -11,8 +11,6 @@ from verl_ext.recipes import DEFAULT_ALGORITHM, installed, kl_metrics, metric_na
 from verl_ext.runs.evaluations import pass_at_1
 from verl_ext.runs.folder import flatten
 
-SETTING = "verl_ext.progress"
-
 
 def progress_wanted(config: DictConfig) -> bool:
     """Read ``verl_ext.progress``, which is true unless set.
@@ -20,9 +18,9 @@ def progress_wanted(config: DictConfig) -> bool:
     Raises:
         ValueError: it is neither true nor false.
     """
-    wanted = OmegaConf.select(config, SETTING, default=True)
+    wanted = OmegaConf.select(config, "verl_ext.progress", default=True)
     if not isinstance(wanted, bool):
-        raise ValueError(f"{SETTING}={wanted} must be true (a line per step) or false")
+        raise ValueError(f"verl_ext.progress={wanted} must be true (a line per step) or false")
     return wanted
 
 

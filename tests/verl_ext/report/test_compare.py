@@ -1,13 +1,16 @@
 """Two runs question by question, and what any page of a report must be."""
 
 import json
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
 
 from verl_ext.report import compare
-from verl_ext.report.page import page
+from verl_ext.report.page import page, to_html
 
 
 class Page(HTMLParser):
@@ -55,7 +58,7 @@ def test_what_one_solved_and_the_other_did_not_with_the_texts(two, tmp_path, cap
     text = (out / "compare.html").read_text()
     found = Page(text)
     shown = " ".join(found.text.split())
-    assert "A is +0.0 (-248.4 to +248.4) points of pass@1 from B" in shown
+    assert "pass@1 of A minus B: +0.0 (-248.4 to +248.4) points" in shown
     assert "Solved by A, not by B: 1" in shown and "Solved by B, not by A: 1" in shown
     assert "Solved by neither" in shown and found.tags.count("details") == 2
     # Texts stay texts.
@@ -99,6 +102,27 @@ def test_it_says_what_to_switch_on(make, tmp_path, options, message, capsys):
 def test_runs_without_a_common_question_are_refused(make, capsys):
     assert compare.main([str(make(name, 1, right={20: {name: 1}})) for name in ("disco", "grpo")]) == 1
     assert "have no question in common at step 20" in capsys.readouterr().err
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_in_a_browser_tables_sort_and_a_telephone_need_not_scroll_sideways(tmp_path):
+    text = "| method | points |\n|---|---|\n| b | +9.5 (1 to 2) |\n| c | baseline |\n| a | -1,000.0 |\n| d | +10.0 |\n"
+    text += "\n|" + " wide |" * 60 + "\n|" + "---|" * 60 + "\n"
+    clicks = """<script>
+      const rows = column => [...document.querySelector('tbody').rows].map(row => row.cells[column].textContent).join();
+      const heads = document.querySelectorAll('th'), found = [];
+      for (const [head, column] of [[1, 1], [1, 1], [0, 0], [0, 0]]) { heads[head].click(); found.push(rows(0)); }
+      document.title = found.join(' ') + ' ' + (document.documentElement.scrollWidth <= innerWidth);
+    </script>"""
+    (tmp_path / "page.html").write_text(to_html(text, tmp_path).replace("</body>", clicks + "</body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,800", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'page.html'}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    # Down, up, by name down and up; what is no number comes last.
+    assert re.search("<title>(.*?)</title>", shown)[1] == "d,b,a,c a,b,d,c d,c,b,a a,b,c,d true"
 
 
 def test_a_page_is_for_any_screen_and_loads_nothing():
