@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from verl_ext.report.headline import choose_baseline, headline, in_words
+from verl_ext.report.headline import choose_baseline, evaluated, headline, in_words
 from verl_ext.report.page import to_html
 from verl_ext.report.plots import SMOOTHING, draw_all
 from verl_ext.report.read import POOLED, Run, one_line, other_differences, read_runs, repeated_seeds
@@ -170,6 +170,9 @@ def headline_parts(runs: list[Run], baseline: str | None, to_paste: Tables) -> I
         "seed and question. In parentheses is their 95 % interval over both (crossed random effects, Clark 1973; the "
         "formula is in `verl_ext/report/paired.py`). One that holds 0 does not tell the two apart."
     )
+    seeds = {method: set(group) for method, group in evaluated(runs).items()}
+    if others := [method for method, own in seeds.items() if baseline and not own & seeds[baseline]]:
+        text += f" Runs of {plain(', '.join(others))} have other seeds than the baseline's and are paired in order."
     if (table["questions"] == 0).any():
         text += " Without stored responses of the same questions it is over seeds alone."
     if (table["pairs"] == 1).any():

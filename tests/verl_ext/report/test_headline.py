@@ -115,6 +115,15 @@ def test_the_report_begins_with_the_headline_and_its_tables_can_be_pasted(make, 
     }
 
 
+def test_other_seeds_are_paired_in_order_and_it_says_so(make, tmp_path):
+    folders = [make("grpo", 1), make("grpo", 2, final=0.7), make("disco", 3), make("disco", 4, final=0.9)]
+    row = headline(read(*folders), "grpo").loc["disco"]
+    assert row["pairs"] == 2 and row["difference"] == pytest.approx(0.1)
+    assert report.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out/report.md").read_text()
+    assert "Runs of disco have other seeds than the baseline's and are paired in order." in text
+
+
 def test_one_method_has_no_difference(make, tmp_path):
     assert report.main([str(make("disco", 1)), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out/report.md").read_text()
