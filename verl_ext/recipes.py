@@ -122,3 +122,9 @@ def groups() -> set[str]:
 def metric_names(curve: str, *stock: str) -> tuple[str, ...]:
     """List the metrics for a curve: verl's own, then the recipes' (see :attr:`Recipe.metrics`)."""
     return (*stock, *(name for recipe in installed() for name in recipe.metrics.get(curve, ())))
+
+
+def kl_metrics(algorithm: str) -> tuple[str, ...]:
+    """List the metrics for KL(old || new), in nats per token, in a run of ``algorithm``."""
+    # verl logs kl_cov's mean |log ratio| under the same name.
+    return () if algorithm == "kl_cov" else metric_names("kl", "actor/ppo_kl")

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from verl_ext.recipes import describe_algorithms
+from verl_ext.runs.evaluations import QUESTIONS, WEIGHT
 
 FEW = ("ppo", "dapo")
 """A critic, and dynamic sampling. The other code paths are in test_disco (measured mini-batches) and test_two_nodes (a
@@ -46,6 +47,12 @@ def test_two_steps_of_each_algorithm(main_ppo, tmp_path, algorithms, ranks):
         assert all(math.isfinite(s["actor/grad_norm"]) and s["actor/grad_norm"] > 0 for s in steps), algorithm
         assert all(s["actor/entropy"] > 0 for s in steps), algorithm
         assert all(0 < s["training/mixed_questions"] <= 1 for s in steps), algorithm
+        for step in steps:
+            assert sum(step[name] for name in QUESTIONS) == pytest.approx(1), algorithm
+            assert sum(step[name] for name in WEIGHT) == pytest.approx(1), algorithm
+            if algorithm in (*FAMILY, "grpo"):
+                # A question whose responses got the same reward has no weight.
+                assert step[WEIGHT[0]] == step[WEIGHT[-1]] == 0, algorithm
         if algorithm in FAMILY:
             for step in steps:
                 assert step["disco/questions"] == 3

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl_ext.export import __main__ as export
+from verl_ext.export.push import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +44,7 @@ def test_it_trains_and_summarises_and_a_second_start_only_summarises(tmp_path):
 
     first = start()
     assert "pre-training 30/30" in first
-    assert "step   1" in first and "step   2" in first
+    assert "\nstep 0/2  pass@1 " in first and "\nstep 1/2  pass@1 " in first and "\nstep 2/2  pass@1 " in first
     assert "before (step 0) and after (step 2)" in first
     for name in ("reward in training", "KL(old || new)", "entropy", f"checkpoint   {run / 'global_step_2'}"):
         assert name in first
@@ -51,8 +52,9 @@ def test_it_trains_and_summarises_and_a_second_start_only_summarises(tmp_path):
     for name in (*written, "report/report.html"):
         assert (run / name).stat().st_size > 0
 
-    # Two ranks' shards become one model, with a card.
+    # Two ranks' shards become one model, with a card, of which all could go to the hub.
     assert export.main([str(run), "--out", str(tmp_path / "exported")]) == 0
+    assert plan(tmp_path / "exported").left_out == []
     card = (tmp_path / "exported/README.md").read_text()
     assert (
         "after 2 steps of reinforcement learning with the method `disco`" in card and "| disco.delta | 0.001 |" in card
@@ -77,5 +79,5 @@ def test_it_trains_and_summarises_and_a_second_start_only_summarises(tmp_path):
 
     # Another run is not taken for this one.
     other = start("disco.score=l_ratio", status=1)
-    assert f"{run} holds another run: disco.score=l_ratio (that run: log_l)" in other and "step   1" not in other
+    assert f"{run} holds another run: disco.score=l_ratio (that run: log_l)" in other and "step 1/2" not in other
     assert (run / "metrics.jsonl").read_bytes() == before and (run / "finished").exists()

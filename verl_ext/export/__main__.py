@@ -1,13 +1,18 @@
 """Export a checkpoint as a Hugging Face folder with a model card.
 
-    python -m verl_ext.export RUN_DIR [--step N] [--out DIR] [--dtype TYPE]
+    python -m verl_ext.export RUN_DIR [--step N] [--out DIR] [--dtype TYPE] [--push REPO [--dry-run] [--public]]
 
 RUN_DIR is ``trainer.default_local_dir`` of a run. Without ``--step``, the whole checkpoint with the best pass@1 is
 exported, or the last one. A LoRA adapter is merged into the weights. The export is compared with the checkpoint and the
 base model, and described in a card from these figures, ``config.yaml`` and ``metrics.jsonl``.
+
+Nothing leaves this machine without ``--push``: it uploads weights, tokenizer and card, and nothing else of the folder,
+to a private repository on the Hugging Face hub. ``--dry-run`` shows what would go up and does not connect. A model that
+is in the folder from before, by a dry run for one, is pushed as it is.
 """
 
 import argparse
+import json
 import logging
 import os
 import shutil
@@ -20,6 +25,7 @@ import pandas as pd
 import yaml
 
 from verl_ext.export.model import export_model
+from verl_ext.export.push import describe, is_hub_name, plan, push
 from verl_ext.report.read import read_run
 from verl_ext.runs.checkpoints import DTYPES, Checkpoint, ExportError, find_checkpoints, one_line
 from verl_ext.runs.folder import CHECKPOINT_FILE, CONFIG_FILE, read_settings
@@ -47,24 +53,44 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: RUN_DIR/export/global_step_N")
     parser.add_argument("--dtype", choices=["checkpoint", *DTYPES], default="checkpoint", help="of the weights")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code, as in training")
+    parser.add_argument("--push", metavar="REPO", help="upload to this repository on the Hugging Face hub")
+    parser.add_argument("--public", action="store_true", help="make the repository public; default: private")
+    parser.add_argument("--dry-run", action="store_true", help="show what --push would upload, and do not connect")
     args = parser.parse_args(arguments)
+    if not args.push and (args.public or args.dry_run):
+        parser.error("--public and --dry-run belong to --push REPO")
+    if args.push and not is_hub_name(args.push):
+        parser.error(f"--push {args.push} is no name of a repository; give USER/NAME")
     # torch warns at each tensor of a shard that there is no process group.
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
     try:
-        out = export(args.run, args.step, args.out, args.trust_remote_code, args.dtype)
+        out = export(args.run, args.step, args.out, args.trust_remote_code, args.dtype, reuse=bool(args.push))
+        print(f"exported to {out}")
+        if args.push:
+            chosen = plan(out)
+            print(describe(out, args.push, not args.public, chosen))
+            if args.dry_run:
+                print("dry run: nothing was sent")
+            else:
+                print(f"pushed: {push(out, args.push, not args.public, chosen)}")
     except ExportError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    print(f"exported to {out}")
     return 0
 
 
 def export(
-    run: Path, step: int | None, out: Path | None, trust_remote_code: bool = False, dtype: str = "checkpoint"
+    run: Path,
+    step: int | None,
+    out: Path | None,
+    trust_remote_code: bool = False,
+    dtype: str = "checkpoint",
+    reuse: bool = False,
 ) -> Path:
     """Write a checkpoint's model into ``out``, check it, write its card, and return ``out``.
 
-    The model is in ``OUT.unfinished`` until it is checked, and removed if the check fails.
+    The model is in ``OUT.unfinished`` until it is checked, and removed if the check fails. With ``reuse``, a model of
+    the same step and type that ``out`` holds already is left as it is.
 
     Raises:
         ExportError: there is no such run or whole checkpoint, ``out`` cannot be used, or the export differs from the
@@ -88,6 +114,8 @@ def export(
         raise ExportError(f"a folder cannot be read: {one_line(e)}") from None
     if out.is_relative_to(checkpoint.folder.parent.resolve()):
         raise ExportError(f"--out={out} is inside a checkpoint, which verl may delete; choose another folder")
+    if reuse and is_export(out, checkpoint.step, dtype):
+        return out
     unfinished = out.with_name(out.name + ".unfinished")
     make_folder(out, unfinished)
     try:
@@ -137,6 +165,16 @@ def choose(run: Path, megatron: bool, evaluations: pd.DataFrame, step: int | Non
     return checkpoints[best_step(evaluations, whole)]
 
 
+def is_export(out: Path, step: int, dtype: str) -> bool:
+    """Tell whether ``out`` holds a finished export of this step, with weights of this type (``checkpoint``: any)."""
+    try:
+        card, config = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    found = config.get("dtype") or config.get("torch_dtype")
+    return after_steps(step) in card and dtype in ("checkpoint", found)
+
+
 def make_folder(out: Path, unfinished: Path) -> None:
     """Make the folder ``unfinished``, if ``out`` is free for it.
 
@@ -168,6 +206,10 @@ def best_step(evaluations: pd.DataFrame, steps: list[int]) -> int:
     return max(evaluated, key=lambda step: (mean[step], step)) if evaluated else steps[-1]
 
 
+def after_steps(step: int) -> str:
+    return f"after {step} steps of reinforcement learning"
+
+
 def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, weights: list[str]) -> str:
     """Write the card in Markdown, with front matter for the hub.
 
@@ -180,11 +222,13 @@ def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, w
     algorithm = str(settings.get("verl_ext.algorithm", "ppo"))
     shown = {name: settings[name] for name in SHOWN if name in settings}
     shown |= {n: v for n, v in settings.items() if n.startswith(f"{algorithm}.") and not n.endswith("_target_")}
-    facts = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    # The hub takes names on it alone, and a folder is nobody else's business.
+    facts: dict[str, Any] = {"base_model": base} if is_hub_name(base) else {}
+    facts |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     facts["tags"] = ["reinforcement-learning", "verl", "verl-disco", algorithm]
     lines = ["---", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True) + "---", ""]
     lines += [f"# {Path(base).name}, trained by {algorithm}", ""]
-    lines += [f"`{base}` after {step} steps of reinforcement learning with the method `{algorithm}`, by", ""]
+    lines += [f"`{base}` {after_steps(step)} with the method `{algorithm}`, by", ""]
     lines += ["    python -m verl.trainer.main_ppo algorithm=" + algorithm + " ...", ""]
     lines += [f"with verl {version('verl')} and verl-disco {version('verl-disco')}.", ""]
     if step in evaluations.index:

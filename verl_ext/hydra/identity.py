@@ -33,7 +33,7 @@ WITHOUT_EFFECT = (
     r"trainer\.(?!(critic_warmup|device|nnodes|n_gpus_per_node|use_v1|v1)\b).*",
     r"(arithmetic|math)\.folder|base_model|data\.cache_dir|skip\.\w+\.dump_dir",
     r"data\.(val_\w+|validation_shuffle)|.*\.val_kwargs\..*|.*sandbox_fusion\..*",
-    r"verl_ext\.(gpu_memory|same_run|max_failed_rewards|metrics|prepare|validator)",
+    r"verl_ext\.(gpu_memory|same_run|max_failed_rewards|metrics|prepare|progress|validator)",
     r"(.*\.)?(global_profiler|profiler|prometheus|trace)(\..*)?|.*\.(calculate_log_probs|disable_log_stats)",
     # Machines and processes. The number of ranks counts, see RANKS.
     r"(ray_kwargs|transfer_queue)(\..*)?|.*\.(checkpoint|checkpoint_engine)\..*",

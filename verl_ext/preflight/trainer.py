@@ -49,6 +49,18 @@ def check_trainer(run: Run) -> Iterator[Finding]:
         yield Finding("trainer", "", problem, f"use one of {', '.join(extended)}")
 
 
+def check_own_settings(run: Run) -> Iterator[Finding]:
+    """Name settings of the node ``verl_ext`` that our trainers would refuse after Ray has started."""
+    from verl_ext.training.progress import progress_wanted
+    from verl_ext.training.trainer import most_failed_rewards
+
+    for read in (most_failed_rewards, progress_wanted):
+        try:
+            read(run.config)
+        except ValueError as e:
+            yield Finding("verl_ext", "", str(e))
+
+
 def check_asynchrony(run: Run) -> Iterator[Finding]:
     """Name settings that verl's asynchronous trainers refuse, or that make their runs wait."""
     mode = OmegaConf.select(run.config, "trainer.v1.trainer_mode")

@@ -1,14 +1,13 @@
 """Compare runs, finished or not, in tables and plots.
 
-    python -m verl_ext.report RUN_DIR... [--out report] [--last 3]
+    python -m verl_ext.report RUN_DIR... [--baseline METHOD] [--out report] [--last 3]
 
 RUN_DIR is ``trainer.default_local_dir`` of a run, or a directory with several of them. Writes ``report.md``, the plots,
-and both as one file ``report.html``. Damaged runs are named and left out; if none is left, the exit status is 1.
+both as one file ``report.html``, and each table in ``tables/`` as Markdown, LaTeX and CSV. Damaged runs are named and
+left out; if none is left, the exit status is 1. Two runs question by question: ``python -m verl_ext.report.compare``.
 """
 
 import argparse
-import base64
-import html
 import os
 import re
 import sys
@@ -17,8 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-from markdown_it import MarkdownIt
 
+from verl_ext.report.headline import choose_baseline, evaluated, headline, in_words
+from verl_ext.report.page import to_html
 from verl_ext.report.plots import SMOOTHING, draw_all
 from verl_ext.report.read import POOLED, Run, one_line, other_differences, read_runs, repeated_seeds
 from verl_ext.report.tables import (
@@ -27,16 +27,10 @@ from verl_ext.report.tables import (
     pass_table,
     published_tables,
     time_table,
+    weight_table,
     without_samples,
 )
 from verl_ext.runs.folder import CONFIG_FILE, METRICS_FILE, is_run
-
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
-    "table{display:block;overflow-x:auto;border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums}"
-    "td,th{border:1px solid #ccc;padding:.25em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
-    "img{max-width:49%}code{background:#f3f3f3}"
-)
 
 
 def find_runs(folders: list[Path]) -> tuple[list[Path], dict[Path, str]]:
@@ -69,17 +63,48 @@ def plain(text: object) -> str:
     return re.sub(r"([\\`*\[\]<>|!~])", r"\\\1", one_line(text))
 
 
-def markdown(table: pd.DataFrame, form: str = "") -> str:
-    """Write a data frame as a Markdown table, with ``form`` as the numbers' format."""
+def as_texts(table: pd.DataFrame, form: str = "") -> pd.DataFrame:
+    """Write a data frame's cells as text, its index among them, with ``form`` as the numbers' format."""
 
     def cell(x) -> str:
         if isinstance(x, float) and pd.isna(x):
             return ""
-        return format(x, form) if isinstance(x, float) and form else plain(x)
+        return format(x, form) if isinstance(x, float) and form else one_line(x)
 
-    table = table.reset_index().rename(columns={"index": ""})
-    rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in rows)
+    return table.reset_index().rename(columns={"index": ""}).map(cell)
+
+
+def markdown(table: pd.DataFrame, form: str = "") -> str:
+    """Write a data frame as a Markdown table."""
+    table = as_texts(table, form)
+    rows = [
+        map(plain, table.columns),
+        ["---"] * table.shape[1],
+        *(map(plain, r) for r in table.itertuples(index=False)),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def latex(table: pd.DataFrame, form: str = "") -> str:
+    """Write a data frame as a LaTeX table for the package booktabs."""
+    return as_texts(table, form).to_latex(index=False, escape=True).replace("±", r"$\pm$")
+
+
+class Tables:
+    """Tables to paste, in a folder: each as Markdown, LaTeX and CSV."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def add(self, name: str, table: pd.DataFrame, form: str = "", numbers: pd.DataFrame | None = None) -> str:
+        """Write a table and return it as Markdown; ``numbers`` go to the CSV file instead of its cells."""
+        text = markdown(table, form)
+        texts = {".md": text + "\n", ".tex": latex(table, form)}
+        texts[".csv"] = as_texts(table, form).to_csv(index=False) if numbers is None else numbers.to_csv()
+        for ending, content in texts.items():
+            (self._folder / f"{name}{ending}").write_text(content, encoding="utf-8")
+        return text
 
 
 def short_names(folders: list[Path]) -> dict[Path, str]:
@@ -108,7 +133,7 @@ def print_faults(runs: list[Run], damaged: dict[Path, str]) -> None:
         print(f"{one_line(folder)}: {fault}", file=sys.stderr)
 
 
-def pass_k_parts(tables: dict[int, pd.DataFrame], unstored: list[str]) -> Iterator[str]:
+def pass_k_parts(tables: dict[int, pd.DataFrame], unstored: list[str], to_paste: Tables) -> Iterator[str]:
     """Yield the report's paragraphs on pass@k for k > 1."""
     for k, table in tables.items():
         yield f"## pass@{k}, %"
@@ -123,7 +148,7 @@ def pass_k_parts(tables: dict[int, pd.DataFrame], unstored: list[str]) -> Iterat
                     f"{POOLED}: the stored responses do not name their benchmark. Let the reward function return "
                     "`data_source` to separate them."
                 )
-        yield markdown(table)
+        yield to_paste.add(f"pass_at_{k}", table)
     if unstored:
         yield (
             f"No pass@k for k > 1, because no responses are stored: {', '.join(unstored)}. "
@@ -131,8 +156,35 @@ def pass_k_parts(tables: dict[int, pd.DataFrame], unstored: list[str]) -> Iterat
         )
 
 
-def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str], out: Path, last: int) -> str:
-    """Draw the plots into ``out`` and return the report as Markdown."""
+def headline_parts(runs: list[Run], baseline: str | None, to_paste: Tables) -> Iterator[str]:
+    """Yield the report's first paragraphs: final pass@1 of each method and its difference to ``baseline``."""
+    table = headline(runs, baseline)
+    if not len(table):
+        return
+    yield f"## Final pass@1{f', and its difference to {plain(baseline)}' if len(table) > 1 else ''}"
+    yield to_paste.add("headline", in_words(table, baseline), numbers=table)
+    if len(table) == 1:
+        return
+    text = (
+        "pass@1 is the mean over benchmarks, ± its 95 % interval over seeds (Student's t). Differences are paired by "
+        "seed and question. In parentheses is their 95 % interval over both (crossed random effects, Clark 1973; the "
+        "formula is in `verl_ext/report/paired.py`). One that holds 0 does not tell the two apart."
+    )
+    seeds = {method: set(group) for method, group in evaluated(runs).items()}
+    if others := [method for method, own in seeds.items() if baseline and not own & seeds[baseline]]:
+        text += f" Runs of {plain(', '.join(others))} have other seeds than the baseline's and are paired in order."
+    if (table["questions"] == 0).any():
+        text += " Without stored responses of the same questions it is over seeds alone."
+    if (table["pairs"] == 1).any():
+        text += " A single seed says nothing of other seeds: its interval is over questions alone, and too short."
+    yield text
+
+
+def write_report(
+    runs: list[Run], waiting: list[Path], damaged: dict[Path, str], out: Path, last: int, baseline: str | None = None
+) -> str:
+    """Draw the plots and write the tables into ``out`` and return the report as Markdown."""
+    to_paste = Tables(out / "tables")
     # Before the tables: reading stored responses drops the damaged ones.
     unstored = without_samples(runs)
     difficulty, pass_k = difficulty_table(runs), pass_k_tables(runs)
@@ -140,7 +192,8 @@ def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str],
     names = short_names([r.folder for r in runs] + waiting + list(damaged))
     going = [f"{plain(names[r.folder])}: {r.state}" for r in runs if r.state != "finished"]
     state = f"Not finished: {'; '.join(going)}." if going else "All finished."
-    parts = ["# Comparison of runs", f"{len(runs)} runs. {state}"]
+    parts = ["# Comparison of runs", *headline_parts(runs, choose_baseline(runs, baseline), to_paste)]
+    parts += ["## What is compared", f"{len(runs)} runs. {state}"]
     if waiting:
         parts.append(f"No metrics yet: {', '.join(plain(names[f]) for f in waiting)}.")
     if faults := faults_of(runs, damaged):
@@ -159,34 +212,46 @@ def write_report(runs: list[Run], waiting: list[Path], damaged: dict[Path, str],
 
     if any(len(r.pass_at_1) for r in runs):
         text = "Mean over seeds, with its 95 % interval (Student's t) if there are several."
-        parts += ["## pass@1, %", text, markdown(pass_table(runs, last))]
+        parts += ["## pass@1, %", text, to_paste.add("pass_at_1", pass_table(runs, last))]
     else:
         parts.append("No evaluation yet.")
-    parts += pass_k_parts(pass_k, [plain(names[r.folder]) for r in unstored])
+    parts += pass_k_parts(pass_k, [plain(names[r.folder]) for r in unstored], to_paste)
     if tables := published_tables(runs):
         parts.append("## Published pass@1, %")
         for source, table in tables.items():
             parts += [f"For this model, from {source}.", markdown(table)]
-    if "pass_at_1.png" in plots:
-        parts.append(image("pass_at_1.png", plots))
+    if "pass_at_1.svg" in plots:
+        parts.append(image("pass_at_1.svg", plots))
 
     if len(difficulty):
         text = (
             "By a question's pass rate at step 0, over all runs from the same model. With few samples per question, "
             "regression to the mean inflates gains in the lowest band and deflates them in the highest."
         )
-        parts += ["## Gain by difficulty, points of pass@1", text, markdown(100 * difficulty, "+.1f")]
-        parts.append(image("difficulty.png", plots))
+        parts += ["## Gain by difficulty, points of pass@1", text]
+        parts += [to_paste.add("difficulty", 100 * difficulty, "+.1f"), image("difficulty.svg", plots)]
+    if len(weight := weight_table(runs)):
+        text = (
+            "`34 of 20`: questions with this pass rate in the batch had 34 % of the weight and were 20 % of the "
+            "questions. A response's weight is its mean absolute advantage over tokens, before the update clips it or "
+            "divides it by a length. Right is a reward above 0."
+        )
+        parts += ["## The training's weight by difficulty, %", text, to_paste.add("weight", weight)]
+        parts.append(image("weight.svg", plots))
 
-    curves = [p for p in plots if p not in ("pass_at_1.png", "difficulty.png")]
+    curves = [p for p in plots if p not in ("pass_at_1.svg", "difficulty.svg", "weight.svg")]
     if curves:
         text = (
             f"Thick: mean over runs; thin: single runs. Running means over {SMOOTHING} steps. For methods without a KL "
             "metric of their own it is verl's `actor/ppo_kl`, measured within the updates."
         )
-        parts += ["## Training", text, "\n".join(image(p, plots) for p in curves)]
+        parts += ["## Training", text, *(image(p, plots) for p in curves)]
     if len(times := time_table(runs)):
-        parts += ["## Time, seconds per step", "Medians, without each run's first 5 steps.", markdown(times, ".2f")]
+        parts += [
+            "## Time, seconds per step",
+            "Medians, without each run's first 5 steps.",
+            to_paste.add("time", times, ".2f"),
+        ]
 
     about = {names[r.folder]: {"method": r.method, "seed": r.seed, "state": r.state} for r in runs}
     parts += ["## Runs", markdown(pd.DataFrame(about).T)]
@@ -198,25 +263,12 @@ def image(file: str, titles: dict[str, str]) -> str:
     return f"![{titles[file]}]({file})"
 
 
-def to_html(text: str, folder: Path) -> str:
-    """Render the report as one HTML file, images included."""
-    # Names of runs and settings may look like HTML and must stay text.
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-
-    def embed(match: re.Match) -> str:
-        data = base64.b64encode((folder / html.unescape(match[1])).read_bytes()).decode()
-        return f'src="data:image/png;base64,{data}"'
-
-    body = re.sub(r'src="([\w.]+\.png)"', embed, body)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison of runs</title>'
-        f"<style>{STYLE}</style>{body}</html>\n"
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--baseline", help="method or algorithm to compare with; default: grpo, else ppo, else the first"
+    )
     parser.add_argument("--out", type=Path, default=Path("report"))
     parser.add_argument("--last", type=int, default=3, help="evaluations in 'mean of last'")
     args = parser.parse_args(arguments)
@@ -230,9 +282,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not runs:
         print_faults(runs, damaged)
         raise SystemExit("nothing to report: " + ("no run is readable" if damaged else "no run has logged a step yet"))
+    try:
+        choose_baseline(runs, args.baseline)
+    except ValueError as e:
+        parser.error(str(e))
     args.out.mkdir(parents=True, exist_ok=True)
     waiting = [f for f in folders if f not in damaged and f not in {r.folder for r in runs}]
-    text = write_report(runs, waiting, damaged, args.out, args.last)
+    text = write_report(runs, waiting, damaged, args.out, args.last, args.baseline)
     (args.out / "report.md").write_text(text, encoding="utf-8")
     (args.out / "report.html").write_text(to_html(text, args.out), encoding="utf-8")
     print_faults(runs, damaged)

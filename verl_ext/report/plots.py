@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from verl_ext.recipes import installed, metric_names
+from verl_ext.recipes import installed, kl_metrics, metric_names
 from verl_ext.report.read import Run, is_number
-from verl_ext.report.tables import by_method
+from verl_ext.report.tables import bands_logged, by_method
+from verl_ext.runs.evaluations import BAND_NAMES, WEIGHT
 
 CURVES = {
     "reward": ("reward in training", "critic/score/mean"),
@@ -25,13 +26,25 @@ SMOOTHING = 5
 
 
 GAIN = "gain of pass@1 by pass rate at the start"
+WEIGHTS = "share of the training's weight by pass rate in the batch"
+
+SIZE = (7, 4)
+"""Inches. Text of 12 points is then legible where the plot is as wide as a telephone."""
+
+STYLE = {
+    # A method's name may hold a setting's value with a dollar sign, which must not start a formula.
+    "text.parse_math": False,
+    "font.size": 12,
+    "legend.fontsize": 10,
+    # Letters stay text, and the same runs give the same file.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+}
 
 
 def curve_of(run: Run, name: str) -> pd.Series:
-    if name == "kl" and run.algorithm == "kl_cov":
-        # verl logs the mean of |log ratio| as ``actor/ppo_kl``.
-        return pd.Series(dtype=float)
-    return run.column(*metric_names(name, CURVES[name][1])).rolling(SMOOTHING, min_periods=1).mean()
+    names = kl_metrics(run.algorithm) if name == "kl" else metric_names(name, CURVES[name][1])
+    return run.column(*names).rolling(SMOOTHING, min_periods=1).mean()
 
 
 def draw_all(runs: list[Run], difficulty: pd.DataFrame, out: Path) -> list[tuple[str, str]]:
@@ -44,16 +57,17 @@ def draw_all(runs: list[Run], difficulty: pd.DataFrame, out: Path) -> list[tuple
         "pass_at_1": ("pass@1, mean over benchmarks", lambda run: run.pass_at_1.mean(axis=1))
     }
     panels |= {name: (title, functools.partial(curve_of, name=name)) for name, (title, _) in CURVES.items()}
-    # A method's name may hold a setting's value with a dollar sign, which must not start a formula.
-    with matplotlib.rc_context({"text.parse_math": False}):
+    with matplotlib.rc_context(STYLE):
         for name, (title, of) in panels.items():
             bounds = [recipe.kl_bound(r.settings) for r in runs if name == "kl" for recipe in installed()]
             deltas = {bound for bound in bounds if is_number(bound)}
-            if draw_curves(runs, of, title, deltas, out / f"{name}.png"):
-                written.append((f"{name}.png", title))
+            if draw_curves(runs, of, title, deltas, out / f"{name}.svg"):
+                written.append((f"{name}.svg", title))
         if len(difficulty):
-            draw_bars(difficulty, out / "difficulty.png")
-            written.append(("difficulty.png", GAIN))
+            draw_bars(difficulty, out / "difficulty.svg")
+            written.append(("difficulty.svg", GAIN))
+        if draw_weights(runs, out / "weight.svg"):
+            written.append(("weight.svg", WEIGHTS))
     return written
 
 
@@ -61,7 +75,7 @@ def draw_curves(runs: list[Run], of: Callable[[Run], pd.Series], title: str, lev
     """Draw a line per method, the mean over its runs, and thin lines for these; return whether there was any."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
     for i, (method, group) in enumerate(by_method(runs).items()):
         curves = [c for c in map(of, group) if len(c)]
         if not curves:
@@ -78,21 +92,53 @@ def draw_curves(runs: list[Run], of: Callable[[Run], pd.Series], title: str, lev
             axis.axhline(level, color="black", linestyle=":", linewidth=1, label=f"delta = {level:g}")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-        figure.savefig(path, dpi=110)
+        axis.legend()
+        figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return drawn
+
+
+def draw_weights(runs: list[Run], path: Path) -> bool:
+    """Draw a panel per method, the bands' shares of its weight by step; return whether there was any."""
+    import matplotlib.pyplot as plt
+
+    panels: dict[str, pd.DataFrame] = {}
+    for method, group in by_method(runs).items():
+        logged = [shares for r in group if len(shares := bands_logged(r, WEIGHT))]
+        if logged:
+            both = pd.concat(logged).groupby(level=0)
+            # Only steps that all runs have.
+            mean = both.mean()[both.size() == len(logged)]
+            panels[method] = mean.rolling(SMOOTHING, min_periods=1).mean()
+    if not panels:
+        return False
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    size = (SIZE[0], 0.8 + 2.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    colors = plt.get_cmap("viridis")([i / (len(BAND_NAMES) - 1) for i in range(len(BAND_NAMES))])
+    for axis, (method, shares) in zip(axes.flat, panels.items(), strict=False):
+        axis.stackplot(shares.index, shares.T, colors=colors, labels=BAND_NAMES)
+        axis.set(title=method, ylim=(0, 1), xlabel="step")
+        axis.margins(x=0)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), title="pass rate in the batch")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return True
 
 
 def draw_bars(table: pd.DataFrame, path: Path) -> None:
     """Draw a group of bars per band of difficulty, a bar per method, in percentage points."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
     (100 * table.T).plot.bar(ax=axis, rot=0, width=0.8)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(xlabel="pass rate at the start", ylabel="gain of pass@1, points", title=GAIN)
     axis.grid(alpha=0.3, axis="y")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    axis.legend()
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

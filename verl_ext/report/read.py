@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_ext import recipes
+from verl_ext.runs.evaluations import EVALUATION
 from verl_ext.runs.folder import (
     CONFIG_FILE,
     FINISHED_FILE,
@@ -23,9 +24,6 @@ from verl_ext.runs.folder import (
     read_metrics,
     read_settings,
 )
-
-EVALUATION = re.compile(r"^val-core/(?P<benchmark>.+)/(?:acc|reward|score)/mean@(?P<n>\d+)$")
-"""verl's name for pass@1 over n samples. Its ``best@k`` is not pass@k: drawn with replacement, it is biased low."""
 
 POOLED = "all benchmarks"
 """Benchmark of stored responses that do not name theirs, if several benchmarks were evaluated."""
@@ -87,15 +85,20 @@ class Run:
         found = next((self.metrics[name] for name in names if name in self.metrics), pd.Series(dtype=float))
         return found.dropna()
 
+    @property
+    def unnamed_benchmark(self) -> str:
+        """The benchmark of stored responses that do not name theirs."""
+        known = list(self.pass_at_1)
+        return known[0] if len(known) == 1 else POOLED
+
     def answers(self, step: int) -> pd.DataFrame:
         """Count the evaluated responses of a step by question, as :func:`read_answers`; empty if none are stored.
 
         A damaged file is added to ``faults``, and all stored responses of the run are left out.
         """
         if step not in self._answers and step in self.dumps:
-            known = list(self.pass_at_1)
             try:
-                self._answers[step], faults = read_answers(self.dumps[step], known[0] if len(known) == 1 else POOLED)
+                self._answers[step], faults = read_answers(self.dumps[step], self.unnamed_benchmark)
                 self.faults += faults
             except ValueError as e:
                 self.faults.append(f"{e}; its stored responses are left out")
@@ -103,11 +106,12 @@ class Run:
         return self._answers.get(step, pd.DataFrame(columns=ANSWERS))
 
 
+RESPONSES = ["number", "question", "benchmark", "right"]
 ANSWERS = ["question", "benchmark", "samples", "right", "largest_k"]
 
 
-def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
-    """Count stored responses by question; return also what is left out.
+def read_responses(file: Path, benchmark: str, texts: bool = False) -> pd.DataFrame:
+    """Read stored responses, one row each.
 
     verl's ``uid`` identifies a question. Without it, benchmark and text do, and questions with the same text become
     one with more samples.
@@ -115,11 +119,11 @@ def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
     Args:
         file: written by verl, one response per line.
         benchmark: of responses that do not name theirs as ``data_source``.
+        texts: add the responses' texts, which may need much memory.
 
     Returns:
-        One row per question: its text (``question``), ``benchmark``, number of ``samples``, sum of their scores
-        (``right``), and ``largest_k``, the usual number of samples in the benchmark and the limit for pass@k; 0 for
-        graded scores, which are not simply right or wrong.
+        The ``number`` of the question, its text (``question``), ``benchmark`` and the score (``right``); with ``texts``
+        the response (``output``) and the ground truth (``truth``).
 
     Raises:
         ValueError: the file is damaged; names file, line and fault.
@@ -142,13 +146,28 @@ def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
                 if (sample := uid.rpartition("_")[0]) in outputs:
                     continue
                 outputs.add(sample)
-        # Interned, so that the runs of a sweep share memory. pandas cannot store a lone surrogate.
-        text = sys.intern(text.encode(errors="replace").decode())
+        # Interned, so that the runs of a sweep share memory.
+        text = sys.intern(clean(text))
         name = one_line(source) if isinstance(source, str) else benchmark
-        rows.append((numbers.setdefault(key, len(numbers)), text, name, float(right)))
+        shown = [clean(str(line.get(n, ""))) for n in ("output", "gts")] if texts else []
+        rows.append((numbers.setdefault(key, len(numbers)), text, name, float(right), *shown))
     if not rows:
         raise ValueError(f"{file} holds no responses")
-    responses = pd.DataFrame(rows, columns=["number", "question", "benchmark", "right"])
+    return pd.DataFrame(rows, columns=[*RESPONSES, *(["output", "truth"] if texts else [])])
+
+
+def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
+    """Count stored responses by question, as :func:`read_responses` reads them; return also what is left out.
+
+    Returns:
+        One row per question: its text (``question``), ``benchmark``, number of ``samples``, sum of their scores
+        (``right``), and ``largest_k``, the usual number of samples in the benchmark and the limit for pass@k; 0 for
+        graded scores, which are not simply right or wrong.
+
+    Raises:
+        ValueError: the file is damaged; names file, line and fault.
+    """
+    responses = read_responses(file, benchmark)
     questions = responses.groupby("number")
     table = questions.agg({"question": "first", "benchmark": "first", "right": "sum"}).assign(samples=questions.size())
     graded = responses[~responses["right"].isin((0, 1))].groupby("benchmark")["right"].first()
@@ -165,6 +184,11 @@ def read_answers(file: Path, benchmark: str) -> tuple[pd.DataFrame, list[str]]:
             "out of pass@k for k above that number"
         )
     return table[ANSWERS], faults
+
+
+def clean(text: str) -> str:
+    """Replace lone surrogates, which pandas cannot store."""
+    return text.encode(errors="replace").decode()
 
 
 def is_number(value: object) -> bool:

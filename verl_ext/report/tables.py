@@ -1,6 +1,5 @@
 """Compute the tables of a report as data frames: pass@k, gain by difficulty, time."""
 
-import bisect
 import itertools
 import math
 import re
@@ -14,12 +13,8 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from verl_ext import recipes
-from verl_ext.report.read import EVALUATION, Run
-
-BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Bounds of the bands of difficulty; 0 and 1 are bands of their own: 0, (0, .25], ..., (.75, 1), 1."""
-
-BAND_NAMES = ("0", *(f"({a:g}, {b:g}{']' if b < 1 else ')'}" for a, b in itertools.pairwise(BANDS)), "1")
+from verl_ext.report.read import Run
+from verl_ext.runs.evaluations import BAND_NAMES, EVALUATION, QUESTIONS, WEIGHT, band_of
 
 PHASES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor", "update_weights")
 
@@ -219,9 +214,30 @@ def model_of(run: Run) -> str:
     return str(run.settings.get("actor_rollout_ref.model.path"))
 
 
-def band_of(share: float) -> str:
-    """Name the band of a pass rate."""
-    return BAND_NAMES[-1] if share == 1 else BAND_NAMES[bisect.bisect_left(BANDS, share)]
+def bands_logged(run: Run, names: tuple[str, ...]) -> pd.DataFrame:
+    """Return a metric's columns by band of pass rates, under the bands' names; empty if it was not logged."""
+    if not set(names) <= set(run.metrics):
+        return pd.DataFrame(columns=list(BAND_NAMES))
+    return run.metrics[list(names)].set_axis(list(BAND_NAMES), axis=1).dropna()
+
+
+def weight_table(runs: list[Run]) -> pd.DataFrame:
+    """Tabulate the bands' share of the training's weight, and of its questions, in each third of the steps, in percent.
+
+    A cell is ``34 of 20``: 34 % of the weight on 20 % of the questions.
+    """
+    rows = {}
+    for method, group in by_method(runs).items():
+        logged = [(w, bands_logged(r, QUESTIONS)) for r in group if len(w := bands_logged(r, WEIGHT))]
+        steps = sorted(set.intersection(*(set(w.index) for w, _ in logged))) if logged else []
+        for part in np.array_split(steps, 3) if len(steps) >= 3 else [np.array(steps)]:
+            if len(part):
+                weight, questions = (
+                    100 * np.mean([x.loc[part].mean() for x in xs], axis=0) for xs in zip(*logged, strict=True)
+                )
+                cells = (f"{w:.0f} of {q:.0f}" for w, q in zip(weight, questions, strict=True))
+                rows[method, f"{part[0]} to {part[-1]}"] = dict(zip(BAND_NAMES, cells, strict=True))
+    return named(rows, "steps")
 
 
 def time_table(runs: list[Run], skip: int = 5) -> pd.DataFrame:

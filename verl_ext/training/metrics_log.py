@@ -15,6 +15,7 @@ import orjson
 import torch
 
 from verl_ext.runs.files import write_new
+from verl_ext.training.progress import Progress
 
 ROW_FILE = "metrics.json"
 """The step's metrics in its checkpoint's folder, because verl logs a step only after its evaluation."""
@@ -79,7 +80,7 @@ def is_evaluated(path: Path, step: int) -> bool:
 
 
 class MetricsLog:
-    """verl's ``Tracking``, plus the metrics file.
+    """verl's ``Tracking``, plus the metrics file and a line per step on the standard output.
 
     A resumed run appends to the file. If it has unreadable lines or steps that will run again, it is kept as
     ``metrics.jsonl.1``, ``.2`` and so on, and a new file starts with the other lines.
@@ -90,6 +91,7 @@ class MetricsLog:
         resumed_step: step of the checkpoint that the run starts from; 0 for a new run.
         trains: False if the run only evaluates: no step runs again, so all rows stay.
         unlogged: metrics of the resumed step, used if the run ended before it logged them.
+        progress: makes the lines; None for none.
     """
 
     def __init__(
@@ -100,8 +102,9 @@ class MetricsLog:
         *,
         trains: bool = True,
         unlogged: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
     ):
-        self._tracking, self._path = tracking, Path(path)
+        self._tracking, self._path, self._progress = tracking, Path(path), progress
         self._path.parent.mkdir(parents=True, exist_ok=True)
         content = _content(self._path)
         rows, damaged = read_rows(content)
@@ -115,6 +118,9 @@ class MetricsLog:
             counts = {"rows of steps to run again": len(rows) - len(kept), "unreadable lines": damaged}
             found = "".join(f"; {what}: {number}" for what, number in counts.items() if number)
             print(f"verl-disco: the old {self._path.name} is kept as {aside}{found}", flush=True)
+        if progress is not None:
+            for row in kept:
+                progress.note(row.step, row.values)
         is_logged = any(row.step == resumed_step for row in kept)
         self._unlogged = {} if is_logged or unlogged is None else dict(unlogged) | {"step": resumed_step}
         self._waiting: list[bytes] = []
@@ -137,6 +143,8 @@ class MetricsLog:
             before = {}
         self._write(as_line(step, before | data))
         self._tracking.log(data=data, step=step, **kwargs)
+        if self._progress is not None:
+            print(f"verl-disco: {self._progress.line(step, data)}", flush=True)
 
     def _write(self, line: bytes = b"") -> None:
         """Append ``line``, after those that could not be written earlier."""

@@ -1,7 +1,8 @@
 """Extend verl's V1 trainers: whole-group mini-batches, another worker class, metrics in a JSONL file.
 
 The extended trainers replace verl's in ``TRAINER_REGISTRY`` under the same names, because verl compares the mode with
-"sync" in seven places. Without a ``verl_ext`` node in the configuration they only add ``metrics.jsonl``.
+"sync" in seven places. Without a ``verl_ext`` node in the configuration they only add ``metrics.jsonl`` and a line per
+step.
 """
 
 import copy
@@ -30,9 +31,11 @@ from verl_ext.recipes import installed
 from verl_ext.runs.files import write_whole
 from verl_ext.runs.folder import METRICS_FILE
 from verl_ext.training.advantages import estimating
+from verl_ext.training.bands import weight_by_pass_rate
 from verl_ext.training.detached import DetachedWorker
 from verl_ext.training.grouping import deal, values_by_group
 from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_row
+from verl_ext.training.progress import Progress, progress_wanted
 from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
 from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function
@@ -94,7 +97,8 @@ class ExtendedTrainer:
     - ``whole_groups``: each mini-batch holds whole groups, with its tokens balanced over ranks;
     - ``skip_rows_without_gradient``: rows that teach nothing are left out of the training pass;
     - ``metrics``: prefix of the worker's metrics that are logged without verl's ``actor/`` in front;
-    - ``max_failed_rewards``: share of a step's rewards that may fail before the run stops.
+    - ``max_failed_rewards``: share of a step's rewards that may fail before the run stops;
+    - ``progress``: False prints no line per step.
     """
 
     def __init__(self, config):
@@ -102,7 +106,7 @@ class ExtendedTrainer:
             load_class_from_fqn(validator, "validator")(config)
         self._whole_groups = bool(OmegaConf.select(config, "verl_ext.whole_groups", default=False))
         self._skip_rows = bool(OmegaConf.select(config, SETTING, default=False))
-        self._most_failed_rewards = most_failed_rewards(config)
+        self._most_failed_rewards, self._shows_progress = most_failed_rewards(config), progress_wanted(config)
         self._rewards, self._watch = Tally(), Watch(config)
         self._checkpoints_are_elsewhere = False
         super().__init__(config)
@@ -125,13 +129,16 @@ class ExtendedTrainer:
 
     @logger.setter
     def logger(self, tracking) -> None:
-        trainer = self.config.trainer
+        trains = not self.config.trainer.get("val_only", False)
         self._logger = MetricsLog(
             tracking,
             self._folder / METRICS_FILE,
             resumed_step=self.global_steps,
-            trains=not trainer.get("val_only", False),
+            trains=trains,
             unlogged=read_row(step_folder(self._folder, self.global_steps)) if self.global_steps else None,
+            progress=Progress(self.config, self.total_training_steps if trains else None)
+            if self._shows_progress
+            else None,
         )
 
     @property
@@ -348,7 +355,19 @@ class ExtendedTrainer:
 
     def _compute_advantage(self, batch: Batch, metrics: dict) -> Batch:
         with estimating(self.config, lambda name: read(batch, [name]).to_padded_tensor()[name]):
-            return super()._compute_advantage(batch, metrics)
+            batch = super()._compute_advantage(batch, metrics)
+        if "verl_ext" in self.config:
+            metrics.update(self._weight_by_pass_rate(batch))
+        return batch
+
+    def _weight_by_pass_rate(self, batch: Batch) -> dict[str, float]:
+        """Share the batch's |advantages| out over the pass rates of its questions."""
+        data = read(batch, ["advantages", "response_mask", "rm_scores"]).to_padded_tensor()
+        mask = data["response_mask"]
+        weight = (data["advantages"].abs() * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+        reward, real = data["rm_scores"].sum(-1), [not tag.get("is_padding", False) for tag in batch.tags]
+        question = [parse_key(key).uid for key, is_real in zip(batch.keys, real, strict=True) if is_real]
+        return weight_by_pass_rate(question, reward[real].tolist(), weight[real].tolist())
 
     def _bypass_mode(self) -> bool:
         """Tell whether old_log_probs are the rollout's: verl makes no forward pass for them and logs no entropy."""

@@ -1,86 +1,14 @@
 """The choice of the checkpoint, the card, and refusals; test_model.py tests the weights."""
 
-import json
-
 import pandas as pd
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
+from written_runs import write_checkpoint, write_settings
 
 from verl_ext.export import __main__ as export
 from verl_ext.runs.checkpoints import ExportError, find_checkpoints
 from verl_ext.runs.folder import CHECKPOINT_FILE, CONFIG_FILE, METRICS_FILE
-
-SETTINGS = {
-    "seed": 1,
-    "verl_ext.algorithm": "disco",
-    "disco.tau": 10.0,
-    "disco._target_": "x",
-    "actor_rollout_ref.model.path": "org/Base-1B",
-    "actor_rollout_ref.actor.strategy": "fsdp2",
-}
-
-
-def write_settings(folder, **more):
-    config = OmegaConf.create()
-    for name, value in (SETTINGS | more).items():
-        OmegaConf.update(config, name, value, force_add=True)
-    OmegaConf.save(config, folder / CONFIG_FILE)
-
-
-def write_checkpoint(folder, step, ranks=2):
-    """What verl's FSDP engine leaves, with no tensors in it."""
-    actor = folder / f"global_step_{step}/actor"
-    (actor / "huggingface").mkdir(parents=True)
-    (actor / "huggingface/config.json").write_text("{}")
-    (actor / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": ranks}))
-    for rank in range(ranks):
-        torch.save({"a": torch.ones(1000)}, actor / f"model_world_size_{ranks}_rank_{rank}.pt")
-    return actor
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run of DisCO with three checkpoints, the best of them the second."""
-    folder = tmp_path / "run"
-    for step in (10, 20, 100):
-        write_checkpoint(folder, step)
-    (folder / CHECKPOINT_FILE).write_text("100")
-    write_settings(folder)
-    shares = {0: (0.1, 0.3), 10: (0.3, 0.5), 20: (0.5, 0.7), 100: (0.6, 0.5)}
-    rows = [{"step": s, "val-core/a/acc/mean@4": a, "val-core/b/acc/mean@4": b} for s, (a, b) in shares.items()]
-    (folder / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture
-def exported(monkeypatch):
-    """Replace the export of the weights by a function that writes a file; returns its arguments."""
-    calls = []
-
-    def write(checkpoint, out, settings, dtype, trust_remote_code):
-        calls.append((checkpoint, dtype, trust_remote_code))
-        (out / "model.safetensors").touch()
-        return ["float32, as in the checkpoint.", "Checked."]
-
-    monkeypatch.setattr(export, "export_model", write)
-    return calls
-
-
-@pytest.fixture
-def refused(capsys):
-    """``refused(*arguments)``: the one sentence on stderr, after notes."""
-
-    def main(*arguments) -> str:
-        capsys.readouterr()
-        assert export.main([str(a) for a in arguments]) == 1
-        out, err = capsys.readouterr()
-        *notes, error = err.splitlines()
-        assert error.startswith("error: ") and all(n.startswith("note: ") for n in notes) and "exported" not in out
-        return error
-
-    return main
 
 
 @pytest.mark.parametrize(
@@ -299,5 +227,6 @@ def test_odd_characters_do_not_break_the_card(run, exported):
     write_settings(run, **{"actor_rollout_ref.model.path": base, "disco.note": "a | b\nc"})
     assert export.main([str(run)]) == 0
     card = (run / "export/global_step_20/README.md").read_text()
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == base
+    # Only the hub's own names are the base of a card.
+    assert "base_model" not in yaml.safe_load(card.split("---\n")[1]) and f"`{base}` after 20 steps" in card
     assert "| disco.note | a \\| b c |" in card

@@ -18,6 +18,7 @@ from verl_ext.export import checks as export_checks
 from verl_ext.export import model as trained_model
 from verl_ext.export.checks import LogProbs
 from verl_ext.export.model import export_model
+from verl_ext.export.push import plan
 from verl_ext.runs.checkpoints import Checkpoint, ExportError, Shards
 from verl_ext.tasks.arithmetic.model import build_tokenizer
 
@@ -152,6 +153,10 @@ def test_the_adapter_alone_stands_beside_the_merged_weights(base, checkpoint, tm
         torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-6)
     config = json.loads((tmp_path / "out/lora_adapter/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (RANK, ALPHA, str(base))
+    # A push would send all of it.
+    (tmp_path / "out/README.md").touch()
+    pushed = plan(tmp_path / "out")
+    assert "lora_adapter/adapter_model.safetensors" in pushed.files and pushed.left_out == []
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

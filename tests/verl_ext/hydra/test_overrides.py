@@ -136,6 +136,7 @@ trainer.remove_previous_ckpt_in_save=true
 trainer.v1.sampler.sampler_kwargs.poll_interval=1
 trainer.wandb_proxy=http://localhost
 verl_ext.prepare=verl_ext.tasks.arithmetic.assets.ensure_assets
+verl_ext.progress=false
 """.split()
 
 

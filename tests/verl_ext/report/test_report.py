@@ -11,7 +11,6 @@ from verl_ext.report import __main__ as report
 from verl_ext.report.plots import draw_all
 from verl_ext.report.read import Run, differences, other_differences, read_run, read_runs, repeated_seeds
 from verl_ext.report.tables import (
-    band_of,
     difficulty_table,
     mean_and_interval,
     pass_table,
@@ -19,6 +18,7 @@ from verl_ext.report.tables import (
     time_table,
 )
 from verl_ext.runs import folder as runs
+from verl_ext.runs.evaluations import band_of
 
 
 def read(folders: list[Path]) -> list[Run]:
@@ -188,19 +188,19 @@ def test_the_command_writes_a_self_contained_page(make, tmp_path, monkeypatch, c
     assert "The runs differ only in method and seed." in text
     assert "| disco | final (step 20) | 2 | 80.0 ± 0.0 |" in text
     plots = {"pass_at_1", "reward", "entropy", "kl", "length", "mixed", "difficulty"}
-    assert {f.stem for f in out.glob("*.png")} == plots
+    assert {f.stem for f in out.glob("*.svg")} == plots
     # Self-contained: every image is inside, and nothing is loaded from elsewhere.
-    assert page.count("data:image/png;base64,") == len(plots)
+    assert page.count("data:image/svg+xml;base64,") == len(plots)
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "a &lt;b&gt;&amp;c" in page and "<b>" not in page
     assert "written:" in capsys.readouterr().out
 
 
 def test_names_are_text_and_runs_are_told_apart_by_their_paths(tmp_path):
-    page = report.to_html(report.plain("![p](http://elsewhere/p.png) <i> a|b\n# no heading `x` *y*"), tmp_path)
+    page = report.to_html(report.plain("![p](http://elsewhere/p.svg) <i> a|b\n# no heading `x` *y*"), tmp_path)
     body = page.split("</style>")[1]
     assert "<img" not in body and "<h1" not in body and "<em" not in body and "<code" not in body
-    assert "![p](http://elsewhere/p.png) &lt;i&gt; a|b # no heading" in body
+    assert "![p](http://elsewhere/p.svg) &lt;i&gt; a|b # no heading" in body
     folders = [tmp_path / "s1/disco,seed=1", tmp_path / "s2/disco,seed=1"]
     assert list(report.short_names(folders).values()) == ["s1/disco,seed=1", "s2/disco,seed=1"]
     assert report.short_names(folders[:1]) == {folders[0]: "disco,seed=1"}
@@ -209,7 +209,7 @@ def test_names_are_text_and_runs_are_told_apart_by_their_paths(tmp_path):
 def test_there_is_a_plot_of_each_metric_that_was_logged(make, tmp_path):
     plots = draw_all(read([make("disco", 1), make("disco", 2)]), pd.DataFrame(), tmp_path)
     assert [name for name, _ in plots] == [
-        f"{n}.png" for n in ("pass_at_1", "reward", "entropy", "kl", "length", "mixed")
+        f"{n}.svg" for n in ("pass_at_1", "reward", "entropy", "kl", "length", "mixed")
     ]
 
 
