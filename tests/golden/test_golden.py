@@ -12,7 +12,9 @@ from recipe.disco import disco_loss
 from recipe.disco.constraint import AugmentedLagrangian
 
 HERE = Path(__file__).parent
-BATCHES = {name: json.loads((HERE / f"{name}.json").read_text()) for name in ("uneven", "unmixed", "pair", "far")}
+BATCHES = {
+    name: json.loads((HERE / f"{name}.json").read_text()) for name in ("uneven", "unmixed", "pair", "far", "graded")
+}
 CASES = [(name, i) for name, batch in BATCHES.items() for i in range(len(batch["variants"]))]
 # Relative to the largest of a gradient, and of a value.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5}
