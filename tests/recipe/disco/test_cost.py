@@ -124,10 +124,10 @@ def test_a_plan_sorts_its_rows_once(monkeypatch):
     "options, levels, most",
     [
         ({}, 1, 150),
-        ({"question_weight": DGPO()}, 1, 160),
-        ({"graded": True}, 1, 180),
+        ({"question_weight": DGPO()}, 1, 150),
+        ({"graded": True}, 1, 150),
         # Pairs of eight responses
-        ({"graded": True}, 4, 350),
+        ({"graded": True}, 4, 320),
     ],
 )
 def test_a_plan_is_linear_in_rows(options, levels, most):
