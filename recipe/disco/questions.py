@@ -66,7 +66,12 @@ class Questions(NamedTuple):
 
 
 def by_question(positive: Tensor, question: Tensor, length: Tensor, reward: Tensor | None = None) -> Questions:
-    """Sort rows by question and kind. Arguments as for :func:`evaluate`."""
+    """Sort rows by question and kind.
+
+    Args:
+        positive, question, length: (B,) each, as for :func:`recipe.disco.objectives.evaluate`.
+        reward: (B,) where within a question every pair with different rewards counts.
+    """
     rows = (question >= 0).nonzero().flatten()
     ids, member, count = question[rows].unique(return_inverse=True, return_counts=True)
     size = torch.zeros_like(question).index_copy(0, rows, count[member])
@@ -118,7 +123,8 @@ def by_reward(
     differ = (high > low)[member]
     positive = positive.index_copy(0, rows, torch.where(differ, reward > mean_reward[member], positive[rows]))
     between = (reward > low[member]) & (reward < high[member])
-    return positive, torch.zeros(questions, dtype=torch.bool).index_fill(0, member[between], True), mean_reward
+    several = torch.zeros_like(empty, dtype=torch.bool).index_fill(0, member[between], True)
+    return positive, several, mean_reward
 
 
 def pair_weights(reward: Tensor) -> Tensor:
