@@ -145,6 +145,7 @@ def contract_steps(x: dict[str, Tensor], case: Case) -> dict[str, Step]:
     plan = UpdatePlan(
         loss=torch.zeros(()),
         weight=x["weight"],
+        positive=x["weight"] > 0,
         coefficient=case.coefficient,
         tokens=tokens,
         kl=0.0,

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = ("recipe", "verl_ext", "hydra_plugins")
 
-PURE = {"scores", "objectives", "constraint", "loss", "update", "settings", "registry", "metrics"}
+PURE = {"scores", "objectives", "questions", "constraint", "loss", "update", "settings", "registry", "metrics"}
 """The method: torch and mathematics. They are read without verl, and import no other module of the recipe."""
 
 

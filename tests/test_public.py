@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import recipe.disco
-from recipe.disco import constraint, objectives, scores
+from recipe.disco import constraint, objectives, questions, scores
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,24 +19,29 @@ EXPORTS = {
     "Controller.penalty": "(self, kl)",
     "Controller.state_dict": "(self)",
     "DiscoConfig": "(objective='disco', score='log_l', tau=None, surrogate='identity', negatives='softmax', "
-    "top_share=0.25, scale=1.0, length_temperature=0.1, max_length=8192, kl_estimator='k1', "
-    "constraint='squared_hinge', delta=0.0001, kl_floor=None, beta=1000.0, rho=1000.0, coefficient=0.1, "
-    "measure='exact', positive_threshold=1.0, module=None, options=<factory>)",
+    "top_share=0.25, scale=1.0, length_temperature=0.1, max_length=8192, questions=None, "
+    "question_temperature=2.0, pairs='threshold', kl_estimator='k1', constraint='squared_hinge', delta=0.0001, "
+    "kl_floor=None, beta=1000.0, rho=1000.0, coefficient=0.1, measure='exact', positive_threshold=1.0, module=None, "
+    "options=<factory>)",
     "DiscoConfig.build_controller": "(self)",
     "DiscoConfig.build_objective": "(self)",
+    "DiscoConfig.build_question_weight": "(self)",
     "DiscoConfig.build_score": "(self)",
     "DiscoConfig.chosen": "(self)",
-    "Group": "(positive, negative, positive_length, negative_length)",
+    "Group": "(positive, negative, positive_length, negative_length, pairs=None)",
     "Objective": "()",
     "Objective.__call__": "(self, group)",
+    "QuestionWeight": "()",
+    "QuestionWeight.__call__": "(self, p, n, mixed)",
     "Score": "()",
     "Score.__call__": "(self, log_prob, base_log_prob, mask, rho=None)",
     "Sides": "(positive, negative)",
     "disco_loss": "(log_prob, old_log_prob, response_mask, reward, uid, *, objective='disco', score='log_l', tau=None, "
     "delta=0.0001, beta=1000.0, kl_estimator='k1', positive_threshold=1.0, ref_log_prob=None, "
-    "rollout_is_weights=None, constraint='squared_hinge', **settings)",
+    "rollout_is_weights=None, constraint='squared_hinge', questions=None, pairs='threshold', **settings)",
     "register_controller": "(name)",
     "register_objective": "(name)",
+    "register_questions": "(name)",
     "register_score": "(name)",
 }
 
@@ -62,10 +67,11 @@ def test_the_exports_have_these_signatures():
 def test_the_names_that_settings_take_stay():
     shipped = {
         registry.setting: {n for n in registry if registry[n].__module__.startswith("recipe.disco.")}
-        for registry in (objectives.OBJECTIVES, scores.SCORES, constraint.CONTROLLERS)
+        for registry in (objectives.OBJECTIVES, questions.QUESTIONS, scores.SCORES, constraint.CONTROLLERS)
     }
     assert shipped == {
-        "objective": {"disco", "disco_b", "drpo", "real"},
+        "objective": {"disco", "disco_b", "drpo", "real", "maxrl"},
+        "questions": {"uniform", "failure_rate", "dgpo", "grpo"},
         "score": {"log_l", "l_ratio", "log_ratio", "log_ratio_ref"},
         "constraint": {"squared_hinge", "augmented_lagrangian", "fixed", "none"},
     }

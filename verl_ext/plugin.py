@@ -73,6 +73,7 @@ def activate() -> None:
     cpu.register()
     hydra_config.register()
     register_post_import_hook(_register_trainers, "verl.trainer.ppo.v1")
+    register_post_import_hook(_register_estimators, "verl.trainer.ppo.core_algos")
     register_post_import_hook(_register_recipes, "verl.trainer.ppo.core_algos")
 
 
@@ -80,6 +81,12 @@ def _register_trainers(_module) -> None:
     from verl_ext.lazy import import_whole
 
     import_whole("verl_ext.training.trainer").register()
+
+
+def _register_estimators(_module) -> None:
+    from verl_ext.lazy import import_whole
+
+    import_whole("verl_ext.training.estimators").register()
 
 
 def _register_recipes(_module) -> None:

@@ -7,6 +7,7 @@ score or a controller of your own inherits from its base class and registers und
 from recipe.disco.constraint import Controller, register_controller
 from recipe.disco.loss import disco_loss
 from recipe.disco.objectives import Group, Objective, Sides, register_objective
+from recipe.disco.questions import QuestionWeight, register_questions
 from recipe.disco.scores import Score, register_score
 from recipe.disco.settings import DiscoConfig
 
@@ -15,10 +16,12 @@ __all__ = [
     "DiscoConfig",
     "Group",
     "Objective",
+    "QuestionWeight",
     "Score",
     "Sides",
     "disco_loss",
     "register_controller",
     "register_objective",
+    "register_questions",
     "register_score",
 ]

@@ -20,7 +20,7 @@ from recipe.disco.loss import question_ids
 from recipe.disco.objectives import weigh
 from recipe.disco.scores import compute_score
 from recipe.disco.settings import DiscoConfig, parse
-from recipe.disco.update import is_positive
+from recipe.disco.update import labelled
 from verl_ext.training.advantages import current
 
 NAME = "disco"
@@ -38,7 +38,8 @@ def disco_advantage(
 ) -> tuple[Tensor, Tensor]:
     """Each response's weight in its question's objective at pi_old, dJ_q/ds_i.
 
-    1/n+ for a positive of DisCO, -softmax(s / tau) for a negative, 0 in questions without both.
+    1/n+ for a positive of DisCO, -softmax(s / tau) for a negative, 0 in questions without both. Weights of questions
+    (``disco.questions``) are here of the whole batch, in training of each mini-batch.
 
     Args:
         token_level_rewards: (B, T) their sum is a response's reward.
@@ -58,9 +59,11 @@ def disco_advantage(
     score, mask, old = disco.build_score(), response_mask.bool(), batch.read("old_log_probs")
     s = compute_score(score, old, old, mask, batch.read("ref_log_prob") if score.base == "reference" else None)
     question = torch.tensor(question_ids(index))
-    positive = is_positive(token_level_rewards.sum(-1), disco.positive_threshold)
-    _, weight = weigh(disco.build_objective(), s, positive, question, mask.sum(-1))
-    advantages = (weight * len(question.unique()))[:, None].to(token_level_rewards) * mask
+    length = mask.sum(-1)
+    questions = labelled(token_level_rewards.sum(-1), question, length, disco.positive_threshold, disco.graded)
+    rows = (s, questions.positive, question, length)
+    _, weight = weigh(disco.build_objective(), *rows, questions, disco.build_question_weight())
+    advantages = (weight * len(questions.ids))[:, None].to(token_level_rewards) * mask
     return advantages, advantages
 
 

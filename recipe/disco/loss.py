@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from recipe.disco.constraint import CONTROLLERS, build_controller, kl_estimate
-from recipe.disco.objectives import OBJECTIVES
+from recipe.disco.objectives import OBJECTIVES, compatible
+from recipe.disco.questions import QUESTIONS
 from recipe.disco.registry import require_finite, settings_of
 from recipe.disco.scores import SCORES, Score, at_least_float32, compute_score
 from recipe.disco.update import ScoreTable, plan_update, require_numbers
@@ -40,15 +41,18 @@ def disco_loss(
     ref_log_prob: Tensor | None = None,
     rollout_is_weights: Tensor | None = None,
     constraint: str = "squared_hinge",
+    questions: str | None = None,
+    pairs: str = "threshold",
     **settings: Any,
 ) -> tuple[Tensor, dict[str, float]]:
     """The DisCO loss of one mini-batch: its executable definition, by plain autograd.
 
-        L = -(1/Q) sum_q [ mean_pos s - neg ] + (beta/2) max(KL - delta, 0)^2
+        L = -(1/Q) sum_q c_q [ mean_pos s - neg ] + (beta/2) max(KL - delta, 0)^2
 
     where: Q counts the questions of the mini-batch; the sum runs over those with both a positive and a negative
     response; neg = mean_neg s (``objective="disco_b"``) or tau log mean_neg exp(s / tau) (``"disco"``); s is
-    log-L (``score="log_l"``) or L-ratio (``"l_ratio"``); KL = KL(pi_old || pi_theta) averaged over all response tokens.
+    log-L (``score="log_l"``) or L-ratio (``"l_ratio"``); c_q = 1 (``questions="uniform"``);
+    KL = KL(pi_old || pi_theta) averaged over all response tokens.
 
     Args:
         log_prob: (B, T) log pi_theta of the response tokens, in nats, of logits divided by the sampling temperature.
@@ -67,8 +71,10 @@ def disco_loss(
         rollout_is_weights: (B, T) importance weights of the tokens in the scores' gradient (a rollout correction); the
             KL, which is about the tokens that are trained on, has none.
         constraint: a controller without state, whose settings are among those above and ``settings``.
-        settings: of the objective, the score and the constraint, by name: ``surrogate``, ``negatives``, ``top_share``,
-            ``scale``, ``length_temperature``, ``max_length``, ``coefficient``, ...
+        questions: how much each question counts, by name (:mod:`~recipe.disco.questions`); None: the objective's own.
+        pairs: ``"graded"``: within a question all pairs with different rewards count, weighted by the difference.
+        settings: of the objective, its weights of questions, the score and the constraint, by name: ``surrogate``,
+            ``negatives``, ``top_share``, ``scale``, ``length_temperature``, ``max_length``, ``coefficient``, ...
 
     Returns:
         The true value of L, a 0-dim tensor of at least float32, and the metrics that ``README.md`` lists. A response
@@ -80,9 +86,10 @@ def disco_loss(
 
     Source: arXiv 2505.12366, Section 4 (DRO form and squared hinge penalty).
     """
-    owners = OBJECTIVES[objective], SCORES[score], CONTROLLERS[constraint]
+    questions = compatible(objective, questions, pairs)
+    owners = OBJECTIVES[objective], QUESTIONS[questions], SCORES[score], CONTROLLERS[constraint]
     if unused := sorted(set(settings).difference(*map(settings_of, owners))):
-        raise ValueError(f"{unused[0]} is no setting of {objective=}, {score=} or {constraint=}")
+        raise ValueError(f"{unused[0]} is no setting of {objective=}, {questions=}, {score=} or {constraint=}")
     settings |= {"delta": delta, "beta": beta}
     tau = SCORES[score].published_tau if tau is None else tau
     if tau is not None:
@@ -111,7 +118,14 @@ def disco_loss(
         measured=torch.ones_like(question, dtype=torch.bool),
         entropy=torch.full_like(reward, torch.nan, dtype=torch.float64),
     )
-    plan = plan_update(table, j, penalty, positive_threshold=positive_threshold)
+    plan = plan_update(
+        table,
+        j,
+        penalty,
+        positive_threshold=positive_threshold,
+        graded=pairs == "graded",
+        question_weight=QUESTIONS.build(questions, settings),
+    )
     return plan.loss, plan.metrics
 
 

@@ -1,8 +1,8 @@
 """Objectives: the scores of one question's responses -> what J gains from that question.
 
 J = (1/Q) sum over questions of J_q, where Q counts every question of the mini-batch and a question without both a
-positive and a negative response adds 0. Each objective below is J_q, written as in the paper; everything else here
-holds for all of them.
+positive and a negative response adds 0 (``questions.py`` may weigh questions). Each objective below is J_q, written as
+in the paper; everything else here holds for all of them.
 
 An objective sees one question: the scores of its positive (P,) and of its negative (N,) responses, and their lengths in
 tokens. It returns its two sides, J_q = positive - negative. What training needs, the weight w_i = dJ/ds_i of each
@@ -21,16 +21,22 @@ from typing import ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from recipe.disco.questions import PAIRS, QUESTIONS, Questions, QuestionWeight, by_question, factors, pair_weights
 from recipe.disco.registry import Component, Registry, choice, number
 
 
 class Group(NamedTuple):
-    """One question's responses: scores (differentiable) and lengths (response tokens), positives and negatives."""
+    """One question's responses: scores (differentiable) and lengths (response tokens), positives and negatives.
+
+    ``pairs``: for rewards of several levels, which an objective gets if it is ``graded``. Then both sides are all n
+    responses, and pairs (n, n) weighs each as a positive with each as a negative; they sum to 1. None: all pairs alike.
+    """
 
     positive: Tensor
     negative: Tensor
     positive_length: Tensor
     negative_length: Tensor
+    pairs: Tensor | None = None
 
 
 class Sides(NamedTuple):
@@ -46,6 +52,12 @@ class Objective(Component):
 
     stacked: ClassVar[bool] = False
     """It works along the last dimension alone: it may get (G, P) and (G, N) for G questions, and gives (G,) sides."""
+
+    graded: ClassVar[bool] = False
+    """It reads ``Group.pairs``, as ``disco.pairs=graded`` needs."""
+
+    questions: ClassVar[str] = "uniform"
+    """The weights of questions that it is published with, by their name in ``disco.questions``."""
 
     def __call__(self, group: Group) -> Sides:
         """The two sides of J_q, by differentiable torch."""
@@ -70,9 +82,30 @@ NEGATIVES = ("softmax", "mean", "topk")
 """How the scores of a question's negatives become one number: :meth:`Disco.over_negatives`."""
 
 
-def log_mean_exp(s: Tensor, tau: float) -> Tensor:
-    """tau log( mean exp(s / tau) ): KL-regularised DRO, whose weights are softmax(s / tau)."""
+def log_mean_exp(s: Tensor, tau: float, share: Tensor | None = None) -> Tensor:
+    """tau log( mean exp(s / tau) ): KL-regularised DRO, whose weights are softmax(s / tau).
+
+    Args:
+        share: weights of the mean, that sum to 1 over the last dimension.
+    """
+    if share is not None:
+        return tau * torch.logsumexp(s / tau + share.log(), -1)
     return tau * (torch.logsumexp(s / tau, -1) - math.log(s.shape[-1]))
+
+
+def mean(x: Tensor, share: Tensor | None = None) -> Tensor:
+    """Mean over the last dimension, weighted where there are ``share``, that sum to 1."""
+    return x.mean(-1) if share is None else (share * x).sum(-1)
+
+
+def shares(pairs: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What weights of pairs (..., P, N) give each positive, (..., P), and among its negatives each, (..., P, N)."""
+    if pairs is None:
+        return None, None
+    of_positives = pairs.sum(-1)
+    # The lowest rewards have no negatives, and count by 0: any shares do.
+    none = (of_positives == 0)[..., None]
+    return of_positives, torch.where(none, 1 / pairs.shape[-1], pairs / of_positives[..., None])
 
 
 @register_objective("disco")
@@ -85,9 +118,14 @@ class Disco(Objective):
 
     The family around it: another aggregate over negatives, and another surrogate l of the difference of scores,
     J_q = -mean_i A_j( -l(scale (s+_i - s-_j)) ). That is no difference of two sides: it is given as the positive one.
+
+    Graded rewards: every pair with r_i > r_j counts by the difference w_ij = max(r_i - r_j, 0). Means over a positive's
+    negatives have weights w_ij / W_i, where W_i = sum_j w_ij, and the mean over positives has W_i / sum_i W_i. Rewards
+    of two levels, whatever they are, make all these weights equal: the formulas above.
     """
 
     stacked = True
+    graded = True
 
     tau: float = number(above=0)
     surrogate: str = choice("identity", SURROGATES)
@@ -97,21 +135,29 @@ class Disco(Objective):
 
     def __call__(self, group: Group) -> Sides:
         pos, neg = self.scale * group.positive, self.scale * group.negative
+        of_positives, of_negatives = shares(group.pairs)
         if self.surrogate == "identity":
-            return Sides(pos.mean(-1), self.over_negatives(neg))
+            hard = self.over_negatives(neg[..., None, :], of_negatives)
+            return Sides(mean(pos, of_positives), mean(hard, of_positives))
         gain = SURROGATES[self.surrogate](pos[..., :, None] - neg[..., None, :])
-        value = -self.over_negatives(-gain).mean(-1)
+        value = -mean(self.over_negatives(-gain, of_negatives), of_positives)
         return Sides(value, torch.zeros_like(value))
 
-    def over_negatives(self, s: Tensor) -> Tensor:
+    def over_negatives(self, s: Tensor, share: Tensor | None = None) -> Tensor:
         """One number for (..., N): the paper's log-mean-exp, the mean, or the mean of the k hardest (CVaR)."""
         if self.negatives == "softmax":
-            return log_mean_exp(s, self.tau)
+            return log_mean_exp(s, self.tau, share)
         if self.negatives == "mean":
-            return s.mean(-1)
+            return mean(s, share)
         # 0.3 * 10 is a little more than 3.
-        k = max(1, math.ceil(self.top_share * s.shape[-1] - 1e-9))
-        return torch.topk(s, k, dim=-1).values.mean(-1)
+        if share is None:
+            k = max(1, math.ceil(self.top_share * s.shape[-1] - 1e-9))
+            return torch.topk(s, k, dim=-1).values.mean(-1)
+        wanted = (self.top_share * (share > 0).sum(-1, keepdim=True) - 1e-9).ceil().clamp(min=1)
+        hardest, order = torch.where(share > 0, s, -torch.inf).sort(-1, descending=True)
+        kept = torch.arange(s.shape[-1], device=s.device) < wanted
+        share = kept * share.gather(-1, order)
+        return mean(torch.where(kept, hardest, 0.0), share / share.sum(-1, keepdim=True))
 
 
 @register_objective("disco_b")
@@ -120,12 +166,26 @@ class DiscoB(Objective):
     """DisCO-b: all negatives count alike. mean_pos s - mean_neg s, with the constant weights 1/n+ and -1/n-."""
 
     stacked = True
+    graded = True
 
     surrogate: str = choice("identity", SURROGATES)
     scale: float = number(1.0, above=0)
 
     def __call__(self, group: Group) -> Sides:
         return Disco(tau=1.0, surrogate=self.surrogate, negatives="mean", scale=self.scale)(group)
+
+
+@register_objective("maxrl")
+@dataclass(frozen=True)
+class MaxRL(DiscoB):
+    """MaxRL with binary rewards: (1 - p)(mean_pos s - mean_neg s), DisCO-b times the failure rate.
+
+    Its advantage (r - mean r) / mean r is (1 - p) / p for a positive and -1 for a negative, of which J_q is the mean
+    times s. With graded rewards the two would differ. Source: arXiv 2602.02710.
+    """
+
+    graded = False
+    questions = "failure_rate"
 
 
 @register_objective("drpo")
@@ -171,6 +231,31 @@ def log_one_plus_sum_exp(x: Tensor) -> Tensor:
     return torch.logsumexp(torch.nn.functional.pad(x, (1, 0)), -1)
 
 
+def compatible(objective: str, questions: str | None, pairs: str) -> str:
+    """The name of an objective's weights of questions: those chosen, or its own.
+
+    Raises:
+        ValueError: a name is unknown, or the objective does without what it should go with; says what would be right.
+    """
+    cls = OBJECTIVES[objective]
+    questions = cls.questions if questions is None else questions
+    QUESTIONS[questions]
+    if cls.questions not in ("uniform", questions):
+        raise ValueError(
+            f"disco.questions={questions} does not go with disco.objective={objective}, which is {cls.questions} by "
+            "definition; leave it at null, or use disco.objective=disco_b"
+        )
+    if pairs not in PAIRS:
+        raise ValueError(f"disco.pairs={pairs!r} is unknown; choose from {sorted(PAIRS)}")
+    if pairs == "graded" and not cls.graded:
+        able = sorted(name for name in OBJECTIVES if OBJECTIVES[name].graded)
+        raise ValueError(
+            f"disco.pairs=graded does not go with disco.objective={objective}, which does not compare pairs; use "
+            f"disco.pairs=threshold, or one of the objectives {able}"
+        )
+    return questions
+
+
 # Over a mini-batch ----------------------------------------------------------------------------------------------------
 
 
@@ -181,44 +266,6 @@ class Evaluation:
     value: Tensor
     positive: Tensor
     negative: Tensor
-
-
-class Questions(NamedTuple):
-    """How a mini-batch's rows answer its questions.
-
-    Attributes:
-        size: (B,) how many rows the question of a row has; 0 for a padding row.
-        positives, negatives: (Q,) numbers of a question's responses of either kind; one without a token is of neither.
-        mixed: questions with both, those of like sizes together: their ids (G,), and the rows of their positives (G, P)
-            and of their negatives (G, N).
-    """
-
-    size: Tensor
-    positives: Tensor
-    negatives: Tensor
-    mixed: list[tuple[Tensor, Tensor, Tensor]]
-
-
-def by_question(positive: Tensor, question: Tensor, length: Tensor) -> Questions:
-    """Sort rows by question and kind. Arguments as for :func:`evaluate`."""
-    rows = (question >= 0).nonzero().flatten()
-    ids, member, count = question[rows].unique(return_inverse=True, return_counts=True)
-    size = torch.zeros_like(question).index_copy(0, rows, count[member])
-    scored = length[rows] > 0
-    rows = rows[scored]
-    kind = 2 * member[scored] + ~positive[rows]
-    rows = rows[kind.argsort(stable=True)]
-    counts = kind.bincount(minlength=2 * len(ids)).view(-1, 2)
-    start = counts.sum(1).cumsum(0) - counts.sum(1)
-    both = (counts > 0).all(1).nonzero().flatten()
-    splits, which = (counts[both, 0] * (len(rows) + 1) + counts[both, 1]).unique(return_inverse=True)
-    mixed = []
-    for i, split in enumerate(splits.tolist()):
-        p, n = divmod(split, len(rows) + 1)
-        alike = both[which == i]
-        members = rows[start[alike][:, None] + torch.arange(p + n, device=rows.device)]
-        mixed.append((ids[alike], members[:, :p], members[:, p:]))
-    return Questions(size, counts[:, 0], counts[:, 1], mixed)
 
 
 def call_objective(objective: Objective, group: Group, ids: Tensor) -> Sides:
@@ -239,7 +286,8 @@ def call_objective(objective: Objective, group: Group, ids: Tensor) -> Sides:
     calls = [(group, ids)]
     if not objective.stacked:
         # Copies, which a function may write into.
-        calls = [(Group(*(x.clone() for x in one)), i) for *one, i in zip(*group, ids, strict=True)]
+        parts = zip(*(x for x in group if x is not None), ids, strict=True)
+        calls = [(Group(*(x.clone() for x in one)), i) for *one, i in parts]
     for part, question in calls:
         first = int(question.flatten()[0])
         try:
@@ -269,6 +317,7 @@ def evaluate(
     question: Tensor,
     length: Tensor,
     questions: Questions | None = None,
+    question_weight: QuestionWeight | None = None,
 ) -> Evaluation:
     """J over all questions, differentiable in ``score``.
 
@@ -277,7 +326,8 @@ def evaluate(
         positive: (B,) bool, True for a positive (correct) response.
         question: (B,) int, which question a response answers, in any order; < 0 marks a padding row.
         length: (B,) response tokens; a response of length 0 has no score and is on neither side of its question.
-        questions: what :func:`by_question` gives for these rows, where it is known already.
+        questions: what :func:`by_question` gives for these rows, where it is known already, or rewards are graded.
+        question_weight: how much each question counts; None: all alike.
 
     Raises:
         ValueError: for what the objective gives and is no finite number, or has no gradient.
@@ -288,12 +338,18 @@ def evaluate(
     anchor = torch.where(length > 0, score, 0.0).sum() * 0.0
     total = Sides(anchor, anchor)
     learned = not (questions.mixed and score.requires_grad and torch.is_grad_enabled())
-    rows = [x for _, *both in questions.mixed for x in both]
+    rows = [x for part in questions.mixed for x in (part.positive, part.negative)]
     # Looked up all at once, since the derivative of each look-up is as long as the scores.
     scores = score[torch.cat([x.flatten() for x in rows])].split([x.numel() for x in rows]) if rows else ()
-    for (ids, pos, neg), s_pos, s_neg in zip(questions.mixed, scores[::2], scores[1::2], strict=True):
+    c = None if question_weight is None or question_weight.uniform else factors(question_weight, questions)
+    for (which, pos, neg, reward), s_pos, s_neg in zip(questions.mixed, scores[::2], scores[1::2], strict=True):
         group = Group(s_pos.view_as(pos), s_neg.view_as(neg), length[pos], length[neg])
-        sides = call_objective(objective, group, ids)
+        if reward is not None:
+            s, n = torch.cat(group[:2], -1), torch.cat(group[2:4], -1)
+            group = Group(s, s, n, n, pair_weights(reward).to(s))
+        sides = call_objective(objective, group, questions.ids[which])
+        if c is not None:
+            sides = Sides(*(c[which].to(side) * side for side in sides))
         total = Sides(total.positive + sides.positive.sum(), total.negative + sides.negative.sum())
         learned |= sides.positive.requires_grad or sides.negative.requires_grad
     count = max(len(questions.positives), 1)
@@ -313,6 +369,7 @@ def weigh(
     question: Tensor,
     length: Tensor,
     questions: Questions | None = None,
+    question_weight: QuestionWeight | None = None,
 ) -> tuple[Evaluation, Tensor]:
     """J and the weights w_i = dJ/ds_i, shape (B,), in float64 and without a graph. Arguments as for :func:`evaluate`.
 
@@ -323,13 +380,13 @@ def weigh(
     """
     with torch.enable_grad():
         leaf = score.detach().double().requires_grad_()
-        result = evaluate(objective, leaf, positive, question, length, questions)
-        (weight,) = torch.autograd.grad(result.value, leaf)
-    bad = ~weight.isfinite()
+        result = evaluate(objective, leaf, positive, question, length, questions, question_weight)
+        (w,) = torch.autograd.grad(result.value, leaf)
+    bad = ~w.isfinite()
     if bad.any():
         i = int(bad.nonzero()[0])
         raise ValueError(
-            f"disco.objective={objective.name} has the derivative {weight[i].item()} by a score ({leaf[i].item()}) of "
+            f"disco.objective={objective.name} has the derivative {w[i].item()} by a score ({leaf[i].item()}) of "
             f"question {int(question[i])}; {int(bad.sum())} of {len(bad)} weights are not finite"
         )
-    return Evaluation(result.value.detach(), result.positive.detach(), result.negative.detach()), weight
+    return Evaluation(result.value.detach(), result.positive.detach(), result.negative.detach()), w

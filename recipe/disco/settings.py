@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.disco.constraint import CONTROLLERS, KL_ESTIMATORS, Controller, build_controller
-from recipe.disco.objectives import OBJECTIVES, Objective
+from recipe.disco.objectives import OBJECTIVES, Objective, compatible
+from recipe.disco.questions import PAIRS, QUESTIONS, QuestionWeight
 from recipe.disco.registry import check, require_finite, settings_of
 from recipe.disco.scores import SCORES, Score
 
@@ -22,7 +23,7 @@ class DiscoConfig:
     """The ``disco`` node: the user's knobs. ``config/algorithm/disco.yaml`` gives values and sources.
 
     Args:
-        objective: registered objective: disco (the discriminative family), disco_b, drpo, real.
+        objective: registered objective: disco (the discriminative family), disco_b, drpo, real, maxrl.
         score: registered score: log_l, l_ratio, log_ratio, log_ratio_ref.
         tau: temperature of the softmax over negatives (of the labels' logits in REAL), > 0; None: the score's
             published one.
@@ -32,6 +33,9 @@ class DiscoConfig:
         scale: factor of a difference of scores in the surrogate, > 0.
         length_temperature: lambda of DRPO's length weights, > 0.
         max_length: L of DRPO's length weights, tokens, > 0.
+        questions: registered weights of questions: uniform, failure_rate, dgpo, grpo; None: the objective's own.
+        question_temperature: T of dgpo's weights of questions, > 0.
+        pairs: which responses to a question are compared: threshold or graded.
         kl_estimator: k1 or k3.
         constraint: registered controller: squared_hinge, augmented_lagrangian, fixed, none.
         delta: radius of the trust region, nats per token, >= 0.
@@ -40,7 +44,8 @@ class DiscoConfig:
         rho: step of the augmented Lagrangian, > 0.
         coefficient: weight of the KL for ``constraint=fixed``, >= 0.
         measure: exact or lagged.
-        positive_threshold: a response is positive when its summed reward is >= this.
+        positive_threshold: a response is positive when its summed reward is >= this; with pairs=graded it labels
+            questions with equal rewards alone, for the log.
         module: a Python file or pkg://name that every process loads first, to register objectives, scores, controllers.
         options: settings of objectives registered by ``module``, by name.
 
@@ -57,6 +62,9 @@ class DiscoConfig:
     scale: float = 1.0
     length_temperature: float = 0.1
     max_length: int = 8192
+    questions: str | None = None
+    question_temperature: float = 2.0
+    pairs: str = "threshold"
     kl_estimator: str = "k1"
     constraint: str = "squared_hinge"
     delta: float = 1e-4
@@ -74,12 +82,14 @@ class DiscoConfig:
         for name, choices in (
             ("objective", OBJECTIVES),
             ("score", SCORES),
+            ("pairs", PAIRS),
             ("kl_estimator", KL_ESTIMATORS),
             ("constraint", CONTROLLERS),
             ("measure", MEASURES),
         ):
             if getattr(self, name) not in list(choices):
                 raise ValueError(f"disco.{name}={getattr(self, name)!r} is unknown; choose from {sorted(choices)}")
+        self.questions = compatible(self.objective, self.questions, self.pairs)
         if self.tau is None:
             self.tau = SCORES[self.score].published_tau
         if self.tau is None and "tau" in self.used():
@@ -92,10 +102,11 @@ class DiscoConfig:
         if self.kl_floor is not None:
             require_finite("disco.kl_floor", self.kl_floor, minimum=0)
         self.build_objective()
+        self.build_question_weight()
         self.build_score()
         self.build_controller()
         fixed_weights = self.surrogate == "identity" and (
-            self.objective == "disco_b" or (self.objective, self.negatives) == ("disco", "mean")
+            self.objective in ("disco_b", "maxrl") or (self.objective, self.negatives) == ("disco", "mean")
         )
         if self.measure == "lagged" and SCORES[self.score].constant_at_old and not fixed_weights:
             raise ValueError(
@@ -106,22 +117,32 @@ class DiscoConfig:
 
     def _refuse_unused(self) -> None:
         used, flat = self.used(), self.__dataclass_fields__
-        for name in ("surrogate", "negatives", "top_share", "scale", "length_temperature", "max_length"):
+        for name in (
+            "surrogate",
+            "negatives",
+            "top_share",
+            "scale",
+            "length_temperature",
+            "max_length",
+            "question_temperature",
+        ):
             default, value = flat[name].default, getattr(self, name)
-            if name == "negatives" and self.objective == "disco_b" and value == "mean":
+            owner = "questions" if name == "question_temperature" else "objective"
+            if name == "negatives" and self.objective in ("disco_b", "maxrl") and value == "mean":
                 continue
             if value != default and name not in used:
                 raise ValueError(
-                    f"disco.{name}={value} has no effect with disco.objective={self.objective}; leave it at {default}, "
-                    "or choose another objective"
+                    f"disco.{name}={value} has no effect with disco.{owner}={getattr(self, owner)}; leave it at "
+                    f"{default}, or choose another of disco.{owner}"
                 )
         for name in self.options:
             if name in flat:
                 raise ValueError(f"disco.options.{name} would hide disco.{name}; set disco.{name}")
             if name not in used:
                 raise ValueError(
-                    f"disco.options.{name} is no setting of disco.objective={self.objective}, disco.score={self.score} "
-                    f"or disco.constraint={self.constraint}; they read {sorted(used)}"
+                    f"disco.options.{name} is no setting of disco.objective={self.objective}, "
+                    f"disco.questions={self.questions}, disco.score={self.score} or "
+                    f"disco.constraint={self.constraint}; they read {sorted(used)}"
                 )
         for name, f in used.items():
             if name in flat and f.default not in (MISSING, flat[name].default):
@@ -131,8 +152,9 @@ class DiscoConfig:
                 )
 
     def used(self) -> dict[str, Field]:
-        """The settings that the objective, the score and the controller own, by name."""
-        owners = OBJECTIVES[self.objective], SCORES[self.score], CONTROLLERS[self.constraint]
+        """The settings that the objective, its weights of questions, the score and the controller own, by name."""
+        assert self.questions is not None
+        owners = OBJECTIVES[self.objective], QUESTIONS[self.questions], SCORES[self.score], CONTROLLERS[self.constraint]
         return {name: f for owner in owners for name, f in settings_of(owner).items()}
 
     def settings(self) -> dict[str, Any]:
@@ -141,12 +163,23 @@ class DiscoConfig:
 
     def chosen(self) -> dict[str, Any]:
         """The arguments of :func:`recipe.disco.disco_loss` that make it this method."""
-        names = {"objective", "score", "kl_estimator", "constraint", "positive_threshold", *self.used()}
+        names = {"objective", "score", "questions", "pairs", "kl_estimator", "constraint", "positive_threshold"}
+        names.update(self.used())
         return {name: value for name, value in self.settings().items() if name in names}
 
     def build_objective(self) -> Objective:
         """The objective with its settings."""
         return OBJECTIVES.build(self.objective, self.settings())
+
+    def build_question_weight(self) -> QuestionWeight:
+        """How much each question counts."""
+        assert self.questions is not None
+        return QUESTIONS.build(self.questions, self.settings())
+
+    @property
+    def graded(self) -> bool:
+        """Whether every two responses with different rewards are compared."""
+        return self.pairs == "graded"
 
     def build_score(self) -> Score:
         """The score with its settings."""
@@ -159,7 +192,7 @@ class DiscoConfig:
 
 def shipped_settings() -> dict[str, Field]:
     """Settings of all that ships, by name, with their bounds: a wrong one is refused though it is not used."""
-    shipped = [r[name] for r in (OBJECTIVES, SCORES, CONTROLLERS) for name in r]
+    shipped = [r[name] for r in (OBJECTIVES, QUESTIONS, SCORES, CONTROLLERS) for name in r]
     return {n: f for cls in shipped if cls.__module__.startswith("recipe.disco.") for n, f in settings_of(cls).items()}
 
 

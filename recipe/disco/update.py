@@ -14,7 +14,8 @@ from torch import Tensor
 
 from recipe.disco.constraint import Controller, kl_standard_error, price
 from recipe.disco.metrics import group_metrics
-from recipe.disco.objectives import Objective, Questions, by_question, evaluate, weigh
+from recipe.disco.objectives import Objective, evaluate, weigh
+from recipe.disco.questions import UNIFORM, Questions, QuestionWeight, by_question, factors
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class UpdatePlan:
     Attributes:
         loss: L, 0-dim; with a graph if the table's scores and KL have one.
         weight: (B,) w_i = dJ/ds_i, float64, no graph.
+        positive: (B,) bool, the labels.
         coefficient: c = d penalty / d KL.
         tokens: N, response tokens of the mini-batch; KL = (1/N) sum_i kl_i.
         kl: the KL that the penalty was taken at, nats per token.
@@ -71,6 +73,7 @@ class UpdatePlan:
 
     loss: Tensor
     weight: Tensor
+    positive: Tensor
     coefficient: float
     tokens: int
     kl: float
@@ -84,6 +87,8 @@ def plan_update(
     controller: Controller,
     *,
     positive_threshold: float,
+    graded: bool = False,
+    question_weight: QuestionWeight = UNIFORM,
     kl: float | None = None,
 ) -> UpdatePlan:
     """Weigh all responses of a mini-batch and price its KL.
@@ -91,15 +96,17 @@ def plan_update(
     Args:
         table: the whole mini-batch, of all ranks.
         positive_threshold: a response is positive when its reward is >= this.
+        graded: within a question every pair with different rewards counts, the higher one as the positive, weighted by
+            the difference. The threshold then says of what kind questions with equal rewards are, for the log.
+        question_weight: how much each question counts.
         kl: what the penalty is taken at where the table's KL was not measured; by default the table's.
 
     Raises:
         ValueError: NaN or infinity in the table, with the response's index; a question of which a part is missing; what
             an objective or a controller gives and cannot be used.
     """
-    positive = is_positive(table.reward, positive_threshold)
     # One sort for all that follows
-    questions = by_question(positive, table.question, table.length)
+    questions = labelled(table.reward, table.question, table.length, positive_threshold, graded)
     check_table(table, questions)
     real = table.question >= 0
     tokens = int(table.length[real].sum())
@@ -107,10 +114,10 @@ def plan_update(
     measured = table.kl[seen].sum() / max(int(table.length[seen].sum()), 1)
     in_force = measured if kl is None else torch.full_like(measured, kl)
 
-    rows = (table.score.double(), positive, table.question, table.length)
-    j, weight = weigh(objective, *rows, questions)
+    rows = (table.score.double(), questions.positive, table.question, table.length)
+    j, weight = weigh(objective, *rows, questions, question_weight)
     if table.score.requires_grad:
-        j = evaluate(objective, *rows, questions)
+        j = evaluate(objective, *rows, questions, question_weight)
     penalty, coefficient = price(controller, in_force.item())
     loss = (-j.value + controller.penalty(in_force)).to(table.score)
 
@@ -127,18 +134,29 @@ def plan_update(
         "penalty": penalty,
         **{f"constraint_{k}": v for k, v in controller.state_dict().items() if isinstance(v, int | float)},
         **groups,
+        **({} if question_weight.uniform else weight_metrics(factors(question_weight, questions)[questions.are_mixed])),
         "questions": float(len(questions.positives)),
         "padding_rows": float((~real).sum() / max(len(real), 1)),
         "no_mixed_group": float(groups["groups_mixed"] == 0),
     }
     if not table.entropy.isnan().any():
         metrics["entropy"] = float(table.entropy.sum()) / max(tokens, 1)
-    return UpdatePlan(loss, weight, coefficient, tokens, in_force.item(), needs_gradient, metrics)
+    return UpdatePlan(loss, weight, questions.positive, coefficient, tokens, in_force.item(), needs_gradient, metrics)
+
+
+def labelled(reward: Tensor, question: Tensor, length: Tensor, threshold: float, graded: bool) -> Questions:
+    """Rows, (B,) each, by question and label. Arguments as for :func:`plan_update`."""
+    return by_question(is_positive(reward, threshold), question, length, reward if graded else None)
 
 
 def is_positive(reward: Tensor, threshold: float) -> Tensor:
     """Which responses are positive, (B,) bool. In float32, as verl keeps rewards: 0.7 reaches a threshold of 0.7."""
     return reward.float() >= threshold
+
+
+def weight_metrics(c: Tensor) -> dict[str, float]:
+    """Mean and maximum of the factors of mixed questions, if there are any."""
+    return {"question_weight": float(c.mean()), "question_weight_max": float(c.max())} if len(c) else {}
 
 
 def kl_metrics(controller: Controller, kl: float) -> dict[str, float]:

@@ -34,10 +34,9 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from recipe.disco.constraint import Controller, kl_estimate
 from recipe.disco.loss import micro_batch_loss
-from recipe.disco.objectives import by_question
 from recipe.disco.scores import Score, compute_score, masked
 from recipe.disco.settings import DiscoConfig
-from recipe.disco.update import ScoreTable, UpdatePlan, is_positive, kl_metrics, kl_noise, plan_update, require_numbers
+from recipe.disco.update import ScoreTable, UpdatePlan, kl_metrics, kl_noise, labelled, plan_update, require_numbers
 from verl_ext.training.rows import BatchFacts, Rows
 from verl_ext.training.skipping import (
     FILLER,
@@ -183,6 +182,7 @@ class DiscoTrainingWorker(TrainingWorker):
         """Set the method's constants, once, after the engine is built."""
         self.disco = config
         self.objective, self.score = config.build_objective(), config.build_score()
+        self.question_weight = config.build_question_weight()
         self.controller = config.build_controller()
         self.entropy_coeff = entropy_coeff
         self.rollout = RolloutState(BatchFacts(old_log_probs_fresh=False, entropy_logged=True))
@@ -288,14 +288,14 @@ class DiscoTrainingWorker(TrainingWorker):
         return metrics
 
     def _mixed(self, data: TensorDict) -> Tensor:
-        """Which rows of all ranks are of questions with right and wrong responses, (ranks * rows,) bool."""
+        """Which rows of all ranks are of questions with a J_q, (ranks * rows,) bool."""
         rows, length = Rows.of(data), padded(data["response_mask"]).bool().sum(-1)
         mine = torch.stack([x.double() for x in (rows.group_id, rows.sequence_reward, length)], -1)
         question, reward, length = gathered(mine.to(self.device_name), self._group()).unbind(-1)
         mixed = torch.zeros(len(question), dtype=torch.bool)
-        positive = is_positive(reward, self.disco.positive_threshold)
-        for _, positives, negatives in by_question(positive, question.long(), length).mixed:
-            mixed[positives] = mixed[negatives] = True
+        disco = self.disco
+        for part in labelled(reward, question.long(), length, disco.positive_threshold, disco.graded).mixed:
+            mixed[part.positive] = mixed[part.negative] = True
         return mixed
 
     def _plan(self, data: TensorDict, measured: Tensor, run: Passes) -> tuple[UpdatePlan, ScoreTable] | None:
@@ -343,11 +343,13 @@ class DiscoTrainingWorker(TrainingWorker):
             self.objective,
             self.controller,
             positive_threshold=self.disco.positive_threshold,
+            graded=self.disco.graded,
+            question_weight=self.question_weight,
             # Where it is free: 0, or with disco.measure=lagged the previous mini-batch's.
             kl=self.rollout.kl if run.free else None,
         )
         self.rollout.kl = plan.kl
-        self._tell_of_swapped_sides(plan.weight, table)
+        self._tell_of_swapped_sides(plan)
         data[WEIGHT] = self._mine(plan.weight).float().to(rows.group_id.device)
         return plan, table
 
@@ -419,10 +421,9 @@ class DiscoTrainingWorker(TrainingWorker):
         """Whether this rank is the one that says what every rank knows."""
         return self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
 
-    def _tell_of_swapped_sides(self, weight: Tensor, table: ScoreTable) -> None:
+    def _tell_of_swapped_sides(self, plan: UpdatePlan) -> None:
         """Say once when an objective of the user's favours wrong responses."""
-        positive = is_positive(table.reward, self.disco.positive_threshold)
-        right, wrong = float(weight[positive].sum()), float(weight[~positive].sum())
+        right, wrong = float(plan.weight[plan.positive].sum()), float(plan.weight[~plan.positive].sum())
         if (right < 0 or wrong > 0) and not self._sides_told and self._speaks_for_all():
             self._sides_told = True
             logger.warning(

@@ -75,7 +75,7 @@ def test_two_steps_of_each_algorithm(main_ppo, tmp_path, algorithms, ranks):
 
 
 @pytest.mark.slow
-def test_an_objective_of_ones_own(main_ppo):
+def test_an_objective_of_ones_own_on_questions_that_teach(main_ppo):
     from pathlib import Path
 
     example = Path(__file__).resolve().parents[2] / "examples/custom_objective.py"
@@ -84,9 +84,14 @@ def test_an_objective_of_ones_own(main_ppo):
         f"disco.module={example}",
         "disco.objective=margin_by_length",
         "+disco.options.margin=0.2",
+        # Dynamic sampling
+        "algorithm.filter_groups.enable=true",
         ranks=2,
     )
     assert run.returncode == 0, run.output[-5000:]
-    for step in run.metrics():
+    steps = run.metrics()
+    assert len(steps) == 2 and any(s.get("training/filter_groups/evicted_samples", 0) > 0 for s in steps)
+    for step in steps:
+        assert step["training/mixed_questions"] == step["disco/groups_mixed"] == 1 and step["disco/questions"] == 3
         assert step["disco/objective"] < 0 and step["disco/objective_negative"] == 0
         assert step["actor/grad_norm"] > 0

@@ -69,10 +69,44 @@ def worth(positives: list[Decimal], negatives: list[Decimal], lengths: list[int]
         return sum(a * x for a, x in zip(w, positives, strict=True)) / sum(w) - hardest
     if kind == "disco" and s["surrogate"] == "identity" and s["negatives"] == "softmax" and s["scale"] == 1:
         return mean(positives) - hardest
-    if kind == "disco_b":
+    if kind in ("disco_b", "maxrl"):
         s["negatives"] = "mean"
     gains = [[surrogate(s["surrogate"], s["scale"] * (p - n)) for n in negatives] for p in positives]
     return mean([over_negatives(s["negatives"], row, tau, s["top_share"]) for row in gains])
+
+
+def graded_worth(scores: list[Decimal], rewards: list[Decimal], settings: dict) -> Decimal:
+    """J_q of one question over all pairs with r_i > r_j, weighted by r_i - r_j: of the pairwise family alone."""
+    s = {"surrogate": "identity", "negatives": "softmax", "scale": 1, "top_share": Decimal("0.25"), "tau": 10}
+    s |= {k: Decimal(v) if isinstance(v, int | float) else v for k, v in settings.items()}
+    tau, total, worths = Decimal(s["tau"]), ZERO, ZERO
+    for high, r in zip(scores, rewards, strict=True):
+        below = [
+            (r - q, surrogate(s["surrogate"], s["scale"] * (high - low)))
+            for low, q in zip(scores, rewards, strict=True)
+            if q < r
+        ]
+        if not below:
+            continue
+        apart = sum(w for w, _ in below)
+        if s["objective"] == "disco" and s["negatives"] == "softmax":
+            found = -tau * (sum(w * (-g / tau).exp() for w, g in below) / apart).ln()
+        else:
+            if s["objective"] == "disco" and s["negatives"] == "topk":
+                below = sorted(below, key=lambda pair: pair[1])[: math.ceil(s["top_share"] * len(below))]
+            found = sum(w * g for w, g in below) / sum(w for w, _ in below)
+        worths, total = worths + apart * found, total + apart
+    return worths / total
+
+
+def factors(rates: list[Decimal], settings: dict) -> list[Decimal]:
+    """How much each mixed question counts, of their pass rates (mean rewards)."""
+    own = "failure_rate" if settings.get("objective") == "maxrl" else "uniform"
+    kind = settings.get("questions", own)
+    if kind == "dgpo":
+        e = [(-p / Decimal(settings.get("question_temperature", 2))).exp() for p in rates]
+        return [len(e) * x / sum(e) for x in e]
+    return [{"uniform": ONE, "failure_rate": 1 - p, "grpo": (p * (1 - p)).sqrt()}[kind] for p in rates]
 
 
 def penalty(kl: Decimal, settings: dict, multiplier: Decimal = ZERO) -> Decimal:
@@ -97,18 +131,26 @@ def divergence(new: list[list[Decimal]], old: list[list[Decimal]], settings: dic
 
 def gain(scores: list[Decimal | None], batch: dict, settings: dict) -> Decimal:
     """J: the mean of J_q over all questions, where one without both kinds adds 0."""
-    questions: dict[object, tuple[list, list, list]] = {}
+    questions: dict[object, list[tuple[Decimal, Decimal, int]]] = {}
     for score, reward, uid, tokens in zip(scores, batch["reward"], batch["uid"], batch["log_prob"], strict=True):
-        positives, negatives, lengths = questions.setdefault(uid, ([], [], []))
-        if score is None:
+        members = questions.setdefault(uid, [])
+        if score is not None:
+            members.append((score, Decimal(reward), len(tokens)))
+    rates, worths = [], []
+    for members in questions.values():
+        if settings.get("pairs") == "graded":
+            rewards = [r for _, r, _ in members]
+            if len(set(rewards)) > 1:
+                worths.append(graded_worth([s for s, _, _ in members], rewards, settings))
+                rates.append(mean(rewards))
             continue
-        if reward >= settings.get("positive_threshold", 1.0):
-            positives.append(score)
-            lengths.append(len(tokens))
-        else:
-            negatives.append(score)
-    both = [worth(p, n, lengths, settings) for p, n, lengths in questions.values() if p and n]
-    return sum(both, ZERO) / len(questions)
+        right = [m for m in members if m[1] >= Decimal(settings.get("positive_threshold", 1.0))]
+        wrong = [m for m in members if m not in right]
+        if right and wrong:
+            worths.append(worth([m[0] for m in right], [m[0] for m in wrong], [m[2] for m in right], settings))
+            rates.append(ONE * len(right) / len(members))
+    c = factors(rates, settings)
+    return sum((x * y for x, y in zip(c, worths, strict=True)), ZERO) / len(questions)
 
 
 def slope(fn: Callable[[Decimal], Decimal], at: Decimal) -> Decimal:
@@ -152,7 +194,10 @@ def expected(batch: dict, settings: dict) -> dict:
 
 
 def draw(seed: int, groups: list[str], longest: int, drift: float) -> dict:
-    """A batch of questions. A group is one letter per response: p(ositive), n(egative), e(mpty); rows are shuffled."""
+    """A batch of questions. A group is one letter per response; rows are shuffled.
+
+    p(ositive), n(egative), e(mpty), or a digit: the reward in eighths.
+    """
     rng = random.Random(seed)
 
     def number(low: float, high: float) -> float:
@@ -165,7 +210,8 @@ def draw(seed: int, groups: list[str], longest: int, drift: float) -> dict:
             new = [number(-3, -0.01) for _ in range(length)]
             old, ref = ([x + number(-0.8 * drift, drift) for x in new] for _ in range(2))
             rho = [number(0, 2) for _ in new]
-            rows.append((rng.random(), new, old, ref, rho, 1.0 if letter == "p" else 0.25, f"q{uid}"))
+            reward = int(letter) / 8 if letter.isdigit() else 1.0 if letter == "p" else 0.25
+            rows.append((rng.random(), new, old, ref, rho, reward, f"q{uid}"))
     names = ("log_prob", "old_log_prob", "ref", "rollout_is_weights", "reward", "uid")
     return dict(zip(names, map(list, zip(*(row[1:] for row in sorted(rows)), strict=True)), strict=True))
 
@@ -179,6 +225,8 @@ BATCHES = {
     "pair": draw(3, ["pn"], 1, 0.3),
     # Far from pi_old, scores far apart.
     "far": draw(4, ["pppnnn", "pn", "nnnp"], 3, 3.0),
+    # Rewards of several levels; questions with two levels, and with one.
+    "graded": draw(5, ["08433", "e7120", "8800", "35", "444", "88", "2e"], 4, 0.3),
 }
 
 SCORES = ("log_l", "l_ratio", "log_ratio", "log_ratio_ref")
@@ -203,6 +251,13 @@ CONSTRAINTS = [
     {"constraint": "fixed", "coefficient": 0.25},
     {"constraint": "none"},
 ]
+QUESTIONS = [
+    {"questions": "failure_rate"},
+    {"questions": "dgpo"},
+    {"questions": "dgpo", "question_temperature": 0.25},
+    {"questions": "grpo"},
+]
+GRADED = {"pairs": "graded"}
 TRPA = {**DISCO, "surrogate": "logistic", "negatives": "mean", "score": "log_ratio_ref", "scale": 0.25}
 VARIANTS = {
     "uneven": [
@@ -215,7 +270,15 @@ VARIANTS = {
         {**TRPA, "constraint": "fixed", "coefficient": 0.001, "kl_estimator": "k3"},
         {**DISCO, "positive_threshold": 0.25},
         {**DISCO, "score": "l_ratio", "tau": 1.0, "rollout_is_weights": True, **CONSTRAINTS[1]},
+        *({"objective": "maxrl", "score": s, **c} for s in SCORES[:2] for c in (CONSTRAINTS[0], CONSTRAINTS[4])),
+        {"objective": "maxrl", "surrogate": "logistic", "scale": 4.0},
+        *({**o, **q, **CONSTRAINTS[4]} for o in (OBJECTIVES[1], OBJECTIVES[2], OBJECTIVES[5]) for q in QUESTIONS),
         {"objective": "real", "score": "log_ratio", "tau": 0.5, "rollout_is_weights": True, "kl_estimator": "k3"},
+    ],
+    "graded": [
+        *({**o, **GRADED, "score": s} for o in (*OBJECTIVES[:4], *FAMILY) for s in ("log_l", "l_ratio")),
+        *({**o, **GRADED, **q, **CONSTRAINTS[4]} for o in (OBJECTIVES[1], OBJECTIVES[2]) for q in QUESTIONS),
+        *({**o, **q, "positive_threshold": 0.5} for o in (OBJECTIVES[0], OBJECTIVES[4]) for q in QUESTIONS),
     ],
     "unmixed": [{**DISCO, "kl_estimator": k, **c} for k in ("k1", "k3") for c in CONSTRAINTS[:2]],
     "pair": [{**o, "score": s} for o in OBJECTIVES for s in ("log_l", "l_ratio")],

@@ -12,7 +12,9 @@ from recipe.disco import disco_loss
 from recipe.disco.constraint import AugmentedLagrangian
 
 HERE = Path(__file__).parent
-BATCHES = {name: json.loads((HERE / f"{name}.json").read_text()) for name in ("uneven", "unmixed", "pair", "far")}
+BATCHES = {
+    name: json.loads((HERE / f"{name}.json").read_text()) for name in ("uneven", "unmixed", "pair", "far", "graded")
+}
 CASES = [(name, i) for name, batch in BATCHES.items() for i in range(len(batch["variants"]))]
 # Relative to the largest of a gradient, and of a value.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5}
@@ -66,7 +68,9 @@ def test_the_vectors_reach_every_branch():
     """Without active and inactive constraints, empty rows and unmixed questions they would settle less."""
     variants = [v for batch in BATCHES.values() for v in batch["variants"]]
     for name, wanted in {
-        "objective": {"disco", "disco_b", "drpo", "real"},
+        "objective": {"disco", "disco_b", "drpo", "real", "maxrl"},
+        "questions": {"failure_rate", "dgpo", "grpo", None},
+        "pairs": {"graded", None},
         "score": {"log_l", "l_ratio", "log_ratio", "log_ratio_ref", None},
         "surrogate": {"identity", "logistic", "squared_hinge", None},
         "negatives": {"softmax", "mean", "topk", None},

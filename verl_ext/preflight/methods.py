@@ -3,9 +3,11 @@
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
 
+from verl_ext.training.estimators import ESTIMATORS
+
 GROUP_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "gpg", "opo")
-GROUP_ESTIMATORS += ("reinforce_plus_plus_baseline",)
-"""verl's advantage estimators that compare the responses to one question."""
+GROUP_ESTIMATORS += ("reinforce_plus_plus_baseline", *ESTIMATORS)
+"""Advantage estimators that compare the responses to one question."""
 
 
 def validate(config: DictConfig) -> None:
@@ -39,6 +41,9 @@ def validate(config: DictConfig) -> None:
         refuse("actor_rollout_ref.actor.use_kl_loss", True, right)
     if loss_mode == "sapo" and actor.loss_agg_mode != "seq-mean-token-mean":
         right = "verl's SAPO always averages over a response's tokens, then over responses; use seq-mean-token-mean"
+        refuse("actor_rollout_ref.actor.loss_agg_mode", actor.loss_agg_mode, right)
+    if estimator == "dgpo" and actor.loss_agg_mode != "token-mean":
+        right = "algorithm.adv_estimator=dgpo scales for a mean over tokens; use token-mean"
         refuse("actor_rollout_ref.actor.loss_agg_mode", actor.loss_agg_mode, right)
     if actor.loss_agg_mode == "seq-mean-token-sum-norm" and not actor.loss_scale_factor:
         right = (

@@ -159,7 +159,7 @@ def draw(algorithms: Sequence[str], sizes: Sequence[int], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = ["grpo", "dr_grpo", *(name for recipe in installed() for name in recipe.compared)]
+    default = ["grpo", "dr_grpo", "maxrl", "dgpo", *(name for recipe in installed() for name in recipe.compared)]
     parser.add_argument("algorithms", nargs="*", default=default, metavar="ALGORITHM[,OVERRIDE...]")
     parser.add_argument("--out", type=Path, default=Path("weights.png"))
     parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="responses per question")

@@ -90,9 +90,9 @@ def make_rows(mixed: float | None = None) -> list[dict]:
 
 
 def mixed_questions(rows: list[dict]) -> set[str]:
-    """The questions with right and wrong responses that have a token."""
-    found = {(r["uid"], r["reward"]) for r in rows if r["mask"].any()}
-    return {uid for uid, _ in found if {(uid, 0.0), (uid, 1.0)} <= found}
+    """The questions with different rewards of responses that have a token."""
+    found = [uid for uid, _ in {(r["uid"], r["reward"]) for r in rows if r["mask"].any()}]
+    return {uid for uid in found if found.count(uid) > 1}
 
 
 def settings_of(case: dict):
@@ -418,6 +418,7 @@ DEFAULTS = dict(
     mixed=None,
     skip=True,
     measure="exact",
+    pairs="threshold",
     entropy_coeff=0.0,
     correction=False,
 )
@@ -432,6 +433,12 @@ def run_case(worker, spec: dict, case: dict) -> dict:
     case = DEFAULTS | case
     reference = Reference(spec["model"], spec["engine"].get("lora_rank", 0), worker.whole_initial)
     rows = make_rows(case["mixed"])
+    if case["pairs"] == "graded":
+        # Three levels, also in questions that had no right response.
+        for r in rows[::3]:
+            r["reward"] /= 2 if r["reward"] else 1
+        for r in rows[1::4]:
+            r["reward"] = r["reward"] or 0.25
     noise, reference_noise, weight_noise = (torch.Generator().manual_seed(seed) for seed in (5, 6, 7))
     with torch.no_grad():
         current, _ = reference.log_probs(rows, case["temperature"])

@@ -1,6 +1,6 @@
 """What the method costs, in operations and bytes instead of seconds: less than verl's loss, and linear in rows."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from recipe.disco import metrics, objectives, update
 from recipe.disco.constraint import SquaredHinge
 from recipe.disco.loss import micro_batch_loss
 from recipe.disco.objectives import Disco
+from recipe.disco.questions import DGPO
 from recipe.disco.scores import SCORES
 from recipe.disco.update import ScoreTable, plan_update, require_numbers
 
@@ -100,8 +101,9 @@ def table(rows: int) -> ScoreTable:
     return ScoreTable(**{f.name: columns[f.name] for f in fields(ScoreTable)})
 
 
-def plan(rows: ScoreTable):
-    return plan_update(rows, Disco(tau=1.0), SquaredHinge(delta=1e-4, beta=1e3), positive_threshold=1.0)
+def plan(rows: ScoreTable, **options):
+    controller = SquaredHinge(delta=1e-4, beta=1e3)
+    return plan_update(rows, Disco(tau=1.0), controller, positive_threshold=1.0, **options)
 
 
 def test_a_plan_sorts_its_rows_once(monkeypatch):
@@ -118,13 +120,25 @@ def test_a_plan_sorts_its_rows_once(monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_plan_is_linear_in_rows():
+@pytest.mark.parametrize(
+    "options, levels, most",
+    [
+        ({}, 1, 150),
+        ({"question_weight": DGPO()}, 1, 150),
+        ({"graded": True}, 1, 150),
+        # Pairs of eight responses
+        ({"graded": True}, 4, 320),
+    ],
+)
+def test_a_plan_is_linear_in_rows(options, levels, most):
     written = []
     for rows in (512, 4096):
+        whole = table(rows)
+        whole = replace(whole, reward=whole.reward * (1 + whole.index % levels) / levels)
         with Results() as results:
-            plan(table(rows))
+            plan(whole, **options)
         written.append(sum(results.written) / rows)
-    assert written[1] == pytest.approx(written[0], rel=0.02) and written[0] < 150, written
+    assert written[1] == pytest.approx(written[0], rel=0.02) and written[0] < most, written
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,19 @@ def test_equal_weights_over_negatives(disco):
     torch.testing.assert_close(found, torch.tensor([1.0, -0.5, -0.5, 0, 0, 0])[:, None] * MASK)
 
 
+@pytest.mark.parametrize(
+    "disco, weight",
+    [
+        # One of three is right.
+        ({"objective": "maxrl"}, [2 / 3, -1 / 3, -1 / 3, 0, 0, 0]),
+        ({"objective": "disco_b", "questions": "dgpo"}, [1, -0.5, -0.5, 0, 0, 0]),
+        ({"objective": "disco_b", "pairs": "graded"}, [1, -0.5, -0.5, 0, 0, 0]),
+    ],
+)
+def test_weights_of_questions_and_graded_pairs_are_in_the_advantages(disco, weight):
+    torch.testing.assert_close(estimate(disco, old_log_probs()), torch.tensor(weight)[:, None] * MASK)
+
+
 def test_a_score_to_the_reference_reads_its_log_probs():
     old = old_log_probs()
     found = estimate({"score": "log_ratio_ref", "tau": 0.3}, old, old - torch.tensor([0, 1.0, 2.0, 0, 0, 0])[:, None])

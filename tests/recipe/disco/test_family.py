@@ -7,8 +7,9 @@ import pytest
 import torch
 from named import coefficient, weigh
 
-from recipe.disco import Controller, disco_loss, register_controller
-from recipe.disco.objectives import NEGATIVES, SURROGATES
+from recipe.disco import Controller, QuestionWeight, disco_loss, objectives, register_controller, register_questions
+from recipe.disco.objectives import NEGATIVES, SURROGATES, Disco
+from recipe.disco.questions import DGPO, GRPO, QUESTIONS, FailureRate, Uniform, by_question
 from recipe.disco.settings import DiscoConfig, load_once
 
 SURROGATE = {
@@ -165,6 +166,142 @@ def test_a_users_module_registers_an_objective_with_settings_of_its_own(tmp_path
     _, metrics = disco_loss(**batch(), **config.chosen())
     s = batch()["log_prob"].mean(-1)
     assert metrics["objective"] == pytest.approx(3 * float((s[[0, 3]].mean() + s[5]) / 2))
+
+
+def scored(seed: int, rewards: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    score = torch.randn(len(rewards), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return score.requires_grad_(), torch.tensor(rewards, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("surrogate", list(SURROGATES))
+@pytest.mark.parametrize("negatives", list(NEGATIVES))
+def test_graded_pairs_have_the_closed_form_whatever_shift_and_scale_of_the_rewards(surrogate, negatives):
+    score, reward = scored(3, [0.0, 0.25, 0.25, 1.0, 0.5, 0.0, 0.75])
+    objective = Disco(surrogate=surrogate, negatives=negatives, tau=0.7, top_share=0.4, scale=1.5)
+    value = total = 0.0
+    s, r = score.tolist(), reward.tolist()
+    for high, top in zip(s, r, strict=True):
+        below = [(top - q, SURROGATE[surrogate](1.5 * (high - low))) for low, q in zip(s, r, strict=True) if q < top]
+        if not below:
+            continue
+        apart = sum(w for w, _ in below)
+        if negatives == "softmax":
+            gain = -0.7 * math.log(sum(w * math.exp(-g / 0.7) for w, g in below) / apart)
+        else:
+            if negatives == "topk":
+                below = sorted(below, key=lambda pair: pair[1])[: math.ceil(0.4 * len(below))]
+            gain = sum(w * g for w, g in below) / sum(w for w, _ in below)
+        value, total = value + apart * gain, total + apart
+    zeros = torch.zeros(len(s), dtype=torch.long)
+    for rewards in (reward, 4 * reward - 1):
+        questions = by_question(rewards >= 1, zeros, zeros + 1, rewards)
+        result, weight = objectives.weigh(objective, score, questions.positive, zeros, zeros + 1, questions)
+        assert float(result.value) == pytest.approx(value / total, rel=1e-12)
+        # Those above their mean are pulled up on the whole, and nothing moves the sum.
+        assert float(weight[reward > reward.mean()].sum()) >= 0 and float(weight.sum()) == pytest.approx(0, abs=1e-12)
+
+
+def test_graded_rewards_are_compared_as_verl_keeps_them():
+    reward = torch.tensor([0.1 + 0.2, 0.3, 0.3], dtype=torch.float64)
+    zeros = torch.zeros(3, dtype=torch.long)
+    assert not by_question(reward >= 1, zeros, zeros + 1, reward).mixed
+
+
+def test_a_response_without_a_token_counts_in_no_rate():
+    reward, zeros = torch.tensor([1.0, 0.5, 0.0, 0.0]), torch.zeros(4, dtype=torch.long)
+    length = torch.tensor([3, 3, 3, 0])
+    assert float(by_question(reward >= 1, zeros, length).rate) == pytest.approx(1 / 3)
+    assert float(by_question(reward >= 1, zeros, length, reward).rate) == pytest.approx(1 / 2)
+
+
+def test_a_question_counts_by_its_factor_and_q_counts_all():
+    data = batch()
+    plain = disco_loss(**data, objective="disco_b", constraint="none")[1]
+    for name, c in (("uniform", (1, 1)), ("failure_rate", (0.5, 0.75)), ("grpo", (0.5, math.sqrt(3) / 4))):
+        _, metrics = disco_loss(**data, objective="disco_b", constraint="none", questions=name)
+        s = data["log_prob"].mean(-1)
+        of_a = s[[0, 3]].mean() - s[[1, 2]].mean()
+        of_b = s[5] - s[[4, 6, 7]].mean()
+        assert metrics["objective"] == pytest.approx(float(c[0] * of_a + c[1] * of_b) / 2)
+        assert metrics["auc"] == plain["auc"] and ("question_weight" in metrics) == (name != "uniform")
+
+
+@pytest.mark.parametrize("pairs", ["threshold", "graded"])
+@pytest.mark.parametrize("question_weight", [Uniform(), FailureRate(), DGPO(0.5), GRPO()])
+def test_factors_do_not_depend_on_the_order_of_rows_or_on_padding(question_weight, pairs):
+    g = torch.Generator().manual_seed(1)
+    reward = torch.randint(0, 3, (40,), generator=g) / 2
+    question, length = torch.randint(0, 6, (40,), generator=g), torch.randint(0, 4, (40,), generator=g)
+    score = torch.randn(40, generator=g, dtype=torch.float64)
+
+    def weights(reward, question, length, score):
+        questions = by_question(reward >= 1, question, length, reward if pairs == "graded" else None)
+        rows = (score, questions.positive, question, length)
+        return objectives.weigh(Disco(tau=0.5), *rows, questions, question_weight)[1]
+
+    rows, order = (reward, question, length, score), torch.randperm(40, generator=g)
+    found = weights(*rows)
+    torch.testing.assert_close(weights(*(x[order] for x in rows)), found[order], rtol=1e-12, atol=1e-15)
+    padding = [torch.cat([x, x.new_full((3,), y)]) for x, y in zip(rows, (5.0, -1, 2, 7.0), strict=True)]
+    torch.testing.assert_close(weights(*padding)[:40], found, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "rewards, questions, message",
+    [
+        ([-1.0, 1, 0.5, -1], "grpo", "disco.questions=grpo gave nan for question 0, .* 0.* need rewards from 0 to 1"),
+        ([3.0, 1, 2, 2], "failure_rate", r"failure_rate gave -1\.0 for question 0, whose .* is 2"),
+    ],
+)
+def test_factors_that_are_no_weights_are_refused(rewards, questions, message):
+    data = batch() | {"reward": torch.tensor([*rewards, 0, 0, 0, 0]), "uid": [0] * 4 + [1] * 4}
+    with pytest.raises(ValueError, match=message):
+        disco_loss(**data, pairs="graded", questions=questions)
+
+
+def test_a_users_weights_of_questions_have_settings_of_their_own():
+    @register_questions("mine")
+    @dataclass(frozen=True)
+    class Mine(QuestionWeight):
+        power: float
+
+        def __call__(self, p, n, mixed):
+            return (1 - p) ** self.power
+
+    try:
+        with pytest.raises(
+            ValueError, match=r"questions=mine needs the setting .power.; .*\+disco.options.power=VALUE"
+        ):
+            DiscoConfig(questions="mine")
+        config = DiscoConfig(questions="mine", options={"power": 1.0})
+        expected = disco_loss(**batch(), questions="failure_rate")
+        assert disco_loss(**batch(), **config.chosen()) == expected
+    finally:
+        del QUESTIONS._items["mine"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(question_temperature=1.0), "disco.question_temperature=1.0 has no effect with disco.questions=uniform"),
+        (
+            dict(objective="maxrl", questions="dgpo"),
+            "questions=dgpo does not go with disco.objective=maxrl, which is fai",
+        ),
+        (dict(objective="maxrl", pairs="graded"), r"pairs=graded does not go with .*=maxrl.*\['disco', 'disco_b'\]"),
+        (dict(objective="real", pairs="graded"), "pairs=graded does not go with disco.objective=real"),
+        (dict(objective="drpo", pairs="graded"), "pairs=graded does not go with disco.objective=drpo"),
+        (dict(pairs="gradual"), r"disco.pairs='gradual' is unknown; choose from \['graded', 'threshold'\]"),
+        (dict(questions="hard"), "disco.questions='hard' is unknown; choose from .*'dgpo'"),
+        (dict(questions="dgpo", question_temperature=0), "disco.question_temperature=0 is not a finite number > 0"),
+    ],
+)
+def test_pairs_and_questions_that_do_not_go_with_the_objective_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DiscoConfig(**settings)
+    if "has no effect" not in message:
+        with pytest.raises(ValueError, match=message):
+            disco_loss(**batch(), **settings)
 
 
 @pytest.mark.parametrize(

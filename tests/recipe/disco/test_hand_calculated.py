@@ -278,3 +278,82 @@ def test_importance_weights_that_are_no_numbers_are_refused():
                 *([[-1.0, -3.0], [-4.0]], [[-1.0, -3.0], [-4.0]], [1, 0], ["a", "a"]),
                 rollout_is_weights=torch.tensor(rho, dtype=torch.float64),
             )
+
+
+def test_maxrl_is_disco_b_times_the_failure_rate():
+    """a: one right of four, -1 against a mean of -3; b: one of two, -2 against -4; c: all wrong. Q = 3.
+
+    J = 1/3 * (3/4 * 2 + 1/2 * 2) = 5/6; per question the positive weighs c/3 and its negatives share -c/3.
+    MaxRL's advantages (r - mean)/mean: a 3 and -1, b 1 and -1; over n responses 3/4 and -1/4, 1/2 and -1/2: the same.
+    """
+    rows = [[-1.0], [-2.0], [-3.0], [-4.0], [-2.0], [-4.0], [-9.0]]
+    reward, uid = [1, 0, 0, 0, 1, 0, 0], list("aaaabbc")
+    loss, grad, metrics = run(rows, rows, reward, uid, objective="maxrl")
+    assert loss == close(-5 / 6)
+    assert grad == approx([[-1 / 4], [1 / 12], [1 / 12], [1 / 12], [-1 / 6], [1 / 6], [0.0]])
+    assert (metrics["question_weight"], metrics["question_weight_max"]) == (close(5 / 8), close(3 / 4))
+    by_door = run(rows, rows, reward, uid, objective="disco_b", questions="failure_rate")
+    assert by_door == (loss, grad, metrics)
+
+
+def test_dgpo_weighs_questions_by_a_softmax_over_the_batch():
+    """p = 1/2 and p = 1 - 1/4 with T = 1/(4 ln 3): exp(-p/T) = 1/9 and 1/27, so 3/4 and 1/4, times 2 questions.
+
+    The third question, all wrong, takes no share; Q = 3. J = 1/3 * (3/2 * 2 + 1/2 * 1) = 7/6.
+    """
+    rows = [[-1.0], [-3.0], [-2.0], [-2.0], [-2.0], [-3.0], [-9.0]]
+    reward, uid = [1, 0, 1, 1, 1, 0, 0], list("aabbbbc")
+    settings = dict(questions="dgpo", question_temperature=1 / (4 * LN3), tau=1e6)
+    for objective in ("disco_b", "disco"):
+        loss, grad, metrics = run(rows, rows, reward, uid, objective=objective, **settings)
+        assert loss == pytest.approx(-7 / 6, rel=1e-6)
+        assert metrics["question_weight"] == close(1)
+        assert metrics["question_weight_max"] == close(3 / 2)
+    assert grad == [pytest.approx(row) for row in ([-1 / 2], [1 / 2], *[[-1 / 18]] * 3, [1 / 6], [0.0])]
+
+
+def test_grpos_difficulty_bias_as_an_ablation():
+    """p = 1/2 and 1/5: sqrt(p(1-p)) = 1/2 and 2/5. J = 1/2 * (1/2 * 2 + 2/5 * 5) = 3/2."""
+    rows = [[-1.0], [-3.0], [-1.0], [-6.0], [-6.0], [-6.0], [-6.0]]
+    loss, _, _ = run(rows, rows, [1, 0, 1, 0, 0, 0, 0], list("aabbbbb"), objective="disco_b", questions="grpo")
+    assert loss == close(-3 / 2)
+
+
+def test_graded_rewards_compare_every_two_that_differ_by_the_difference():
+    """a: rewards 1, 1/2, 0 and 0, scores -1, -2, -4, -6; b: all 1/2, so nothing to compare. Q = 2.
+
+    pairs      1 over 1/2: weight 1/2, gain 1;  1 over 0: weight 1 each, gains 3 and 5;  1/2 over 0: 1/2 each, 2 and 4
+    J_a        (1/2 + 3 + 5 + 1 + 2) / 3.5 = 11.5 / 3.5;  J = J_a / 2
+    weights    of J_a, over 3.5: 1/2 + 1 + 1 = 5/2;  -1/2 + 1/2 + 1/2 = 1/2;  -1 - 1/2 = -3/2 for each 0
+    metrics    positive is above the mean reward, 3/8: -1 and -2; all pairs are in the right order
+    """
+    rows, reward, uid = [[-1.0], [-2.0], [-4.0], [-6.0], [-5.0], [-5.0]], [1, 0.5, 0, 0, 0.5, 0.5], list("aaaabb")
+    loss, grad, metrics = run(rows, rows, reward, uid, objective="disco_b", pairs="graded")
+    assert loss == close(-11.5 / 7)
+    assert grad == approx([[-5 / 14], [-1 / 14], [3 / 14], [3 / 14], [0.0], [0.0]])
+    assert (metrics["score_positive"], metrics["score_negative"]) == (close(-1.5), close(-5))
+    assert (metrics["auc"], metrics["effective_negatives"]) == (close(1), close(2))
+    assert (metrics["groups_mixed"], metrics["groups_all_negative"], metrics["groups_all_positive"]) == (0.5, 0.5, 0)
+
+
+def test_graded_disco_weighs_the_hardest_lower_ones_of_each():
+    """Rewards 1, 1/2 and 0, scores -1, -2 and -2 - ln 3; tau = 1.
+
+    1:    lower ones have the shares 1/3 and 2/3; mean exp = e^-2 (1/3 + 2/3 * 1/3) = 5/9 e^-2;  weight 3/2
+    1/2:  one lower, -2 - ln 3;  weight 1/2
+    J     3/4 * (-1 + 2 - ln 5/9) + 1/4 * ln 3
+    """
+    rows = [[-1.0], [-2.0], [-2 - LN3]]
+    loss, grad, metrics = run(rows, rows, [1, 0.5, 0], ["q"] * 3, objective="disco", tau=1.0, pairs="graded")
+    assert loss == close(-0.75 * (1 - math.log(5 / 9)) - LN3 / 4)
+    # Of 1's push down 3/5 is on 1/2 and 2/5 on 0.
+    assert grad == approx([[-0.75], [0.75 * 0.6 - 0.25], [0.75 * 0.4 + 0.25]])
+
+
+@pytest.mark.parametrize("settings", [{"objective": "disco", "tau": 0.3}, {"objective": "disco_b"}])
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.1, 0.7)])
+def test_graded_pairs_of_two_levels_are_positives_and_negatives_to_the_bit(settings, low, high):
+    rows = [[-1.0], [-1.3, -2.0], [-0.2], [-3.1], [-0.7], [-0.9]]
+    reward, uid = [high, low, low, high, low, high], list("aaabba")
+    plain = run(rows, rows, reward, uid, **settings, positive_threshold=high)
+    assert run(rows, rows, reward, uid, **settings, positive_threshold=high, pairs="graded") == plain

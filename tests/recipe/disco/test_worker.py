@@ -47,6 +47,7 @@ UNPRICED = [
     dict(dynamic=True, mixed=0.3, constraint="none", negatives="topk", top_share=0.4, score="l_ratio"),
     dict(dynamic=True, mixed=0.3, measure="lagged", groups_per_mini_batch=4, epochs=2),
     dict(micro=3, mixed=0.0, measure="lagged"),
+    dict(micro=3, constraint="none", pairs="graded", questions="failure_rate", groups_per_mini_batch=4),
     dict(mixed=0.3, delta=9.0, skip=False),
     dict(mixed=0.3, delta=9.0, groups_per_mini_batch=4, fresh=True, old_noise=0.0),
 ]
@@ -59,6 +60,8 @@ FAMILY = [
     dict(objective="drpo", length_temperature=0.5, max_length=20),
     dict(objective="real", score="log_ratio"),
     dict(surrogate="logistic", negatives="mean", score="log_ratio_ref", constraint="fixed", coefficient=0.3),
+    dict(objective="maxrl", score="l_ratio"),
+    dict(questions="dgpo", pairs="graded"),
 ]
 FAMILY_CASES = [loss | split for loss in FAMILY for split in (SPLITS["by three"], SPLITS["dynamic"])]
 
@@ -86,10 +89,11 @@ def run(folder: Path, ranks: int, specs: list[dict]) -> tuple[dict[str, list[dic
     file = folder / "specs.json"
     file.write_text(json.dumps(specs))
     megatron = [str(MEGATRON)] if any("megatron" in spec["engine"] for spec in specs) else []
+    paths = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         + [str(HERE / "harness.py"), str(file), str(folder / "results.jsonl")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *megatron])},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *megatron, *paths])},
         capture_output=True,
         text=True,
         timeout=900,

@@ -320,6 +320,14 @@ def test_dapo_settings_reach_verls_reward_manager_and_group_filter(compose):
     assert PPOTrainer._resolve_filter_groups_metric(types.SimpleNamespace(config=config)) is None
 
 
+def test_dynamic_sampling_is_one_override_of_disco_and_has_an_end(compose):
+    off, on = compose("algorithm=disco"), compose("algorithm=disco", "algorithm.filter_groups.enable=true")
+    resolve = PPOTrainer._resolve_filter_groups_metric
+    assert [resolve(types.SimpleNamespace(config=c)) for c in (off, on)] == [None, "reward"]
+    # What verl_ext.training.replay stops at; tests/verl_ext/training/test_replay.py
+    assert on.algorithm.filter_groups.max_num_gen_batches == 10
+
+
 def test_a_share_is_at_least_one():
     assert [hydra_config.share(0.2, total) for total in (20480, 32, 3)] == [4096, 6, 1]
 

@@ -135,6 +135,27 @@ def rloo(b: Tiny):
     return sum(b.clipped(advantage(i), b.ratio(i, t)) for i in b.rows for t in b.tokens(i)) / len(b.uid)
 
 
+def maxrl(b: Tiny):
+    def advantage(i):
+        p = b.reward[b.group(i)].mean()
+        return (b.reward[i] - p) / p
+
+    return b.token_mean(lambda i, t: b.clipped(advantage(i), b.ratio(i, t)))
+
+
+def dgpo(b: Tiny):
+    # All three questions are mixed, so all tokens are of mixed ones.
+    rate = {name: b.reward[[i for i in b.rows if b.uid[i] == name]].mean() for name in b.uid}
+    total = sum((-p / 2).exp() for p in rate.values())
+
+    def advantage(i):
+        centred = [b.reward[j] - rate[b.uid[i]] for j in b.group(i)]
+        balanced = len(centred) * (b.reward[i] - rate[b.uid[i]]) / sum(abs(x) for x in centred)
+        return balanced * 3 * (-rate[b.uid[i]] / 2).exp() / total
+
+    return b.token_mean(lambda i, t: b.clipped(advantage(i), b.ratio(i, t)))
+
+
 def reinforce_pp(b: Tiny):
     a = b.whitened({(i, t): b.reward[i] for i in b.rows for t in b.tokens(i)})
     return b.token_mean(lambda i, t: b.clipped(a[i, t], b.ratio(i, t)))
@@ -223,6 +244,8 @@ FORMULAS = dict(
     dapo=dapo,
     gpg=gpg,
     rloo=rloo,
+    maxrl=maxrl,
+    dgpo=dgpo,
     reinforce_pp=reinforce_pp,
     gspo=gspo,
     cispo=cispo,
@@ -262,6 +285,8 @@ def test_the_update_equals_the_formula(algorithm):
         ("grpo", lambda p, n: math.sqrt(p * (1 - p) * (n - 1) / n)),
         ("dr_grpo", lambda p, n: p * (1 - p)),
         ("disco", lambda p, n: 1.0),
+        ("maxrl", lambda p, n: 1 - p),
+        ("dgpo", lambda p, n: 0.5 * (n - 1) * math.exp(-p / 2) / sum(math.exp(-i / n / 2) for i in range(1, n))),
     ],
 )
 def test_the_weights_of_questions_are_proposition_1s(algorithm, weight):
@@ -280,6 +305,7 @@ def test_the_weights_of_questions_are_proposition_1s(algorithm, weight):
         ("grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=vanila", "loss_mode=vanila .*verl has .*'vanilla'"),
         ("grpo", "critic.enable=true", "critic.enable=True .* reads no values"),
         ("grpo", "algorithm.use_kl_in_reward=true", "would count twice"),
+        ("dgpo", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "use token-mean"),
         ("sapo", "actor_rollout_ref.actor.loss_agg_mode=token-mean", "use seq-mean-token-mean"),
         ("dr_grpo", "actor_rollout_ref.actor.loss_scale_factor=null", "such as data.max_response_length"),
     ],

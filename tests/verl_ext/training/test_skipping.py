@@ -148,7 +148,7 @@ def test_it_is_off_for_verls_own_methods_and_on_for_disco():
 
 
 @pytest.mark.parametrize(
-    "name", ["dapo", "dr_grpo", "gpg", "rloo", "gspo", "sapo", "cispo", "ppo", "reinforce_pp", "disco"]
+    "name", ["dapo", "dr_grpo", "gpg", "rloo", "gspo", "sapo", "cispo", "ppo", "reinforce_pp", "maxrl", "dgpo", "disco"]
 )
 def test_methods_that_it_applies_to_may_start(name):
     assert refused(f"algorithm={name}") == []
