@@ -1,6 +1,7 @@
 """The files that a run starts from: schema, disjoint splits, determinism, and building them once."""
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl_ext.tasks.arithmetic import assets
-from verl_ext.tasks.arithmetic.assets import STAMP, build_assets, draw_splits, ensure_assets
+from verl_ext.tasks.arithmetic.assets import build_assets, draw_splits, ensure_assets
 from verl_ext.tasks.arithmetic.task import LEVELS
+from verl_ext.tasks.assets import STAMP
 
 PARAMETERS = dict(iterations=2, train_size=160, test_size=32, seed=1)
 
@@ -25,7 +27,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def one_thread():
     """Two threads wait for each other at every operation when other tests keep the cores busy."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(assets.os, "cpu_count", lambda: 1)
+        m.setattr(os, "cpu_count", lambda: 1)
         yield
 
 
