@@ -18,9 +18,9 @@ from verl_ext.preflight.model import find_shape
 from verl_ext.preflight.unread import check_ignored
 
 EXPERIMENTS = list(recipes.options("experiment"))
-SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "evaluate")]
+SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "countdown_cpu", "evaluate")]
 RUN = ("algorithm=disco", "+experiment=deepseek_qwen_1_5b")
-SETS = ("train", "aime24", "aime25", "math500", "amc23", "minerva", "olympiadbench")
+SETS = ("train", "aime24", "aime25", "math500", "amc23", "minerva", "olympiadbench", "gsm8k")
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,25 @@ def test_every_check_is_in_the_list_once():
 
 @pytest.mark.parametrize("experiment", SHIPPED)
 def test_every_shipped_experiment_passes(data, experiment):
-    problems, warnings, found = run("algorithm=disco", f"+experiment={experiment}", f"math.folder={data}")
+    task = "gsm8k" if experiment.startswith("gsm8k") else "math"
+    problems, warnings, found = run("algorithm=disco", f"+experiment={experiment}", f"{task}.folder={data}")
     assert problems == []
     assert "is not on this machine: each node downloads" in warnings[0]
     assert found["batch"].endswith("4 updates") and "passed for" in found["checks"]
     assert int(found["dataclasses"].split()[0]) >= 7
+
+
+@pytest.mark.parametrize(
+    "algorithm, experiment",
+    [("disco", "gsm8k_qwen2_5_0_5b"), ("grpo", "gsm8k_qwen2_5_0_5b"), ("ppo", "gsm8k_qwen2_5_0_5b")]
+    + [("disco", "gsm8k_qwen2_5_1_5b_lora"), ("grpo", "gsm8k_qwen2_5_1_5b_lora")],
+)
+def test_the_first_hour_fits_a_gpu_of_24_gb_by_any_method(data, algorithm, experiment):
+    problems, _, found = run(f"algorithm={algorithm}", f"+experiment={experiment}", f"gsm8k.folder={data}")
+    assert problems == []
+    assert found["batch"] == "64 questions x 8 responses per step, 16 questions per update, 4 updates"
+    for moment in ("training", "weight transfer", "generation"):
+        assert re.match(r"about (1\d|2[0-3]) of 24 GiB per GPU \(verl_ext.gpu_memory\)", found[moment]), found[moment]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,9 @@ def build_assets(
     return build(folder, "countdown", stamp, make)
 
 
-def pretrain(model, tokenizer, iterations: int, sizes: Sequence[int], limits: Limits, seed: int, exclude) -> list[float]:
+def pretrain(
+    model, tokenizer, iterations: int, sizes: Sequence[int], limits: Limits, seed: int, exclude
+) -> list[float]:
     """Train ``model`` in place on random questions whose keys are not in ``exclude``; return the losses."""
     rng = random.Random(seed)
 
