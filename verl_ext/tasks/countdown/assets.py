@@ -7,11 +7,12 @@
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from verl_ext.tasks.arithmetic.pretrain import POOL, fit
 from verl_ext.tasks.assets import build, save_pretrained, save_rows
@@ -94,7 +95,13 @@ def build_assets(
 
 
 def pretrain(
-    model, tokenizer, iterations: int, sizes: Sequence[int], limits: Limits, seed: int, exclude
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    iterations: int,
+    sizes: Sequence[int],
+    limits: Limits,
+    seed: int,
+    exclude: Collection[tuple[int, ...]] = (),
 ) -> list[float]:
     """Train ``model`` in place on random questions whose keys are not in ``exclude``; return the losses."""
     rng = random.Random(seed)
