@@ -126,6 +126,37 @@ def test_evaluation_takes_a_model_and_nothing_else(data, model):
     assert problems == ["the settings do not compose: model is not set"]
 
 
+def test_missing_data_are_named_with_what_makes_them(tmp_path):
+    findings = examine(["algorithm=disco", "+experiment=gsm8k_qwen2_5_0_5b", f"gsm8k.folder={tmp_path}"])
+    wrong = [f for f in findings if f.problem and not f.warning]
+    assert [f.problem for f in wrong] == [
+        f"data.train_files: there is no {tmp_path}/train.parquet",
+        f"data.val_files: there is no {tmp_path}/gsm8k.parquet",
+    ]
+    assert all("python -m verl_ext.tasks.gsm8k.prepare --out DIR makes for gsm8k.folder=DIR" in f.fix for f in wrong)
+
+
+def test_countdown_is_built_by_the_start_and_its_rows_are_read(tmp_path):
+    from verl_ext.tasks.countdown.assets import build_assets
+
+    overrides = ["algorithm=grpo", "+experiment=countdown_cpu", f"countdown.folder={tmp_path / 'a'}"]
+    problems, warnings, found = run(*overrides)
+    assert problems == [] and any("there is no" in w for w in warnings)
+    assert found["batch"] == "16 questions x 8 responses per step, 8 questions per update, 2 updates"
+    build_assets(
+        **composition.compose([*overrides, "countdown.iterations=0", "countdown.train_size=64"]).config.countdown
+    )
+    file = tmp_path / "a/train.parquet"
+    rows = pd.read_parquet(file)
+    rows["reward_model"] = [{"style": "rule", "ground_truth": "22"}] * 64
+    rows.to_parquet(file)
+    problems, _, _ = run(*overrides)
+    refused = (
+        "the reward function refuses reward_model.ground_truth: ground_truth must have numbers and a target, got 22"
+    )
+    assert f"data.train_files: {file}: row 0: {refused} (64 such rows)" in problems
+
+
 def test_the_quickstart_passes_too(tmp_path):
     from verl_ext.tasks.arithmetic.assets import ensure_assets
 

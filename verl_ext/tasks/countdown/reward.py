@@ -47,6 +47,18 @@ def judge(answer: str, numbers: Sequence[int], target: int, use_all: bool) -> st
     return "" if value == target else "wrong"
 
 
+def numbers_and_target(truth: Any) -> tuple[list[int], int]:
+    """Read a ground truth.
+
+    Raises:
+        ValueError: it has no numbers or no target.
+    """
+    try:
+        return [int(n) for n in truth["numbers"]], int(truth["target"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"ground_truth must have numbers and a target, got {str(truth)[:80]}") from e
+
+
 def compute_score(
     data_source: str,
     solution_str: str,
@@ -72,16 +84,12 @@ def compute_score(
         ``score`` and ``acc``, the reward; ``pred``, the answer; ``failure``, one of ``FAILURES``; ``data_source``.
 
     Raises:
-        ValueError: an unknown ``style``, or a ground truth without numbers and target.
+        ValueError: an unknown ``style``, or an answer is there and the ground truth has no numbers and target.
     """
     if style not in STYLES:
         raise ValueError(f"reward_kwargs.style must be one of {', '.join(STYLES)}, got {style!r}")
-    try:
-        numbers, target = [int(n) for n in ground_truth["numbers"]], int(ground_truth["target"])
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"ground_truth must have numbers and a target, got {str(ground_truth)[:80]}") from e
     answer = find_answer(solution_str, style)
-    failure = "no answer" if answer is None else judge(answer, numbers, target, use_all)
+    failure = "no answer" if answer is None else judge(answer, *numbers_and_target(ground_truth), use_all)
     score = float(not failure)
     # Spaces aside, so that verl's majority votes count answers rather than spellings.
     pred = re.sub(r"\s+", "", (answer or "")[:LONGEST])
