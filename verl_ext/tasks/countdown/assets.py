@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from verl_ext.tasks.arithmetic.pretrain import POOL, fit
+from verl_ext.tasks.arithmetic.pretrain import BATCH, fit
 from verl_ext.tasks.assets import build, save_pretrained, save_rows
 from verl_ext.tasks.countdown.reward import STYLES
 from verl_ext.tasks.countdown.task import SIZES, Limits, Question, draw_many, draw_splits
@@ -106,13 +106,11 @@ def pretrain(
     """Train ``model`` in place on random questions whose keys are not in ``exclude``; return the losses."""
     rng = random.Random(seed)
 
-    def draw() -> list[Question]:
-        return sorted(draw_many(rng, rng.choices(sizes, k=POOL), limits, exclude), key=lambda q: q.size)
+    def draw(careless: bool) -> list[tuple[str, str]]:
+        questions = draw_many(rng, rng.choices(sizes, k=BATCH), limits, exclude)
+        return [(q.text, q.bare_response(rng, limits, careless)) for q in questions]
 
-    def write(question: Question, careless: bool) -> tuple[str, str]:
-        return question.text, question.bare_response(rng, limits, careless)
-
-    return fit(model, tokenizer, iterations, rng, draw, write)
+    return fit(model, tokenizer, iterations, draw)
 
 
 def ensure_assets(config: DictConfig) -> None:

@@ -1,7 +1,6 @@
 """The files that a run starts from: schema, disjoint splits, determinism, and building them once."""
 
 import hashlib
-import os
 import sys
 from pathlib import Path
 
@@ -21,14 +20,6 @@ PARAMETERS = dict(iterations=2, train_size=160, test_size=32, seed=1)
 def hashes(folder: Path) -> dict[str, str]:
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads wait for each other at every operation when other tests keep the cores busy."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(os, "cpu_count", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")

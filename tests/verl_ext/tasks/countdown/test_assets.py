@@ -46,17 +46,18 @@ def test_the_prompt_says_what_the_reward_asks(tmp_path):
 
 def test_the_toy_model_is_trained_on_what_is_not_held_out(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(assets, "fit", lambda model, tokenizer, n, rng, draw, write: seen.append((n, draw, write)))
+    monkeypatch.setattr(assets, "fit", lambda model, tokenizer, n, draw: seen.append((n, draw)))
     folder = build_assets(tmp_path / "a", **BARE | {"iterations": 3})
-    ((iterations, draw, write),) = seen
+    ((iterations, draw),) = seen
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     truths = [row["reward_model"]["ground_truth"] for row in rows(folder, "test")]
     held_out = {(int(t["target"]), *sorted(t["numbers"])) for t in truths}
     assert iterations == 3 and len(held_out) == 16
-    for question in draw():
-        assert question.key not in held_out
-        prompt, response = write(question, False)
-        assert prompt == question.text and len(tokenizer.encode(response)) == len(response)
+    for careless in (False, True):
+        for prompt, response in draw(careless):
+            numbers, _, target = prompt.partition("=")
+            assert (int(target), *sorted(map(int, numbers.split()))) not in held_out
+            assert len(tokenizer.encode(response)) == len(response)
 
 
 def test_the_task_prepares_what_its_settings_say(compose, tmp_path):
