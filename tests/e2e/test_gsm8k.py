@@ -1,6 +1,7 @@
 """From GSM8K as its authors ship it to training, in the documentation's two commands."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 
 from verl_ext.tasks.arithmetic.model import build_model, build_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def authors_file(folder: Path) -> Path:
+
+def authors_file(folder: Path, name: str = "gsm8k_train.jsonl") -> Path:
     """A file in the authors' layout: reasoning with calculations in it, and the answer behind ``####``."""
     rows = [
         {
@@ -21,7 +24,7 @@ def authors_file(folder: Path) -> Path:
         }
         for i in range(251, 267)
     ]
-    path = folder / "gsm8k_train.jsonl"
+    path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -73,3 +76,57 @@ def test_two_commands(main_ppo, tmp_path, request, whose):
     # Right answers are rewarded, so questions have positives and negatives, and the update moves.
     assert all(0 < step["critic/score/mean"] < 0.5 and step["disco/groups_mixed"] > 0 for step in steps)
     assert all(step["actor/grad_norm"] > 0 for step in steps)
+
+
+@pytest.fixture
+def real_model(tmp_path) -> Path:
+    """A pre-trained model: $VERL_DISCO_MODEL, a Hugging Face folder or one with a GGUF file (which needs gguf)."""
+    given = os.environ.get("VERL_DISCO_MODEL")
+    if not given:
+        pytest.skip("no model: set VERL_DISCO_MODEL to the folder of a small one, such as SmolLM2-135M-Instruct")
+    folder = Path(given).resolve()
+    if (folder / "config.json").exists():
+        return folder
+    (file,) = folder.glob("*.gguf")
+    command = [sys.executable, ROOT / "examples/convert_gguf.py", file, tmp_path / "converted"]
+    subprocess.run(command, check=True)
+    return tmp_path / "converted"
+
+
+@pytest.mark.slow
+def test_a_real_model_goes_through_the_whole_job(main_ppo, real_model, toy, tmp_path):
+    for name in ("train.jsonl", "test.jsonl"):
+        authors_file(tmp_path, name)
+    data = tmp_path / "data"
+    command = [sys.executable, "-m", "verl_ext.tasks.gsm8k.prepare", "--local", tmp_path, "--out", data]
+    subprocess.run(command, check=True)
+    run = main_ppo(
+        "algorithm=disco",
+        "+task=gsm8k",
+        "+backend=cpu",
+        f"model={real_model}",
+        f"gsm8k.folder={data}",
+        # A coin: a small model solves none of these, and groups of one kind teach nothing.
+        f"reward.custom_reward_function.path={toy / 'reward.py'}",
+        "data.train_batch_size=4",
+        "data.val_max_samples=4",
+        "data.max_response_length=64",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.rollout.n=4",
+        "trainer.total_training_steps=2",
+        "trainer.test_freq=2",
+        "trainer.save_freq=2",
+        f"trainer.default_local_dir={tmp_path / 'run'}",
+        f"hydra.run.dir={tmp_path}/hydra",
+        bare=True,
+        timeout=1800,
+    )
+    assert run.returncode == 0, run.output[-5000:]
+    steps = run.metrics()
+    assert len(steps) == 2 and all(step["actor/grad_norm"] > 0 for step in steps)
+    # The engine that trains gives the probabilities that the rollout sampled by.
+    assert all(step["training/rollout_probs_diff_mean"] < 0.01 for step in steps)
+    assert "val-core/gsm8k/acc/mean@1" in (run.folder / "metrics.jsonl").read_text()
+    command = [sys.executable, "-m", "verl_ext.export", run.folder, "--out", tmp_path / "exported"]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "exported/model.safetensors").stat().st_size > 1000

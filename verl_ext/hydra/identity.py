@@ -31,7 +31,7 @@ from verl_ext.runs.folder import (
 WITHOUT_EFFECT = (
     # A run's folder, name and length, and what it logs, evaluates and keeps.
     r"trainer\.(?!(critic_warmup|device|nnodes|n_gpus_per_node|use_v1|v1)\b).*",
-    r"(arithmetic|math)\.folder|base_model|data\.cache_dir|skip\.\w+\.dump_dir",
+    r"(arithmetic|countdown|gsm8k|math)\.folder|base_model|data\.cache_dir|skip\.\w+\.dump_dir",
     r"data\.(val_\w+|validation_shuffle)|.*\.val_kwargs\..*|.*sandbox_fusion\..*",
     r"verl_ext\.(gpu_memory|same_run|max_failed_rewards|metrics|prepare|progress|validator)",
     r"(.*\.)?(global_profiler|profiler|prometheus|trace)(\..*)?|.*\.(calculate_log_probs|disable_log_stats)",

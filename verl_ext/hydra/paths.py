@@ -25,6 +25,9 @@ PLACES = re.compile(r"(.*[._])?(dir|folder|save_path|resume_from_path|timeline_j
 REFERENCES = re.compile(r"(.*[._])?(path|paths|file|tokenizer)|.*\.module|model")
 """Settings with a path or with the name of a model or module: a path if it exists."""
 
+OF_THE_CLUSTER = ("trainer.", "data.", "arithmetic.", "countdown.", "gsm8k.", "math.")
+"""Nodes whose paths Ray's processes open."""
+
 NOT_OURS = re.compile(r".*\.env_vars\..*|.*_target_")
 
 
@@ -96,7 +99,7 @@ def _changes(config: DictConfig) -> Iterator[tuple[str, Any]]:
         if client and value != plain and ("verl_ext" not in config or str(plain).startswith("~")):
             # As in verl, the cluster resolves it.
             value = plain
-        if client and value != plain and name.startswith(("trainer.", "data.", "arithmetic.", "math.")):
+        if client and value != plain and name.startswith(OF_THE_CLUSTER):
             raise ValueError(
                 f"{name}={plain} is relative, but with Ray's client (ray://) paths are those of the cluster; give an "
                 "absolute path that each of its nodes sees"

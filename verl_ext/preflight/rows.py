@@ -1,15 +1,23 @@
 """Checks that the data files exist and that every row holds a prompt and a ground truth."""
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 from verl_ext.preflight.composition import Run
 from verl_ext.preflight.data import Rows, is_empty, wrong_prompt
 from verl_ext.preflight.findings import Finding, first_lines
 
-PREPARE = "give existing files, such as python -m verl_ext.tasks.math.prepare --out DIR makes for math.folder=DIR"
+OUR_GRADERS = {
+    "pkg://verl_ext.tasks.math.reward": "ground_truths",
+    "pkg://verl_ext.tasks.countdown.reward": "numbers_and_target",
+}
+"""Rewards of ours, and the function of each that reads a ground truth and refuses a wrong one."""
 
-OUR_GRADER = "pkg://verl_ext.tasks.math.reward"
+
+def _prepare(run: Run) -> str:
+    task = "gsm8k" if "gsm8k" in run.config else "math"
+    return f"give existing files, such as python -m verl_ext.tasks.{task}.prepare --out DIR makes for {task}.folder=DIR"
 
 
 def check_data_files(run: Run) -> Iterator[Finding]:
@@ -21,17 +29,18 @@ def check_data_files(run: Run) -> Iterator[Finding]:
         if (file.split, file.name) in seen:
             yield Finding(label, "", f"{name}: {file.name} is named twice", "leave one out", warning=True)
         elif file.problem and not run.is_elsewhere(file.name):
-            fix = "make sure that data.custom_cls knows it" if own else PREPARE
+            fix = "make sure that data.custom_cls knows it" if own else _prepare(run)
             yield Finding(label, file.name, f"{name}: {file.problem}", fix, warning=bool(own))
         seen.add((file.split, file.name))
 
 
 def check_rows(run: Run) -> Iterator[Finding]:
     """Name the rows that verl cannot train on."""
-    from verl_ext.tasks.math.reward import ground_truths
-
     settings, data = run.config.data, run.data
-    graded_by_us = (run.config.reward.custom_reward_function or {}).get("path") == OUR_GRADER
+    grader = (run.config.reward.custom_reward_function or {}).get("path")
+    accept = (
+        getattr(import_module(grader.removeprefix("pkg://")), reader) if (reader := OUR_GRADERS.get(grader)) else None
+    )
     for file in dict.fromkeys(data.files):
         name, label = f"data.{file.split}_files", f"{file.split} data"
         if file.is_remote:
@@ -39,7 +48,7 @@ def check_rows(run: Run) -> Iterator[Finding]:
         elif (rows := data.rows.get(file.name)) is None:
             continue
         elif rows.problem:
-            yield Finding(label, file.name, f"{name}: {rows.problem}", PREPARE)
+            yield Finding(label, file.name, f"{name}: {rows.problem}", _prepare(run))
         else:
             sources = "data_source" in rows.frame and sorted(map(str, rows.frame["data_source"].unique()))
             yield Finding(label, f"{file.name}: {len(rows.frame)} rows, {', '.join(sources or '?')}")
@@ -47,8 +56,8 @@ def check_rows(run: Run) -> Iterator[Finding]:
                 problem = f"{file.name} is read by data.custom_cls, so its rows were not checked"
                 yield Finding(label, "", problem, warning=True)
                 continue
-            for problem in wrong_rows(rows.frame, settings.prompt_key, ground_truths if graded_by_us else None):
-                yield Finding(label, "", f"{name}: {file.name}{problem}", PREPARE)
+            for problem in wrong_rows(rows.frame, settings.prompt_key, accept):
+                yield Finding(label, "", f"{name}: {file.name}{problem}", _prepare(run))
     for split in ("train", "val"):
         yield from _unlike(split, data.read(split))
 

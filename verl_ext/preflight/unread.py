@@ -32,7 +32,7 @@ REWARD_KWARGS = "custom_reward_function.reward_kwargs"
 PACKAGES = ("verl", "verl_ext", "transfer_queue")
 """Packages that read the settings of every run, besides recipes and verl's plugins."""
 
-SELDOM = ("distillation", "reward_model", "custom_reward_function", "critic", "arithmetic")
+SELDOM = ("distillation", "reward_model", "custom_reward_function", "critic", "arithmetic", "countdown", "gsm8k")
 """Nodes that few runs use: suggested last."""
 
 ROLES = {"actor", "critic", "ref", "rollout", "reward_model", "distillation"}

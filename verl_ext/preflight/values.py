@@ -155,10 +155,11 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         |entropy_from_logits_chunk_size|pad_to_length_bucket|parameter_sync_step|num_shards|group_size|topk|max_concurrent
         |update_weights_bucket_megabytes|num_data_storage_units|total_storage_size|max_inflight_gen_batches
         |memory_limit_mb|max_parallel_calls|max_tool_response_length|image_patch_size|cache_window_size
-        |max_assistant_turns|max_user_turns|prefill_replicas|decode_replicas)""": COUNT,
+        |max_assistant_turns|max_user_turns|prefill_replicas|decode_replicas)
+        |countdown\.(largest_number|largest_target|train_size|test_size)""": COUNT,
     r".*\.(nccl_timeout|ray_wait_register_center_timeout|horizon)|arithmetic\.(train_size|test_size)": POSITIVE,
-    r"""arithmetic\.iterations|.*\.(critic_warmup|log_val_generations|dataloader_num_workers|lora_rank|lora\.rank
-        |max_off_policy_threshold|moe_load_balance_metrics_interval|num_replicas)""": COUNT_OR_ZERO,
+    r"""(arithmetic|countdown)\.iterations|.*\.(critic_warmup|log_val_generations|dataloader_num_workers|lora_rank
+        |lora\.rank|max_off_policy_threshold|moe_load_balance_metrics_interval|num_replicas)""": COUNT_OR_ZERO,
     r""".*\.(save_freq|test_freq|(train|val)_max_samples|top_k|lr_warmup_steps|max_(actor|critic)_ckpt_to_keep
         |optim\.total_training_steps|max_num_gen_batches)""": MINUS_ONE_OR_MORE,
     r".*\.fsdp_size": MINUS_ONE_OR_COUNT,

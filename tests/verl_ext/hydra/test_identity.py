@@ -38,7 +38,8 @@ LAST = HALF | {"step": 100}
     actor_rollout_ref.rollout.temperature actor_rollout_ref.rollout.name
     critic.optim.lr critic.model.path reward.custom_reward_function.path trainer.nnodes trainer.n_gpus_per_node
     trainer.v1.trainer_mode trainer.v1.separate_async.parameter_sync_step trainer.critic_warmup
-    reward.custom_reward_function.reward_kwargs.timeout arithmetic.iterations model skip.rollout.enable
+    reward.custom_reward_function.reward_kwargs.timeout arithmetic.iterations model
+    countdown.use_all skip.rollout.enable
     """.split(),
 )
 def test_what_changes_results(name):
@@ -64,7 +65,8 @@ def test_what_changes_results(name):
     data.val_files data.val_max_samples actor_rollout_ref.rollout.val_kwargs.n
     actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size actor_rollout_ref.rollout.engine_kwargs.vllm.x
     actor_rollout_ref.ref.megatron.tensor_model_parallel_size verl_ext.same_run
-    verl_ext.gpu_memory verl_ext.prepare arithmetic.folder math.folder critic.ppo_micro_batch_size_per_gpu
+    verl_ext.gpu_memory verl_ext.prepare arithmetic.folder math.folder
+    countdown.folder gsm8k.folder critic.ppo_micro_batch_size_per_gpu
     """.split(),
 )
 def test_what_does_not(name):

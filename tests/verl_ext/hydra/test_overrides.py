@@ -217,6 +217,7 @@ READ_OTHERWISE = {
     r"global_profiler\.global_tool_config\.nsys\..*": "Ray takes the node whole",
     r"critic\.ppo_micro_batch_size_per_gpu": "verl's dataclass refuses to be made without",
     r"base_model|method": "the report",
+    r"reward\.custom_reward_function\.reward_kwargs\..*": "the reward's parameters, which the preflight compares",
 }
 """What the search does not find, and who reads it."""
 

@@ -18,9 +18,9 @@ from verl_ext.preflight.model import find_shape
 from verl_ext.preflight.unread import check_ignored
 
 EXPERIMENTS = list(recipes.options("experiment"))
-SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "evaluate")]
+SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "countdown_cpu", "evaluate")]
 RUN = ("algorithm=disco", "+experiment=deepseek_qwen_1_5b")
-SETS = ("train", "aime24", "aime25", "math500", "amc23", "minerva", "olympiadbench")
+SETS = ("train", "aime24", "aime25", "math500", "amc23", "minerva", "olympiadbench", "gsm8k")
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,25 @@ def test_every_check_is_in_the_list_once():
 
 @pytest.mark.parametrize("experiment", SHIPPED)
 def test_every_shipped_experiment_passes(data, experiment):
-    problems, warnings, found = run("algorithm=disco", f"+experiment={experiment}", f"math.folder={data}")
+    task = "gsm8k" if experiment.startswith("gsm8k") else "math"
+    problems, warnings, found = run("algorithm=disco", f"+experiment={experiment}", f"{task}.folder={data}")
     assert problems == []
     assert "is not on this machine: each node downloads" in warnings[0]
     assert found["batch"].endswith("4 updates") and "passed for" in found["checks"]
     assert int(found["dataclasses"].split()[0]) >= 7
+
+
+@pytest.mark.parametrize(
+    "algorithm, experiment",
+    [("disco", "gsm8k_qwen2_5_0_5b"), ("grpo", "gsm8k_qwen2_5_0_5b"), ("ppo", "gsm8k_qwen2_5_0_5b")]
+    + [("disco", "gsm8k_qwen2_5_1_5b_lora"), ("grpo", "gsm8k_qwen2_5_1_5b_lora")],
+)
+def test_the_first_hour_fits_a_gpu_of_24_gb_by_any_method(data, algorithm, experiment):
+    problems, _, found = run(f"algorithm={algorithm}", f"+experiment={experiment}", f"gsm8k.folder={data}")
+    assert problems == []
+    assert found["batch"] == "64 questions x 8 responses per step, 16 questions per update, 4 updates"
+    for moment in ("training", "weight transfer", "generation"):
+        assert re.match(r"about (1\d|2[0-3]) of 24 GiB per GPU \(verl_ext.gpu_memory\)", found[moment]), found[moment]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +124,37 @@ def test_evaluation_takes_a_model_and_nothing_else(data, model):
     assert run("+experiment=evaluate", f"model={model}", "method=mine", f"math.folder={data}")[0] == []
     problems, _, _ = run("+experiment=evaluate", f"math.folder={data}")
     assert problems == ["the settings do not compose: model is not set"]
+
+
+def test_missing_data_are_named_with_what_makes_them(tmp_path):
+    findings = examine(["algorithm=disco", "+experiment=gsm8k_qwen2_5_0_5b", f"gsm8k.folder={tmp_path}"])
+    wrong = [f for f in findings if f.problem and not f.warning]
+    assert [f.problem for f in wrong] == [
+        f"data.train_files: there is no {tmp_path}/train.parquet",
+        f"data.val_files: there is no {tmp_path}/gsm8k.parquet",
+    ]
+    assert all("python -m verl_ext.tasks.gsm8k.prepare --out DIR makes for gsm8k.folder=DIR" in f.fix for f in wrong)
+
+
+def test_countdown_is_built_by_the_start_and_its_rows_are_read(tmp_path):
+    from verl_ext.tasks.countdown.assets import build_assets
+
+    overrides = ["algorithm=grpo", "+experiment=countdown_cpu", f"countdown.folder={tmp_path / 'a'}"]
+    problems, warnings, found = run(*overrides)
+    assert problems == [] and any("there is no" in w for w in warnings)
+    assert found["batch"] == "16 questions x 8 responses per step, 8 questions per update, 2 updates"
+    build_assets(
+        **composition.compose([*overrides, "countdown.iterations=0", "countdown.train_size=64"]).config.countdown
+    )
+    file = tmp_path / "a/train.parquet"
+    rows = pd.read_parquet(file)
+    rows["reward_model"] = [{"style": "rule", "ground_truth": "22"}] * 64
+    rows.to_parquet(file)
+    problems, _, _ = run(*overrides)
+    refused = (
+        "the reward function refuses reward_model.ground_truth: ground_truth must have numbers and a target, got 22"
+    )
+    assert f"data.train_files: {file}: row 0: {refused} (64 such rows)" in problems
 
 
 def test_the_quickstart_passes_too(tmp_path):

@@ -7,7 +7,7 @@ out which habit pays.
 import math
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -77,6 +77,25 @@ def pretrain(
 ) -> list[float]:
     """Train ``model`` in place on random questions that are not in ``exclude``; return the losses in nats per token."""
     rng = random.Random(seed)
+
+    def draw(careless: bool) -> list[tuple[str, str]]:
+        questions = draw_many(rng, rng.choices(LEVELS, k=BATCH), exclude)
+        return [(q.text, q.careless_solution(rng) if careless else q.solution) for q in questions]
+
+    return fit(model, tokenizer, iterations, draw)
+
+
+def fit(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    iterations: int,
+    draw: Callable[[bool], list[tuple[str, str]]],
+) -> list[float]:
+    """Train ``model`` in place on any task; return the losses in nats per token.
+
+    Args:
+        draw: makes a batch of questions with responses; its argument asks for careless responses.
+    """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [Muon(matrices, LEARNING_RATE), torch.optim.AdamW(others, LEARNING_RATE, (0.9, 0.98))]
@@ -87,15 +106,13 @@ def pretrain(
     losses, started, pad = [], time.time(), tokenizer.pad_token_id
     model.train()
     for i in range(iterations):
-        careless = i >= (1 - CARELESS) * iterations
-        questions = draw_many(rng, rng.choices(LEVELS, k=BATCH), exclude)
-        rows = [(q.text, q.careless_solution(rng) if careless else q.solution) for q in questions]
+        rows = draw(i >= (1 - CARELESS) * iterations)
         encoded = sorted((encode(tokenizer, *row) for row in rows), key=lambda e: len(e[0]) + len(e[1]))
         asked = sum(len(response) for _, response in encoded)
         model.zero_grad()
         losses.append(0.0)
         # The short half and the long half: a batch of all levels in one gradient, with little padding.
-        for half in (encoded[: BATCH // 2], encoded[BATCH // 2 :]):
+        for half in (encoded[: len(rows) // 2], encoded[len(rows) // 2 :]):
             ids, labels = collate(half, pad)
             hidden = model.model(input_ids=ids).last_hidden_state
             logits = model.lm_head(hidden[labels >= 0])

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl_ext.tasks.arithmetic import assets
-from verl_ext.tasks.arithmetic.assets import STAMP, build_assets, draw_splits, ensure_assets
+from verl_ext.tasks.arithmetic.assets import build_assets, draw_splits, ensure_assets
 from verl_ext.tasks.arithmetic.task import LEVELS
+from verl_ext.tasks.assets import STAMP
 
 PARAMETERS = dict(iterations=2, train_size=160, test_size=32, seed=1)
 
@@ -19,14 +20,6 @@ PARAMETERS = dict(iterations=2, train_size=160, test_size=32, seed=1)
 def hashes(folder: Path) -> dict[str, str]:
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads wait for each other at every operation when other tests keep the cores busy."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(assets.os, "cpu_count", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")

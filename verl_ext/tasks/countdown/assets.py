@@ -1,0 +1,139 @@
+"""Build the files of the countdown task, once: training and held-out questions, and for "bare" ones a toy model.
+
+    python -m verl_ext.tasks.countdown.assets [--folder DIR] [--sizes 3 4] [--seed N] ...
+
+``+task=countdown`` calls :func:`ensure_assets` before Ray starts. Its YAML file has the defaults.
+"""
+
+import argparse
+import random
+from collections.abc import Collection, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from verl_ext.tasks.arithmetic.pretrain import BATCH, fit
+from verl_ext.tasks.assets import build, save_pretrained, save_rows
+from verl_ext.tasks.countdown.reward import STYLES
+from verl_ext.tasks.countdown.task import SIZES, Limits, Question, draw_many, draw_splits
+
+VERSION = 1
+"""Increase it when the same parameters build different files."""
+
+
+def prompt_of(question: Question, style: str, use_all: bool) -> str:
+    """Write a question's prompt.
+
+    "tags" has the parts of TinyZero's (github.com/Jiayi-Pan/TinyZero, ``examples/data_preprocess/countdown.py``):
+    numbers, target, the four operations, reasoning in ``<think>``, the answer in ``<answer>``, an example of it.
+    """
+    if style == "bare":
+        return question.text
+    often = "exactly once" if use_all else "at most once"
+    return (
+        f"Here are the numbers {', '.join(map(str, question.numbers))}. Write an expression that equals "
+        f"{question.target}. Use each number {often}, the operations +, -, *, / and parentheses. Reason within "
+        "<think> </think>, then give the expression alone within <answer> </answer>, such as "
+        "<answer>(1 + 2) / 3</answer>."
+    )
+
+
+def to_row(question: Question, index: int, split: str, style: str, use_all: bool) -> dict:
+    """Make a row in verl's RL schema; the data source has the size, so that verl reports pass@1 per size."""
+    return {
+        "data_source": f"size_{question.size}",
+        "prompt": [{"role": "user", "content": prompt_of(question, style, use_all)}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": question.truth},
+        "extra_info": {"index": index, "split": split, "size": question.size},
+    }
+
+
+def build_assets(
+    folder: str | Path,
+    *,
+    style: str,
+    sizes: Sequence[int],
+    largest_number: int,
+    largest_target: int,
+    use_all: bool,
+    iterations: int,
+    train_size: int,
+    test_size: int,
+    seed: int,
+) -> Path:
+    """Build data, and with ``iterations`` above 0 a model, in ``folder``, as :func:`verl_ext.tasks.assets.build` does.
+
+    Raises:
+        ValueError: a wrong parameter, or ``folder`` holds files that were not built here.
+    """
+    sizes = sorted(set(sizes))
+    if style not in STYLES:
+        raise ValueError(f"countdown.style={style} must be one of {', '.join(STYLES)}")
+    if not sizes or not set(sizes) <= set(SIZES):
+        raise ValueError(f"countdown.sizes={sizes} must be among {', '.join(map(str, SIZES))}")
+    if iterations and (style != "bare" or largest_number > 9 or largest_target > 99):
+        raise ValueError(
+            f"countdown.iterations={iterations} pre-trains a toy model, which needs style=bare, largest_number of at "
+            f"most 9 and largest_target of at most 99, not {style}, {largest_number} and {largest_target}"
+        )
+    limits = Limits(largest_number, largest_target, chain=style == "bare")
+    stamp = dict(version=VERSION, style=style, sizes=sizes, largest_number=largest_number, use_all=use_all, seed=seed)
+    stamp |= dict(largest_target=largest_target, iterations=iterations, train_size=train_size, test_size=test_size)
+
+    def make(place: Path) -> None:
+        train, test = draw_splits(train_size, test_size, sizes, limits, seed)
+        for split, questions in (("train", train), ("test", test)):
+            save_rows(place, split, [to_row(q, i, split, style, use_all) for i, q in enumerate(questions)])
+        if iterations:
+            held_out = {q.key for q in test}
+            save_pretrained(place / "model", seed, lambda *m: pretrain(*m, iterations, sizes, limits, seed, held_out))
+
+    return build(folder, "countdown", stamp, make)
+
+
+def pretrain(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    iterations: int,
+    sizes: Sequence[int],
+    limits: Limits,
+    seed: int,
+    exclude: Collection[tuple[int, ...]] = (),
+) -> list[float]:
+    """Train ``model`` in place on random questions whose keys are not in ``exclude``; return the losses."""
+    rng = random.Random(seed)
+
+    def draw(careless: bool) -> list[tuple[str, str]]:
+        questions = draw_many(rng, rng.choices(sizes, k=BATCH), limits, exclude)
+        return [(q.text, q.bare_response(rng, limits, careless)) for q in questions]
+
+    return fit(model, tokenizer, iterations, draw)
+
+
+def ensure_assets(config: DictConfig) -> None:
+    """Build the files that ``config.countdown`` describes (``verl_ext.prepare`` of the task)."""
+    build_assets(**OmegaConf.to_container(config.countdown, resolve=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = files("verl_ext") / "config/task/countdown.yaml"
+    for name, value in OmegaConf.create(task.read_text()).countdown.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, ListConfig):
+            parser.add_argument(flag, type=int, nargs="+", default=[*value])
+        elif isinstance(value, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(flag, type=type(value), default=value)
+    try:
+        build_assets(**vars(parser.parse_args()))
+    except ValueError as e:
+        raise SystemExit(f"not built: {e}") from None
+
+
+if __name__ == "__main__":
+    main()
