@@ -287,12 +287,11 @@ class ExtendedTrainer:
         rows = [parse_key(key) for key in batch.keys]
         group = [row.uid for row in rows]
         where = f"{reward_function(self.config)}, step {self.global_steps}"
-        reward = sequence_rewards(read(batch, ["rm_scores"])["rm_scores"], batch.keys, where)
+        reward = of_sessions(rows, sequence_rewards(read(batch, ["rm_scores"])["rm_scores"], batch.keys, where))
         metrics["training/mixed_questions"], metrics["training/right_questions"] = shares(group, reward)
         if not self._whole_groups:
             return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
-        refuse_several_trajectories(rows, rollout.agent.default_agent_loop)
         # Fixed sizes must divide a rank's rows.
         micro_batches = [actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu]
         lengths = [tag["seq_len"] for tag in batch.tags]
@@ -311,7 +310,7 @@ class ExtendedTrainer:
         # Pads the batch to exactly this size, its smallest multiple.
         batch = upsample_batch_to_divisible_size(batch, len(group) + padding, self.tokenizer.eos_token_id)
         batch.reorder(plan.order)
-        write(batch, Rows.dealt(group, reward, plan).columns())
+        write(batch, Rows.dealt(group, [(row.uid, row.session) for row in rows], reward, plan).columns())
 
         tokens = [*lengths, *[SYNTHETIC_PADDING_SEQ_LEN] * padding]
         by_rank = [[row for part in parts for row in part] for parts in zip(*plan.partitions, strict=True)]
@@ -432,15 +431,13 @@ def shares(group: list[str], reward: list[float]) -> tuple[float, float]:
     return mixed / max(len(rewards), 1), right / max(len(rewards), 1)
 
 
-def refuse_several_trajectories(rows: Iterable[RowKey], agent_loop: str) -> None:
-    """Refuse a batch with several rows for one session, with ValueError; it names ``agent_loop``, the default one."""
-    (uid, session), number = Counter((row.uid, row.session) for row in rows).most_common(1)[0]
-    if number > 1:
-        raise ValueError(
-            f"an agent loop returned {number} trajectories for one session ({uid}_{session}); each would count as a "
-            "response, so long sessions would weigh more. Use an agent loop that returns one trajectory per session: "
-            f"actor_rollout_ref.rollout.agent.default_agent_loop (here {agent_loop}), or agent_name in the data"
-        )
+def of_sessions(rows: Sequence[RowKey], reward: Sequence[float]) -> list[float]:
+    """Return for each row the reward of its session's last trajectory: a session is one response, with one reward."""
+    last: dict[tuple[str, int], tuple[int, float]] = {}
+    for row, value in zip(rows, reward, strict=True):
+        session = (row.uid, row.session)
+        last[session] = max(last.get(session, (-1, 0.0)), (row.trajectory, value), key=lambda found: found[0])
+    return [last[row.uid, row.session][1] for row in rows]
 
 
 class ExtendedTrainerSync(ExtendedTrainer, PPOTrainerSync):

@@ -23,6 +23,7 @@ def table(**columns) -> ScoreTable:
         score=torch.tensor([-0.5, -0.25, -1.0, -0.3, -0.1, -2.0, -1.5, 0, 0], dtype=torch.float64),
         kl=torch.tensor([0.01, 0.02, -0.03, 0.05, 0, 0.1, 0, 0, 0], dtype=torch.float64),
         measured=torch.ones(9, dtype=torch.bool),
+        session=torch.arange(9),
         entropy=torch.full((9,), torch.nan),
     )
     return ScoreTable(**found | columns)

@@ -15,7 +15,8 @@ GROUP = ["a-b", "c", "a-b", "d", "c", "a-b", "d"]
 
 def test_whole_questions_are_carried_as_they_were_dealt():
     plan = deal(GROUP, [10, 20, 30, 40, 50, 60, 70], groups_per_mini_batch=2, ranks=2)
-    rows = Rows.dealt(GROUP, [float(i) for i in range(7)], plan)
+    # The last two rows are one response.
+    rows = Rows.dealt(GROUP, [0, 1, 2, 3, 4, 5, 5], [float(i) for i in range(7)], plan)
     assert rows.sample_index.tolist() == plan.order and rows.mini_batch_id.tolist() == plan.mini_batch
     of_question = {}
     for index, group, size, reward, mini_batch in zip(
@@ -31,6 +32,10 @@ def test_whole_questions_are_carried_as_they_were_dealt():
             continue
         assert size == GROUP.count(GROUP[index]) and reward == index
         of_question.setdefault(GROUP[index], set()).add((group, mini_batch))
+    sessions = dict(zip(rows.sample_index.tolist(), rows.session_id.tolist(), strict=True))
+    assert [sessions[i] for i in range(7)] == [0, 1, 2, 3, 4, 5, 5]
+    padding = [session for i, session in sessions.items() if i >= 7]
+    assert padding and len(set(padding)) == len(padding) and max(padding) < 0
     # One number and one mini-batch per question, no number twice.
     assert all(len(found) == 1 for found in of_question.values())
     assert len({group for found in of_question.values() for group, _ in found}) == 3
@@ -41,7 +46,7 @@ def test_whole_questions_are_carried_as_they_were_dealt():
 
 def test_a_worker_reads_what_the_trainer_wrote():
     plan = deal(GROUP, [1] * 7, groups_per_mini_batch=3, ranks=2)
-    rows, facts = Rows.dealt(GROUP, [0.5] * 7, plan), BatchFacts(True, False, 1, 3)
+    rows, facts = Rows.dealt(GROUP, range(7), [0.5] * 7, plan), BatchFacts(True, False, 1, 3)
     data = rows.columns()
     assert tuple(data.keys()) == ROW_FIELDS
     tu.assign_non_tensor(data, **asdict(facts))

@@ -38,14 +38,9 @@ def test_verls_trainers_build_the_reward_workers_that_count(monkeypatch):
         trainer.register()
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [["a_0_0", "a_0_1"], ["a-b_0_0", "c_0_0", "a-b_1_0", "c_1_0", "c_1_2"], ["a_0_3", "b_0_0", "a_0_0"]],
-)
-def test_several_trajectories_in_a_session_are_refused(keys):
-    message = r"2 trajectories for one session \((a_0|c_1)\); .* actor_rollout_ref.rollout.agent.default_agent_loop"
-    with pytest.raises(ValueError, match=message):
-        trainer.refuse_several_trajectories([parse_key(key) for key in keys], "my_agent")
+def test_a_session_has_the_reward_of_its_last_trajectory():
+    rows = [parse_key(key) for key in ("a_0_1", "a_1_0", "a_0_0", "b_0_0", "a_0_10")]
+    assert trainer.of_sessions(rows, [0.5, 0.0, 0.25, 1.0, 0.75]) == [0.75, 0.0, 0.75, 1.0, 0.75]
 
 
 def test_the_shares_of_mixed_questions_and_of_right_ones():
