@@ -20,8 +20,9 @@ from recipe.disco.loss import question_ids
 from recipe.disco.objectives import weigh
 from recipe.disco.scores import compute_score
 from recipe.disco.settings import DiscoConfig, parse
-from recipe.disco.update import is_positive
+from recipe.disco.update import ScoreTable, by_session, is_positive, occurrences
 from verl_ext.training.advantages import current
+from verl_ext.training.rows import of_sessions
 
 NAME = "disco"
 
@@ -36,7 +37,7 @@ class DiscoPolicyLossConfig(PolicyLossConfig):
 def disco_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index: Sequence, config: Any = None, **unused: Any
 ) -> tuple[Tensor, Tensor]:
-    """Each response's weight in its question's objective at pi_old, dJ_q/ds_i.
+    """Each response's weight in its question's objective at pi_old, dJ_q/ds_i; all rows of a session have it.
 
     1/n+ for a positive of DisCO, -softmax(s / tau) for a negative, 0 in questions without both.
 
@@ -58,9 +59,24 @@ def disco_advantage(
     score, mask, old = disco.build_score(), response_mask.bool(), batch.read("old_log_probs")
     s = compute_score(score, old, old, mask, batch.read("ref_log_prob") if score.base == "reference" else None)
     question = torch.tensor(question_ids(index))
-    positive = is_positive(token_level_rewards.sum(-1), disco.positive_threshold)
-    _, weight = weigh(disco.build_objective(), s, positive, question, mask.sum(-1))
-    advantages = (weight * len(question.unique()))[:, None].to(token_level_rewards) * mask
+    reward = of_sessions(batch.rows, token_level_rewards.sum(-1).tolist())
+    responses, member = by_session(
+        ScoreTable(
+            question=question,
+            session=torch.tensor(question_ids([(row.uid, row.session) for row in batch.rows])),
+            size=occurrences(question),
+            index=torch.arange(len(s)),
+            reward=torch.tensor(reward),
+            length=mask.sum(-1),
+            score=s,
+            kl=torch.zeros_like(s),
+            measured=torch.ones_like(s, dtype=torch.bool),
+            entropy=torch.zeros_like(s),
+        )
+    )
+    positive = is_positive(responses.reward, disco.positive_threshold)
+    _, weight = weigh(disco.build_objective(), responses.score, positive, responses.question, responses.length)
+    advantages = (weight[member] * len(question.unique()))[:, None].to(token_level_rewards) * mask
     return advantages, advantages
 
 

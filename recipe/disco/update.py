@@ -136,8 +136,8 @@ def plan_update(
         **{f"constraint_{k}": v for k, v in controller.state_dict().items() if isinstance(v, int | float)},
         **groups,
         "questions": float(len(questions.positives)),
-        "rows_per_response": float((parts.question >= 0).sum() / max(int(real.sum()), 1)),
-        "padding_rows": float((parts.question < 0).sum() / max(len(parts.question), 1)),
+        "rows_per_response": int((parts.question >= 0).sum()) / max(int(real.sum()), 1),
+        "padding_rows": int((parts.question < 0).sum()) / max(len(parts.question), 1),
         "no_mixed_group": float(groups["groups_mixed"] == 0),
     }
     if not table.entropy.isnan().any():

@@ -10,6 +10,7 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
 from verl_ext.training.grouping import Deal
+from verl_ext.training.transfer import RowKey
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,12 @@ class BatchFacts:
     def ends_step(self) -> bool:
         """Whether this is the last update before the next weight synchronisation."""
         return self.local_step == self.local_steps - 1
+
+
+def of_sessions(rows: Sequence[RowKey], reward: Sequence[float]) -> list[float]:
+    """Return for each row the reward of its session's last trajectory: a session is one response, with one reward."""
+    last: dict[tuple[str, int], tuple[int, float]] = {}
+    for row, value in zip(rows, reward, strict=True):
+        session = (row.uid, row.session)
+        last[session] = max(last.get(session, (-1, 0.0)), (row.trajectory, value), key=lambda found: found[0])
+    return [last[row.uid, row.session][1] for row in rows]

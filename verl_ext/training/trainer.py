@@ -36,9 +36,9 @@ from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_eval
 from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
 from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function
-from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows
+from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows, of_sessions
 from verl_ext.training.skipping import SETTING, SkippingWorker, teaching
-from verl_ext.training.transfer import Batch, RowKey, parse_key, read, write
+from verl_ext.training.transfer import Batch, parse_key, read, write
 from verl_ext.training.watch import Watch
 
 UNREAD = {"rm_scores", "log_probs", "entropy"}
@@ -346,7 +346,8 @@ class ExtendedTrainer:
         return batch
 
     def _compute_advantage(self, batch: Batch, metrics: dict) -> Batch:
-        with estimating(self.config, lambda name: read(batch, [name]).to_padded_tensor()[name]):
+        rows = [parse_key(key) for key in batch.keys]
+        with estimating(self.config, lambda name: read(batch, [name]).to_padded_tensor()[name], rows):
             return super()._compute_advantage(batch, metrics)
 
     def _bypass_mode(self) -> bool:
@@ -429,15 +430,6 @@ def shares(group: list[str], reward: list[float]) -> tuple[float, float]:
     mixed = sum(len(values) > 1 for values in rewards.values())
     right = sum(len(values) == 1 and max(values) > 0 for values in rewards.values())
     return mixed / max(len(rewards), 1), right / max(len(rewards), 1)
-
-
-def of_sessions(rows: Sequence[RowKey], reward: Sequence[float]) -> list[float]:
-    """Return for each row the reward of its session's last trajectory: a session is one response, with one reward."""
-    last: dict[tuple[str, int], tuple[int, float]] = {}
-    for row, value in zip(rows, reward, strict=True):
-        session = (row.uid, row.session)
-        last[session] = max(last.get(session, (-1, 0.0)), (row.trajectory, value), key=lambda found: found[0])
-    return [last[row.uid, row.session][1] for row in rows]
 
 
 class ExtendedTrainerSync(ExtendedTrainer, PPOTrainerSync):

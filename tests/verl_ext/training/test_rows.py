@@ -7,7 +7,8 @@ import torch
 from verl.utils import tensordict_utils as tu
 
 from verl_ext.training.grouping import deal
-from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows
+from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows, of_sessions
+from verl_ext.training.transfer import parse_key
 
 # Question "a-b" has three responses, "c" and "d" two.
 GROUP = ["a-b", "c", "a-b", "d", "c", "a-b", "d"]
@@ -64,3 +65,8 @@ def test_old_log_probs_are_fresh_unless_they_are_the_rollouts_or_an_update_came_
     facts = BatchFacts.before(local_step=step, local_steps=2, bypass_mode=bypass)
     assert (facts.old_log_probs_fresh, facts.entropy_logged) == (fresh, logged)
     assert (facts.at_rollout_weights, facts.ends_step) == (step == 0, step == 1)
+
+
+def test_a_session_has_the_reward_of_its_last_trajectory():
+    rows = [parse_key(key) for key in ("a_0_1", "a_1_0", "a_0_0", "b_0_0", "a_0_10")]
+    assert of_sessions(rows, [0.5, 0.0, 0.25, 1.0, 0.75]) == [0.75, 0.0, 0.75, 1.0, 0.75]

@@ -14,7 +14,6 @@ from verl_ext.training import trainer
 from verl_ext.training.metrics_log import as_line
 from verl_ext.training.reward_loop import CountingRewardManager, Tally
 from verl_ext.training.trainer import ExtendedTrainerSync
-from verl_ext.training.transfer import parse_key
 from verl_ext.training.watch import Watch
 
 
@@ -36,11 +35,6 @@ def test_verls_trainers_build_the_reward_workers_that_count(monkeypatch):
     monkeypatch.delattr(trainer_base, "RewardLoopManager")
     with pytest.raises(RuntimeError, match="no longer uses its RewardLoopManager"):
         trainer.register()
-
-
-def test_a_session_has_the_reward_of_its_last_trajectory():
-    rows = [parse_key(key) for key in ("a_0_1", "a_1_0", "a_0_0", "b_0_0", "a_0_10")]
-    assert trainer.of_sessions(rows, [0.5, 0.0, 0.25, 1.0, 0.75]) == [0.75, 0.0, 0.75, 1.0, 0.75]
 
 
 def test_the_shares_of_mixed_questions_and_of_right_ones():
