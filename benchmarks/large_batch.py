@@ -56,6 +56,7 @@ def make_table(rows: int, responses: int) -> ScoreTable:
     length = (8192 * torch.rand(rows, generator=g) ** 1.5).long().clamp(min=1)
     return ScoreTable(
         question=question,
+        session=torch.arange(len(question)),
         size=question.bincount()[question],
         index=torch.arange(rows),
         reward=(torch.rand(rows, generator=g) < 0.4).double(),

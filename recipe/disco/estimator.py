@@ -20,8 +20,9 @@ from recipe.disco.loss import question_ids
 from recipe.disco.objectives import weigh
 from recipe.disco.scores import compute_score
 from recipe.disco.settings import DiscoConfig, parse
-from recipe.disco.update import labelled
+from recipe.disco.update import ScoreTable, by_session, labelled, occurrences
 from verl_ext.training.advantages import current
+from verl_ext.training.rows import of_sessions
 
 NAME = "disco"
 
@@ -36,7 +37,7 @@ class DiscoPolicyLossConfig(PolicyLossConfig):
 def disco_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index: Sequence, config: Any = None, **unused: Any
 ) -> tuple[Tensor, Tensor]:
-    """Each response's weight in its question's objective at pi_old, dJ_q/ds_i.
+    """Each response's weight in its question's objective at pi_old, dJ_q/ds_i; all rows of a session have it.
 
     1/n+ for a positive of DisCO, -softmax(s / tau) for a negative, 0 in questions without both. Weights of questions
     (``disco.questions``) are here of the whole batch, in training of each mini-batch.
@@ -59,11 +60,25 @@ def disco_advantage(
     score, mask, old = disco.build_score(), response_mask.bool(), batch.read("old_log_probs")
     s = compute_score(score, old, old, mask, batch.read("ref_log_prob") if score.base == "reference" else None)
     question = torch.tensor(question_ids(index))
-    length = mask.sum(-1)
-    questions = labelled(token_level_rewards.sum(-1), question, length, disco.positive_threshold, disco.graded)
-    rows = (s, questions.positive, question, length)
+    reward = of_sessions(batch.rows, token_level_rewards.sum(-1).tolist())
+    responses, member = by_session(
+        ScoreTable(
+            question=question,
+            session=torch.tensor(question_ids([(row.uid, row.session) for row in batch.rows])),
+            size=occurrences(question),
+            index=torch.arange(len(s)),
+            reward=torch.tensor(reward),
+            length=mask.sum(-1),
+            score=s,
+            kl=torch.zeros_like(s),
+            measured=torch.ones_like(s, dtype=torch.bool),
+            entropy=torch.zeros_like(s),
+        )
+    )
+    questions = labelled(responses.reward, responses.question, responses.length, disco.positive_threshold, disco.graded)
+    rows = (responses.score, questions.positive, responses.question, responses.length)
     _, weight = weigh(disco.build_objective(), *rows, questions, disco.build_question_weight())
-    advantages = (weight * len(questions.ids))[:, None].to(token_level_rewards) * mask
+    advantages = (weight[member] * len(questions.ids))[:, None].to(token_level_rewards) * mask
     return advantages, advantages
 
 

@@ -31,6 +31,7 @@ def disco_loss(
     reward: Tensor,
     uid: Sequence[Hashable] | Tensor,
     *,
+    session: Sequence[Hashable] | Tensor | None = None,
     objective: str = "disco",
     score: str = "log_l",
     tau: float | None = None,
@@ -61,6 +62,8 @@ def disco_loss(
         reward: (B,) a response is positive when its reward is >= ``positive_threshold``.
         uid: (B,) the question that a response answers: hashables or an integer tensor, in any order; groups may be
             of any sizes.
+        session: (B,) the response that a row is a part of, where an agent's response has several rows: its score is
+            the mean over the tokens of all of them. By default each row is one.
         objective, score, kl_estimator: names; see :mod:`~recipe.disco.objectives`, :mod:`~recipe.disco.scores`,
             :mod:`~recipe.disco.constraint`.
         tau: temperature of the negatives' softmax, in units of the score; > 0. By default the score's
@@ -107,8 +110,10 @@ def disco_loss(
     if ref_log_prob is not None:
         ref_log_prob = at_least_float32(ref_log_prob).detach()
     question = torch.tensor(question_ids(uid), dtype=torch.long, device=log_prob.device)
+    sessions = range(len(log_prob)) if session is None else question_ids(session)
     table = ScoreTable(
         question=question,
+        session=torch.tensor(sessions, dtype=torch.long, device=log_prob.device),
         size=question.bincount()[question],
         index=torch.arange(len(log_prob)),
         reward=reward,

@@ -20,21 +20,24 @@ from recipe.disco.questions import UNIFORM, Questions, QuestionWeight, by_questi
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A mini-batch, one row per response, columns of shape (B,).
+    """A mini-batch, one row per response, or per part of it, columns of shape (B,).
 
     Attributes:
         question: which question a response answers, any integers; < 0 for a padding row.
-        size: how many responses its question has in the whole batch.
-        index: the response's number in the batch, for messages.
+        session: which response the row is, or is a part of (:func:`by_session`), any integers; padding rows have their
+            own.
+        size: how many rows its question has in the whole batch.
+        index: the row's number in the batch, for messages.
         reward: the summed reward, before any KL term.
         length: response tokens.
-        score: s_i.
-        kl: the KL's estimate, summed over the response's tokens, in nats.
+        score: s_i of the row's tokens.
+        kl: the KL's estimate, summed over the row's tokens, in nats.
         measured: whether score and kl are the policy's. Where they are not, they are 0, and no weight depends on them.
-        entropy: of the policy, summed over the response's tokens, in nats; NaN where it was not measured.
+        entropy: of the policy, summed over the row's tokens, in nats; NaN where it was not measured.
     """
 
     question: Tensor
+    session: Tensor
     size: Tensor
     index: Tensor
     reward: Tensor
@@ -52,7 +55,7 @@ class ScoreTable:
         """
         mine = {f.name: getattr(self, f.name).to(self.score.device, torch.float64) for f in fields(self)}
         all_rows = dict(zip(mine, gather(torch.stack(list(mine.values()), -1)).unbind(-1), strict=True))
-        whole = {name: all_rows[name].long() for name in ("question", "size", "index", "length")}
+        whole = {name: all_rows[name].long() for name in ("question", "session", "size", "index", "length")}
         return ScoreTable(**all_rows | whole | {"measured": all_rows["measured"].bool()})
 
 
@@ -62,12 +65,12 @@ class UpdatePlan:
 
     Attributes:
         loss: L, 0-dim; with a graph if the table's scores and KL have one.
-        weight: (B,) w_i = dJ/ds_i, float64, no graph.
+        weight: (B,) w_i = dJ/ds_i by the row's own score, float64, no graph.
         positive: (B,) bool, the labels.
         coefficient: c = d penalty / d KL.
         tokens: N, response tokens of the mini-batch; KL = (1/N) sum_i kl_i.
         kl: the KL that the penalty was taken at, nats per token.
-        needs_gradient: (B,) bool: responses whose gradient is not 0, since w_i is not, or c is not.
+        needs_gradient: (B,) bool: rows whose gradient is not 0, since w_i is not, or c is not.
         metrics: as ``README.md`` lists them.
     """
 
@@ -105,9 +108,11 @@ def plan_update(
         ValueError: NaN or infinity in the table, with the response's index; a question of which a part is missing; what
             an objective or a controller gives and cannot be used.
     """
+    check_numbers(table)
+    parts, (table, member) = table, by_session(table)
     # One sort for all that follows
     questions = labelled(table.reward, table.question, table.length, positive_threshold, graded)
-    check_table(table, questions)
+    refuse_torn(table, questions.size)
     real = table.question >= 0
     tokens = int(table.length[real].sum())
     seen = real & table.measured
@@ -121,8 +126,11 @@ def plan_update(
     penalty, coefficient = price(controller, in_force.item())
     loss = (-j.value + controller.penalty(in_force)).to(table.score)
 
-    needs_gradient = (table.length > 0) & ((weight != 0) | (coefficient != 0))
     groups = group_metrics(table.score.detach(), *rows[1:], weight, questions)
+    if parts is not table:
+        # ds/ds_k = n_k / n
+        weight = weight[member] * (parts.length / table.length[member].clamp(min=1))
+    needs_gradient = (parts.length > 0) & ((weight != 0) | (coefficient != 0))
     metrics = {
         "loss": loss.item(),
         "objective": j.value.item(),
@@ -136,12 +144,14 @@ def plan_update(
         **groups,
         **({} if question_weight.uniform else weight_metrics(factors(question_weight, questions)[questions.are_mixed])),
         "questions": float(len(questions.positives)),
-        "padding_rows": float((~real).sum() / max(len(real), 1)),
+        "rows_per_response": int((parts.question >= 0).sum()) / max(int(real.sum()), 1),
+        "padding_rows": int((parts.question < 0).sum()) / max(len(parts.question), 1),
         "no_mixed_group": float(groups["groups_mixed"] == 0),
     }
     if not table.entropy.isnan().any():
         metrics["entropy"] = float(table.entropy.sum()) / max(tokens, 1)
-    return UpdatePlan(loss, weight, questions.positive, coefficient, tokens, in_force.item(), needs_gradient, metrics)
+    positive = questions.positive[member]
+    return UpdatePlan(loss, weight, positive, coefficient, tokens, in_force.item(), needs_gradient, metrics)
 
 
 def labelled(reward: Tensor, question: Tensor, length: Tensor, threshold: float, graded: bool) -> Questions:
@@ -171,11 +181,60 @@ def kl_noise(kl_sum: Tensor, length: Tensor) -> dict[str, float]:
     return {} if error is None else {"kl_standard_error": error}
 
 
-def check_table(table: ScoreTable, questions: Questions) -> None:
-    """Refuse what no update can be made of.
+def by_session(table: ScoreTable) -> tuple[ScoreTable, Tensor]:
+    """The table with one row per response, and the number there of each row, (B,).
+
+    An agent's session may leave several trajectories, a row each. It is one response: its score is the mean over the
+    tokens of all its rows, s = (1/n) sum_k n_k s_k with n = sum_k n_k; tokens, KL and entropy are sums.
 
     Raises:
-        ValueError: names the column and the first response's index, or the torn question.
+        ValueError: rows of one session with different questions or rewards; a question of which a row is missing.
+    """
+    ids, member = table.session.unique(return_inverse=True)
+    rows = torch.arange(len(member), device=member.device)
+    if len(ids) == len(rows):
+        return table, rows
+    refuse_torn(table, occurrences(table.question))
+    first = rows.new_full((len(ids),), len(rows)).scatter_reduce(0, member, rows, "amin")
+    for name, x in (("question", table.question), ("reward", table.reward)):
+        if (differs := x != x[first][member]).any():
+            row = int(differs.nonzero()[0])
+            raise ValueError(
+                f"samples {int(table.index[first[member[row]]])} and {int(table.index[row])} are of one session, but "
+                f"their {name}s are {x[first[member[row]]]:g} and {x[row]:g}; a session is one response"
+            )
+
+    def total(x: Tensor) -> Tensor:
+        return x.new_zeros(len(ids)).index_add(0, member, x)
+
+    length = total(table.length)
+    score = total(table.length * table.score) / length.clamp(min=1)
+    question = table.question[first]
+    return ScoreTable(
+        question=question,
+        session=ids,
+        size=occurrences(question),
+        index=table.index[first],
+        reward=table.reward[first],
+        length=length,
+        score=score,
+        kl=total(table.kl),
+        measured=total(table.measured.long()) > 0,
+        entropy=total(table.entropy),
+    ), member
+
+
+def occurrences(x: Tensor) -> Tensor:
+    """How often each entry's value occurs in ``x``."""
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    return counts[inverse]
+
+
+def check_numbers(table: ScoreTable) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ValueError: names the column and the first row's index.
     """
     real = table.question >= 0
     for name, x in (
@@ -186,13 +245,24 @@ def check_table(table: ScoreTable, questions: Questions) -> None:
         ("the score (0, say, for a response without a token)", table.score.detach()),
     ):
         require_numbers(name, x, index=table.index)
-    torn = real & (questions.size != table.size)
+
+
+def refuse_torn(table: ScoreTable, found: Tensor) -> None:
+    """Refuse a question of which a row is missing.
+
+    Args:
+        found: (B,) how many rows the row's question has here.
+
+    Raises:
+        ValueError: names the question.
+    """
+    torn = (table.question >= 0) & (found != table.size)
     if torn.any():
         row = int(torn.nonzero()[0])
         raise ValueError(
-            f"question {int(table.question[row])} has {int(questions.size[row])} of its {int(table.size[row])} "
-            "responses in this mini-batch: DisCO needs all of them there; train with verl_ext's trainer and do not "
-            "reorder its batches"
+            f"question {int(table.question[row])} has {int(found[row])} of its {int(table.size[row])} responses in "
+            "this mini-batch: DisCO needs all of them there; train with verl_ext's trainer and do not reorder its "
+            "batches"
         )
 
 

@@ -60,6 +60,12 @@ def padded(x: Tensor) -> Tensor:
     return x.to_padded_tensor(0) if x.is_nested else x
 
 
+def by_value(keys: Tensor, x: Tensor) -> Tensor:
+    """Sums of x over entries with the same key."""
+    ids, member = keys.unique(return_inverse=True)
+    return x.new_zeros(len(ids)).index_add(0, member, x)
+
+
 def of_whole_questions(plan: UpdatePlan, table: ScoreTable) -> Tensor:
     """Which rows with a token are of a question that has a row with a gradient."""
     return torch.isin(table.question, table.question[plan.needs_gradient]) & (table.length > 0)
@@ -128,8 +134,8 @@ class MiniBatchLoss:
         score, kl_estimator: as the plan's table was measured by.
         plan: of the whole mini-batch; None where nothing was measured and no loss is evaluated (early pipeline stages).
         entropy_coeff: weight of the entropy bonus.
-        sums: KL, tokens and entropy of each response that the loss has seen, (rows, 3) per micro-batch, 0 for fillers;
-            None where the table has them already.
+        sums: session, KL, tokens and entropy of each row that the loss has seen, (rows, 4) per micro-batch, of fillers
+            0; None where the table has them already.
     """
 
     score: Score
@@ -170,8 +176,9 @@ class MiniBatchLoss:
                 loss = loss - self.entropy_coeff * entropy.sum() / max(plan.tokens, 1)
         if self.sums is not None:
             kl = kl_estimate(log_prob.detach(), old, mask, self.kl_estimator).sum(-1)
-            columns = torch.stack([x.double() for x in (kl, mask.sum(-1), entropy.detach().expand_as(kl))], -1)
-            self.sums.append(columns.masked_fill(data[FILLER][:, None], 0.0))
+            columns = (data["session_id"].to(kl), kl, mask.sum(-1), entropy.detach().expand_as(kl))
+            table = torch.stack([x.double() for x in columns], -1)
+            self.sums.append(table.masked_fill(data[FILLER][:, None], 0.0))
         return loss * data["dp_size"], {}
 
 
@@ -272,7 +279,8 @@ class DiscoTrainingWorker(TrainingWorker):
         # Empty on pipeline stages before the last.
         if loss.sums:
             found = {}
-            kl_sum, length, entropy = gathered(torch.cat(loss.sums), self._group()).unbind(-1)
+            session, *sums = gathered(torch.cat(loss.sums), self._group()).unbind(-1)
+            kl_sum, length, entropy = (by_value(session, x) for x in sums)
             if (tokens := length.sum()) > 0:
                 kl = float(kl_sum.sum() / tokens)
                 found = kl_metrics(self.controller, kl) | kl_noise(kl_sum, length)
@@ -329,6 +337,7 @@ class DiscoTrainingWorker(TrainingWorker):
             length = padded(data["response_mask"]).bool().sum(-1).to(device)
         table = ScoreTable(
             question=rows.group_id,
+            session=rows.session_id,
             size=rows.group_size,
             index=rows.sample_index,
             reward=rows.sequence_reward,

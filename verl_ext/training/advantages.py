@@ -4,13 +4,15 @@ verl calls an estimator with rewards, mask, question ids and the ``algorithm`` n
 makes that call, :func:`current` returns the rest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 from omegaconf import DictConfig
 from torch import Tensor
+
+from verl_ext.training.transfer import RowKey
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,21 @@ class Estimation:
     Attributes:
         config: the run's settings.
         read: column name -> (B, T), padded with 0, in the estimator's row order.
+        rows: the rows' keys, in that order.
     """
 
     config: DictConfig
     read: Callable[[str], Tensor]
+    rows: Sequence[RowKey]
 
 
 _CURRENT: ContextVar[Estimation | None] = ContextVar("estimation", default=None)
 
 
 @contextmanager
-def estimating(config: DictConfig, read: Callable[[str], Tensor]) -> Iterator[None]:
-    """Lend ``config`` and ``read`` to the estimators that are called inside the block."""
-    token = _CURRENT.set(Estimation(config, read))
+def estimating(config: DictConfig, read: Callable[[str], Tensor], rows: Sequence[RowKey]) -> Iterator[None]:
+    """Lend a batch to the estimators that are called inside the block."""
+    token = _CURRENT.set(Estimation(config, read, rows))
     try:
         yield
     finally:

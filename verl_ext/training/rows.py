@@ -10,6 +10,7 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
 from verl_ext.training.grouping import Deal
+from verl_ext.training.transfer import RowKey
 
 
 @dataclass(frozen=True)
@@ -19,31 +20,38 @@ class Rows:
     Attributes:
         group_id: int, number of the row's question; -1 for a padding row.
         group_size: int, rows of that question in the whole batch; 0 for a padding row.
+        session_id: int, number of the response that the row is, or is a part of; a padding row has its own, < 0.
         sample_index: int, the row's index in the batch before it was dealt.
-        sequence_reward: float, the summed reward, before any KL term.
+        sequence_reward: float, the summed reward of the session, before any KL term.
         mini_batch_id: int, the row's mini-batch.
     """
 
     group_id: Tensor
     group_size: Tensor
+    session_id: Tensor
     sample_index: Tensor
     sequence_reward: Tensor
     mini_batch_id: Tensor
 
     @classmethod
-    def dealt(cls, group: Sequence[Hashable], reward: Sequence[float], plan: Deal) -> "Rows":
+    def dealt(
+        cls, group: Sequence[Hashable], session: Sequence[Hashable], reward: Sequence[float], plan: Deal
+    ) -> "Rows":
         """Make the columns in the order of ``plan``, padding rows included.
 
         Args:
             group: question of each row, in the batch's own order.
-            reward: summed reward of each row, in the same order.
+            session: response of each row, in the same order.
+            reward: summed reward of each row's session, in the same order.
             plan: where each row goes.
         """
         number = {name: i for i, name in enumerate(dict.fromkeys(group))}
+        response = {name: i for i, name in enumerate(dict.fromkeys(session))}
         size, padding, order = Counter(group), plan.num_padding, torch.tensor(plan.order)
         return cls(
             group_id=torch.tensor([number[g] for g in group] + [-1] * padding)[order],
             group_size=torch.tensor([size[g] for g in group] + [0] * padding)[order],
+            session_id=torch.tensor([response[s] for s in session] + [-1 - i for i in range(padding)])[order],
             sample_index=order,
             sequence_reward=torch.tensor([*reward, *[0.0] * padding])[order],
             mini_batch_id=torch.tensor(plan.mini_batch),
@@ -103,3 +111,12 @@ class BatchFacts:
     def ends_step(self) -> bool:
         """Whether this is the last update before the next weight synchronisation."""
         return self.local_step == self.local_steps - 1
+
+
+def of_sessions(rows: Sequence[RowKey], reward: Sequence[float]) -> list[float]:
+    """Return for each row the reward of its session's last trajectory: a session is one response, with one reward."""
+    last: dict[tuple[str, int], tuple[int, float]] = {}
+    for row, value in zip(rows, reward, strict=True):
+        session = (row.uid, row.session)
+        last[session] = max(last.get(session, (-1, 0.0)), (row.trajectory, value), key=lambda found: found[0])
+    return [last[row.uid, row.session][1] for row in rows]

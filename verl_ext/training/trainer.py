@@ -39,9 +39,9 @@ from verl_ext.training.progress import Progress, progress_wanted
 from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
 from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function
-from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows
+from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows, of_sessions
 from verl_ext.training.skipping import SETTING, SkippingWorker, teaching
-from verl_ext.training.transfer import Batch, RowKey, parse_key, read, write
+from verl_ext.training.transfer import Batch, parse_key, read, write
 from verl_ext.training.watch import Watch
 
 UNREAD = {"rm_scores", "log_probs", "entropy"}
@@ -294,12 +294,11 @@ class ExtendedTrainer:
         rows = [parse_key(key) for key in batch.keys]
         group = [row.uid for row in rows]
         where = f"{reward_function(self.config)}, step {self.global_steps}"
-        reward = sequence_rewards(read(batch, ["rm_scores"])["rm_scores"], batch.keys, where)
+        reward = of_sessions(rows, sequence_rewards(read(batch, ["rm_scores"])["rm_scores"], batch.keys, where))
         metrics["training/mixed_questions"], metrics["training/right_questions"] = shares(group, reward)
         if not self._whole_groups:
             return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
-        refuse_several_trajectories(rows, rollout.agent.default_agent_loop)
         # Fixed sizes must divide a rank's rows.
         micro_batches = [actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu]
         lengths = [tag["seq_len"] for tag in batch.tags]
@@ -318,7 +317,7 @@ class ExtendedTrainer:
         # Pads the batch to exactly this size, its smallest multiple.
         batch = upsample_batch_to_divisible_size(batch, len(group) + padding, self.tokenizer.eos_token_id)
         batch.reorder(plan.order)
-        write(batch, Rows.dealt(group, reward, plan).columns())
+        write(batch, Rows.dealt(group, [(row.uid, row.session) for row in rows], reward, plan).columns())
 
         tokens = [*lengths, *[SYNTHETIC_PADDING_SEQ_LEN] * padding]
         by_rank = [[row for part in parts for row in part] for parts in zip(*plan.partitions, strict=True)]
@@ -354,7 +353,8 @@ class ExtendedTrainer:
         return batch
 
     def _compute_advantage(self, batch: Batch, metrics: dict) -> Batch:
-        with estimating(self.config, lambda name: read(batch, [name]).to_padded_tensor()[name]):
+        rows = [parse_key(key) for key in batch.keys]
+        with estimating(self.config, lambda name: read(batch, [name]).to_padded_tensor()[name], rows):
             batch = super()._compute_advantage(batch, metrics)
         if "verl_ext" in self.config:
             metrics.update(self._weight_by_pass_rate(batch))
@@ -447,17 +447,6 @@ def shares(group: list[str], reward: list[float]) -> tuple[float, float]:
     mixed = sum(len(values) > 1 for values in rewards.values())
     right = sum(len(values) == 1 and max(values) > 0 for values in rewards.values())
     return mixed / max(len(rewards), 1), right / max(len(rewards), 1)
-
-
-def refuse_several_trajectories(rows: Iterable[RowKey], agent_loop: str) -> None:
-    """Refuse a batch with several rows for one session, with ValueError; it names ``agent_loop``, the default one."""
-    (uid, session), number = Counter((row.uid, row.session) for row in rows).most_common(1)[0]
-    if number > 1:
-        raise ValueError(
-            f"an agent loop returned {number} trajectories for one session ({uid}_{session}); each would count as a "
-            "response, so long sessions would weigh more. Use an agent loop that returns one trajectory per session: "
-            f"actor_rollout_ref.rollout.agent.default_agent_loop (here {agent_loop}), or agent_name in the data"
-        )
 
 
 class ExtendedTrainerSync(ExtendedTrainer, PPOTrainerSync):

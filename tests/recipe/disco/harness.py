@@ -89,6 +89,36 @@ def make_rows(mixed: float | None = None) -> list[dict]:
     return rows
 
 
+def in_sessions(rows: list[dict], sessions: int | None) -> None:
+    """Number the response of each row; with ``sessions`` each response but the first has 1, 2 or 3 parts.
+
+    A part is a row of its own, with the response's reward; the next part goes on from another prompt.
+    """
+    for i, r in enumerate(rows):
+        r["session"] = i
+    if not sessions:
+        return
+    for r in [r for r in rows if len(r["response"]) > 5][1:]:
+        for k in range(r["session"] % 3):
+            part = {n: v[2 * k : 2 * k + 3] if n in ("response", "mask") else v for n, v in r.items()}
+            part["prompt"] = torch.cat([r["prompt"], r["response"][: k + 1]])
+            rows.insert((5 * r["session"] + 7 * k) % len(rows), part)
+
+
+def as_responses(rows: list[dict], **tensors: torch.Tensor) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """A row per session, and its parts' tokens one after another: (responses, tokens) for each (rows, tokens)."""
+    parts: dict[int, list[int]] = {}
+    for i, r in enumerate(rows):
+        parts.setdefault(r["session"], []).append(i)
+    lengths = [len(r["response"]) for r in rows]
+
+    def joined(x: torch.Tensor) -> torch.Tensor:
+        whole = [torch.cat([x[i, : lengths[i]] for i in of]) for of in parts.values()]
+        return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+
+    return [rows[of[0]] for of in parts.values()], {name: joined(x) for name, x in tensors.items()}
+
+
 def mixed_questions(rows: list[dict]) -> set[str]:
     """The questions with different rewards of responses that have a token."""
     found = [uid for uid, _ in {(r["uid"], r["reward"]) for r in rows if r["mask"].any()}]
@@ -168,8 +198,10 @@ class Reference:
 
         pad = torch.nn.utils.rnn.pad_sequence
         log_prob, entropy = self.log_probs(rows, case["temperature"])
-        old = pad([r["old"].double() for r in rows], batch_first=True)
-        mask = pad([r["mask"] for r in rows], batch_first=True)
+        names = ("old", "mask", "ref", "rho")
+        columns = {name: pad([r[name].double() for r in rows], batch_first=True) for name in names}
+        rows, found = as_responses(rows, log_prob=log_prob, entropy=entropy, **columns)
+        log_prob, entropy, old, mask = (found[name] for name in ("log_prob", "entropy", "old", "mask"))
         if case["measure"] == "lagged":
             loss, metrics = self.lagged_loss(rows, log_prob, old, mask, case)
         else:
@@ -179,10 +211,8 @@ class Reference:
                 mask,
                 torch.tensor([r["reward"] for r in rows]),
                 [r["uid"] for r in rows],
-                ref_log_prob=pad([r["ref"].double() for r in rows], batch_first=True),
-                rollout_is_weights=pad([r["rho"].double() for r in rows], batch_first=True)
-                if case["correction"]
-                else None,
+                ref_log_prob=found["ref"],
+                rollout_is_weights=found["rho"] if case["correction"] else None,
                 **settings_of(case).chosen(),
             )
         loss = loss - case["entropy_coeff"] * (entropy * mask).sum() / mask.sum()
@@ -230,6 +260,7 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
             ref_log_prob=jagged([r["ref"].float() for r in selected]),
             group_id=torch.tensor([number[r["uid"]] for r in selected]),
             group_size=torch.tensor([uids.count(r["uid"]) for r in selected]),
+            session_id=torch.tensor([r.get("session", i) for i, r in zip(mine, selected, strict=True)]),
             sequence_reward=torch.tensor([r["reward"] for r in selected]),
             sample_index=torch.tensor(mine),
             mini_batch_id=torch.tensor([plan.mini_batch[rank * share + i] for i in range(share)]),
@@ -416,6 +447,7 @@ DEFAULTS = dict(
     fresh=False,
     old_noise=0.1,
     mixed=None,
+    sessions=False,
     skip=True,
     measure="exact",
     pairs="threshold",
@@ -439,6 +471,7 @@ def run_case(worker, spec: dict, case: dict) -> dict:
             r["reward"] /= 2 if r["reward"] else 1
         for r in rows[1::4]:
             r["reward"] = r["reward"] or 0.25
+    in_sessions(rows, case["sessions"])
     noise, reference_noise, weight_noise = (torch.Generator().manual_seed(seed) for seed in (5, 6, 7))
     with torch.no_grad():
         current, _ = reference.log_probs(rows, case["temperature"])

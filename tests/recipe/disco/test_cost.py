@@ -89,6 +89,7 @@ def table(rows: int) -> ScoreTable:
     order = torch.randperm(rows, generator=g)
     columns = dict(
         question=order // 8,
+        session=order,
         size=torch.full((rows,), 8),
         index=order,
         reward=(order % 8 < 3).double(),

@@ -10,6 +10,7 @@ from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
 from verl_ext.training.advantages import estimating
+from verl_ext.training.transfer import parse_key
 
 LENGTH = torch.tensor([3, 2, 4, 2, 1, 0])
 MASK = (torch.arange(4) < LENGTH[:, None]).long()
@@ -17,17 +18,18 @@ UID = np.array(["b", "b", "b", "a", "a", "pad"], dtype=object)
 REWARD = torch.tensor([1.0, 0, 0, 1, 1, 0])
 
 
-def estimate(disco: dict, old: torch.Tensor, ref: torch.Tensor | None = None) -> torch.Tensor:
+KEYS = tuple(f"u_{i}_0" for i in range(6))
+
+
+def estimate(disco: dict, old: torch.Tensor, ref: torch.Tensor | None = None, keys=KEYS) -> torch.Tensor:
     """verl's own call for a batch, as our trainers make it."""
     config = OmegaConf.create({"disco": disco, "algorithm": {"adv_estimator": "disco"}})
     rewards = torch.zeros(6, 4)
     rewards[torch.arange(6), (LENGTH - 1).clamp(min=0)] = REWARD
     data = DataProto.from_single_dict({"response_mask": MASK, "token_level_rewards": rewards, "uid": UID})
     columns = {"old_log_probs": old, "ref_log_prob": ref}
-    with estimating(config, columns.__getitem__):
-        found = compute_advantage_for_multi_trajectories(
-            data, [f"u_{i}_0" for i in range(6)], "disco", config=config.algorithm
-        )
+    with estimating(config, columns.__getitem__, [parse_key(key) for key in keys]):
+        found = compute_advantage_for_multi_trajectories(data, list(keys), "disco", config=config.algorithm)
     assert torch.equal(found.batch["advantages"], found.batch["returns"])
     return found.batch["advantages"]
 
@@ -68,6 +70,13 @@ def test_weights_of_questions_and_graded_pairs_are_in_the_advantages(disco, weig
     torch.testing.assert_close(estimate(disco, old_log_probs()), torch.tensor(weight)[:, None] * MASK)
 
 
+def test_all_rows_of_a_session_have_its_weight():
+    """The negatives of question b are one session of 2 + 4 tokens, whose last row's reward counts."""
+    old = old_log_probs()
+    found = estimate({"tau": 0.3}, old, keys=("u_0_0", "u_1_0", "u_1_1", "u_3_0", "u_4_0", "pad_0_0"))
+    torch.testing.assert_close(found, torch.tensor([1.0, -1.0, -1.0, 0, 0, 0])[:, None] * MASK)
+
+
 def test_a_score_to_the_reference_reads_its_log_probs():
     old = old_log_probs()
     found = estimate({"score": "log_ratio_ref", "tau": 0.3}, old, old - torch.tensor([0, 1.0, 2.0, 0, 0, 0])[:, None])
@@ -79,7 +88,7 @@ def test_another_trainer_is_refused_by_name():
     with pytest.raises(ValueError, match="algorithm.adv_estimator=disco needs the batch's log-probabilities"):
         core_algos.get_adv_estimator_fn("disco")(token_level_rewards=MASK * 1.0, response_mask=MASK, index=UID)
     with (
-        estimating(OmegaConf.create({"algorithm": {}}), lambda name: MASK),
+        estimating(OmegaConf.create({"algorithm": {}}), lambda name: MASK, []),
         pytest.raises(ValueError, match="start from algorithm=disco"),
     ):
         core_algos.get_adv_estimator_fn("disco")(token_level_rewards=MASK * 1.0, response_mask=MASK, index=UID)

@@ -23,6 +23,7 @@ def table(**columns) -> ScoreTable:
         score=torch.tensor([-0.5, -0.25, -1.0, -0.3, -0.1, -2.0, -1.5, 0, 0], dtype=torch.float64),
         kl=torch.tensor([0.01, 0.02, -0.03, 0.05, 0, 0.1, 0, 0, 0], dtype=torch.float64),
         measured=torch.ones(9, dtype=torch.bool),
+        session=torch.arange(9),
         entropy=torch.full((9,), torch.nan),
     )
     return ScoreTable(**found | columns)
@@ -61,6 +62,56 @@ def test_what_needs_a_gradient():
     # Of two negatives the hardest alone.
     hardest = plan(settings=HINGE | {"negatives": "topk", "top_share": 0.5})
     assert hardest.needs_gradient.tolist() == [True, True, False] + [False] * 6
+
+
+def in_parts() -> tuple[ScoreTable, ScoreTable]:
+    """Responses 1 (wrong, of question 0) and 4 (right, of question 1) in two rows each; and each in one row."""
+    parts = table(
+        question=torch.tensor([0, 0, 0, 1, 1, 1, 0, -1, -1]),
+        session=torch.tensor([0, 1, 2, 3, 4, 4, 1, -1, -2]),
+        size=torch.tensor([4, 4, 4, 3, 3, 3, 4, 0, 0]),
+        reward=torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 0, 0]),
+        length=torch.tensor([3, 2, 4, 5, 1, 0, 6, 0, 0]),
+    )
+    # (2 (-.25) + 6 (-1.5)) / 8, (1 (-.1) + 0) / 1
+    columns = dict(
+        question=torch.tensor([0, 0, 0, 1, 1]),
+        session=torch.arange(5),
+        size=torch.tensor([3, 3, 3, 2, 2]),
+        index=torch.arange(5),
+        reward=torch.tensor([1.0, 0, 0, 1, 1]),
+        length=torch.tensor([3, 8, 4, 5, 1]),
+        score=torch.tensor([-0.5, -9.5 / 8, -1.0, -0.3, -0.1], dtype=torch.float64),
+        kl=torch.tensor([0.01, 0.02, -0.03, 0.05, 0.1], dtype=torch.float64),
+        measured=torch.ones(5, dtype=torch.bool),
+        entropy=torch.full((5,), torch.nan),
+    )
+    return parts, ScoreTable(**columns)
+
+
+def test_a_session_is_one_response():
+    parts, whole = in_parts()
+    parts.kl[[5, 6]] = torch.tensor([0.1, 0.0], dtype=torch.float64)
+    ours, theirs = plan(parts, settings={"delta": 0.0, "beta": 9.0}), plan(whole, settings={"delta": 0.0, "beta": 9.0})
+    w = theirs.weight.tolist()
+    # A row has its share of the response's tokens.
+    assert ours.weight.tolist() == pytest.approx([w[0], w[1] * 2 / 8, w[2], w[3], w[4], 0, w[1] * 6 / 8, 0, 0])
+    assert ours.needs_gradient.tolist() == [True] * 5 + [False, True, False, False]
+    assert (ours.tokens, ours.coefficient) == (theirs.tokens, pytest.approx(theirs.coefficient))
+    assert ours.metrics.pop("rows_per_response") == 7 / 5 and theirs.metrics.pop("rows_per_response") == 1.0
+    assert ours.metrics.pop("padding_rows") == 2 / 9 and theirs.metrics.pop("padding_rows") == 0.0
+    assert ours.metrics == pytest.approx(theirs.metrics)
+
+
+def test_a_session_with_two_rewards_or_questions_or_a_missing_row_is_refused():
+    parts, _ = in_parts()
+    with pytest.raises(ValueError, match="samples 7 and 2 are of one session, but their rewards are 0 and 1"):
+        plan(replace(parts, reward=torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 0, 0])))
+    question, size = torch.tensor([0, 0, 0, 1, 1, 1, 1, -1, -1]), torch.tensor([3, 3, 3, 4, 4, 4, 4, 0, 0])
+    with pytest.raises(ValueError, match="samples 7 and 2 are of one session, but their questions are 0 and 1"):
+        plan(replace(parts, question=question, size=size))
+    with pytest.raises(ValueError, match="question 0 has 4 of its 5"):
+        plan(replace(parts, size=torch.tensor([5, 5, 5, 3, 3, 3, 5, 0, 0])))
 
 
 def test_the_kl_in_force_may_be_another_ones():

@@ -51,6 +51,14 @@ UNPRICED = [
     dict(mixed=0.3, delta=9.0, skip=False),
     dict(mixed=0.3, delta=9.0, groups_per_mini_batch=4, fresh=True, old_noise=0.0),
 ]
+# Responses of several rows, which lie on different ranks and in different micro-batches.
+SESSIONS = [dict(sessions=True, **split) for split in (SPLITS["by three"], SPLITS["dynamic"])]
+SESSIONS += [
+    dict(sessions=True, micro=1, score="l_ratio", groups_per_mini_batch=4, epochs=2),
+    dict(sessions=True, dynamic=True, objective="drpo", length_temperature=0.5, max_length=20, groups_per_mini_batch=3),
+    dict(sessions=True, micro=3, measure="lagged", groups_per_mini_batch=4),
+    dict(sessions=True, micro=3, mixed=0.3, delta=9.0, correction=True),
+]
 SHORT = [loss | split for loss in LOSSES for split in (SPLITS["by three"], SPLITS["dynamic"])] + SHARES
 
 # Objectives and scores beyond the paper's; TRPA's reads a reference model.
@@ -89,11 +97,11 @@ def run(folder: Path, ranks: int, specs: list[dict]) -> tuple[dict[str, list[dic
     file = folder / "specs.json"
     file.write_text(json.dumps(specs))
     megatron = [str(MEGATRON)] if any("megatron" in spec["engine"] for spec in specs) else []
-    paths = filter(None, [os.environ.get("PYTHONPATH")])
+    paths = [str(HERE), *megatron, *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         + [str(HERE / "harness.py"), str(file), str(folder / "results.jsonl")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *megatron, *paths])},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=900,
@@ -157,9 +165,12 @@ def check(name: str, results: list[dict], cases: list[dict], output: str) -> Non
 
 
 ENGINES = {
-    "one rank": {"one rank": ({}, CASES + SHARES + UNPRICED), "padding removed": ({"remove_padding": True}, SHORT)},
+    "one rank": {
+        "one rank": ({}, CASES + SHARES + UNPRICED + SESSIONS),
+        "padding removed": ({"remove_padding": True}, SHORT),
+    },
     "two ranks": {
-        "two ranks": ({}, CASES + SHARES + UNPRICED),
+        "two ranks": ({}, CASES + SHARES + UNPRICED + SESSIONS),
         "the family": ({}, FAMILY_CASES),
         "gradient checkpointing": ({"gradient_checkpointing": True}, SHORT),
         "replicated": ({"fsdp_size": 1}, SHORT),

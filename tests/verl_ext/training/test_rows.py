@@ -7,7 +7,8 @@ import torch
 from verl.utils import tensordict_utils as tu
 
 from verl_ext.training.grouping import deal
-from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows
+from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows, of_sessions
+from verl_ext.training.transfer import parse_key
 
 # Question "a-b" has three responses, "c" and "d" two.
 GROUP = ["a-b", "c", "a-b", "d", "c", "a-b", "d"]
@@ -15,7 +16,8 @@ GROUP = ["a-b", "c", "a-b", "d", "c", "a-b", "d"]
 
 def test_whole_questions_are_carried_as_they_were_dealt():
     plan = deal(GROUP, [10, 20, 30, 40, 50, 60, 70], groups_per_mini_batch=2, ranks=2)
-    rows = Rows.dealt(GROUP, [float(i) for i in range(7)], plan)
+    # The last two rows are one response.
+    rows = Rows.dealt(GROUP, [0, 1, 2, 3, 4, 5, 5], [float(i) for i in range(7)], plan)
     assert rows.sample_index.tolist() == plan.order and rows.mini_batch_id.tolist() == plan.mini_batch
     of_question = {}
     for index, group, size, reward, mini_batch in zip(
@@ -31,6 +33,10 @@ def test_whole_questions_are_carried_as_they_were_dealt():
             continue
         assert size == GROUP.count(GROUP[index]) and reward == index
         of_question.setdefault(GROUP[index], set()).add((group, mini_batch))
+    sessions = dict(zip(rows.sample_index.tolist(), rows.session_id.tolist(), strict=True))
+    assert [sessions[i] for i in range(7)] == [0, 1, 2, 3, 4, 5, 5]
+    padding = [session for i, session in sessions.items() if i >= 7]
+    assert padding and len(set(padding)) == len(padding) and max(padding) < 0
     # One number and one mini-batch per question, no number twice.
     assert all(len(found) == 1 for found in of_question.values())
     assert len({group for found in of_question.values() for group, _ in found}) == 3
@@ -41,7 +47,7 @@ def test_whole_questions_are_carried_as_they_were_dealt():
 
 def test_a_worker_reads_what_the_trainer_wrote():
     plan = deal(GROUP, [1] * 7, groups_per_mini_batch=3, ranks=2)
-    rows, facts = Rows.dealt(GROUP, [0.5] * 7, plan), BatchFacts(True, False, 1, 3)
+    rows, facts = Rows.dealt(GROUP, range(7), [0.5] * 7, plan), BatchFacts(True, False, 1, 3)
     data = rows.columns()
     assert tuple(data.keys()) == ROW_FIELDS
     tu.assign_non_tensor(data, **asdict(facts))
@@ -59,3 +65,8 @@ def test_old_log_probs_are_fresh_unless_they_are_the_rollouts_or_an_update_came_
     facts = BatchFacts.before(local_step=step, local_steps=2, bypass_mode=bypass)
     assert (facts.old_log_probs_fresh, facts.entropy_logged) == (fresh, logged)
     assert (facts.at_rollout_weights, facts.ends_step) == (step == 0, step == 1)
+
+
+def test_a_session_has_the_reward_of_its_last_trajectory():
+    rows = [parse_key(key) for key in ("a_0_1", "a_1_0", "a_0_0", "b_0_0", "a_0_10")]
+    assert of_sessions(rows, [0.5, 0.0, 0.25, 1.0, 0.75]) == [0.75, 0.0, 0.75, 1.0, 0.75]

@@ -14,7 +14,6 @@ from verl_ext.training import trainer
 from verl_ext.training.metrics_log import as_line
 from verl_ext.training.reward_loop import CountingRewardManager, Tally
 from verl_ext.training.trainer import ExtendedTrainerSync
-from verl_ext.training.transfer import parse_key
 from verl_ext.training.watch import Watch
 
 
@@ -36,16 +35,6 @@ def test_verls_trainers_build_the_reward_workers_that_count(monkeypatch):
     monkeypatch.delattr(trainer_base, "RewardLoopManager")
     with pytest.raises(RuntimeError, match="no longer uses its RewardLoopManager"):
         trainer.register()
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [["a_0_0", "a_0_1"], ["a-b_0_0", "c_0_0", "a-b_1_0", "c_1_0", "c_1_2"], ["a_0_3", "b_0_0", "a_0_0"]],
-)
-def test_several_trajectories_in_a_session_are_refused(keys):
-    message = r"2 trajectories for one session \((a_0|c_1)\); .* actor_rollout_ref.rollout.agent.default_agent_loop"
-    with pytest.raises(ValueError, match=message):
-        trainer.refuse_several_trajectories([parse_key(key) for key in keys], "my_agent")
 
 
 def test_the_shares_of_mixed_questions_and_of_right_ones():
