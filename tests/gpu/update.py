@@ -211,15 +211,19 @@ def log_probabilities(worker, data: TensorDict, device: str) -> dict[str, float]
 
 def tables_of(worker, data: TensorDict) -> list[str]:
     """On which device each mini-batch's table was exchanged."""
-    devices, gather = [], worker._gather
+    from recipe.disco import worker as module
 
-    def spied(table):
+    devices, gather = [], module.gathered
+
+    def spied(table, group):
         devices.append(table.device.type)
-        return gather(table)
+        return gather(table, group)
 
-    worker._gather = spied
-    worker.train_mini_batch(data.copy())
-    del worker._gather
+    module.gathered = spied
+    try:
+        worker.train_mini_batch(data.copy())
+    finally:
+        module.gathered = gather
     return devices
 
 
