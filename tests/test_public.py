@@ -36,8 +36,8 @@ EXPORTS = {
     "Score": "()",
     "Score.__call__": "(self, log_prob, base_log_prob, mask, rho=None)",
     "Sides": "(positive, negative)",
-    "disco_loss": "(log_prob, old_log_prob, response_mask, reward, uid, *, objective='disco', score='log_l', tau=None, "
-    "delta=0.0001, beta=1000.0, kl_estimator='k1', positive_threshold=1.0, ref_log_prob=None, "
+    "disco_loss": "(log_prob, old_log_prob, response_mask, reward, uid, *, session=None, objective='disco', "
+    "score='log_l', tau=None, delta=0.0001, beta=1000.0, kl_estimator='k1', positive_threshold=1.0, ref_log_prob=None, "
     "rollout_is_weights=None, constraint='squared_hinge', questions=None, pairs='threshold', **settings)",
     "register_controller": "(name)",
     "register_objective": "(name)",

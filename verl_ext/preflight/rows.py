@@ -37,7 +37,7 @@ def check_data_files(run: Run) -> Iterator[Finding]:
 def check_rows(run: Run) -> Iterator[Finding]:
     """Name the rows that verl cannot train on."""
     settings, data = run.config.data, run.data
-    grader = (run.config.reward.custom_reward_function or {}).get("path")
+    grader = str((run.config.reward.custom_reward_function or {}).get("path"))
     accept = (
         getattr(import_module(grader.removeprefix("pkg://")), reader) if (reader := OUR_GRADERS.get(grader)) else None
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 from torch import Tensor
 
+from verl_ext.training.rows import last_of_session
 from verl_ext.training.transfer import RowKey
 
 
@@ -41,6 +42,16 @@ def estimating(config: DictConfig, read: Callable[[str], Tensor], rows: Sequence
         yield
     finally:
         _CURRENT.reset(token)
+
+
+def responses(rows: int) -> list[int]:
+    """Return for each row which row counts for its response: its session's last trajectory; itself outside a trainer.
+
+    Args:
+        rows: how many an estimator was given.
+    """
+    found = _CURRENT.get()
+    return list(range(rows)) if found is None else last_of_session(found.rows)
 
 
 def current(estimator: str) -> Estimation:

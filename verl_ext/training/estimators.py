@@ -1,7 +1,7 @@
 """Advantage estimators of published methods that verl lacks, in verl's registry: ``algorithm.adv_estimator=NAME``.
 
-Each compares the responses to one question by their summed rewards and gives all tokens of a response one number. A
-question whose responses all got the same reward has advantage 0.
+Each compares the responses to one question by their summed rewards and gives all tokens of a response one number. An
+agent's session is one response. A question whose responses all got the same reward has advantage 0.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from verl_ext.training.advantages import responses
 
 DGPO_TEMPERATURE = 2.0
 """T of DGPO's weights of questions, as published."""
@@ -33,7 +35,7 @@ def maxrl(
 
     Source: arXiv 2602.02710. The authors' code divides by mean r + 1e-6.
     """
-    reward, question, mean = by_question(token_level_rewards, index)
+    reward, question, _, mean = by_question(token_level_rewards, index)
     if (reward < 0).any():
         row = int((reward < 0).nonzero()[0])
         raise ValueError(
@@ -60,9 +62,9 @@ def dgpo(
 
     Source: arXiv 2601.20614 and the authors' code, which adds 1e-4 to the sum.
     """
-    reward, question, mean = by_question(token_level_rewards, index)
+    reward, question, counts, mean = by_question(token_level_rewards, index)
     centred = reward - mean[question]
-    spread = means(centred.abs(), question, len(mean))
+    spread = means(centred.abs(), question, counts, len(mean))
     differ = spread > 0
     factor = differ.sum() * torch.softmax(torch.where(differ, -mean / DGPO_TEMPERATURE, -torch.inf), 0)
     tokens = response_mask.bool().sum(-1)
@@ -71,17 +73,24 @@ def dgpo(
     return on_tokens(advantage, token_level_rewards, response_mask)
 
 
-def by_question(token_level_rewards: Tensor, index: Sequence) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, (B,), in float64; each response's question, (B,) from 0; and the mean reward of each question, (Q,)."""
+def by_question(token_level_rewards: Tensor, index: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows by question; an agent's session is one response, whose last row counts.
+
+    Returns:
+        Rewards, (B,), in float64; each row's question, (B,) from 0; which rows count, (B,) bool; and the mean reward of
+        each question, (Q,).
+    """
     reward = token_level_rewards.sum(-1).double()
+    last = torch.tensor(responses(len(reward)), device=reward.device)
+    reward, counts = reward[last], last == torch.arange(len(reward), device=reward.device)
     ids, number = np.unique(np.asarray(index), return_inverse=True)
     question = torch.from_numpy(number.reshape(-1)).to(reward.device)
-    return reward, question, means(reward, question, len(ids))
+    return reward, question, counts, means(reward, question, counts, len(ids))
 
 
-def means(x: Tensor, question: Tensor, questions: int) -> Tensor:
-    """Mean of x, (B,), over each question's responses, (Q,)."""
-    return x.new_zeros(questions).scatter_reduce(0, question, x, "mean", include_self=False)
+def means(x: Tensor, question: Tensor, counts: Tensor, questions: int) -> Tensor:
+    """Mean of x, (B,), over the rows of each question that count, (Q,)."""
+    return x.new_zeros(questions).scatter_reduce(0, question[counts], x[counts], "mean", include_self=False)
 
 
 def on_tokens(advantage: Tensor, like: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,10 +113,19 @@ class BatchFacts:
         return self.local_step == self.local_steps - 1
 
 
+def last_of_session(rows: Sequence[RowKey]) -> list[int]:
+    """Return for each row the position in ``rows`` of its session's last trajectory.
+
+    A session is one response: it has the reward of that row, and that row counts for it.
+    """
+    last: dict[tuple[str, int], int] = {}
+    for i, row in enumerate(rows):
+        found = last.setdefault((row.uid, row.session), i)
+        if row.trajectory > rows[found].trajectory:
+            last[row.uid, row.session] = i
+    return [last[row.uid, row.session] for row in rows]
+
+
 def of_sessions(rows: Sequence[RowKey], reward: Sequence[float]) -> list[float]:
-    """Return for each row the reward of its session's last trajectory: a session is one response, with one reward."""
-    last: dict[tuple[str, int], tuple[int, float]] = {}
-    for row, value in zip(rows, reward, strict=True):
-        session = (row.uid, row.session)
-        last[session] = max(last.get(session, (-1, 0.0)), (row.trajectory, value), key=lambda found: found[0])
-    return [last[row.uid, row.session][1] for row in rows]
+    """Return for each row the reward of its session."""
+    return [reward[i] for i in last_of_session(rows)]

@@ -21,6 +21,7 @@ import torch
 import verl  # noqa: F401  (first: its plugins import this module while parts of verl are being imported)
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
+from verl.trainer.ppo.core_algos import AdvantageEstimator
 from verl.trainer.ppo.padding_utils import SYNTHETIC_PADDING_SEQ_LEN, upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, trainer_base
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
@@ -39,13 +40,16 @@ from verl_ext.training.progress import Progress, progress_wanted
 from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
 from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function
-from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows, of_sessions
+from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows, last_of_session, of_sessions
 from verl_ext.training.skipping import SETTING, SkippingWorker, teaching
-from verl_ext.training.transfer import Batch, parse_key, read, write
+from verl_ext.training.transfer import Batch, RowKey, parse_key, read, write
 from verl_ext.training.watch import Watch
 
 UNREAD = {"rm_scores", "log_probs", "entropy"}
 """Tensors that no model and no loss reads: verl copies them to other names, or uses them in the trainer only."""
+
+COUNTING_ROWS = {str(e.value) for e in AdvantageEstimator} - {AdvantageEstimator.GRPO, AdvantageEstimator.GAE}
+"""verl's estimators that compare responses, or whiten over them, without asking which rows are one response."""
 
 
 @functools.cache
@@ -108,7 +112,7 @@ class ExtendedTrainer:
         self._skip_rows = bool(OmegaConf.select(config, SETTING, default=False))
         self._most_failed_rewards, self._shows_progress = most_failed_rewards(config), progress_wanted(config)
         self._rewards, self._watch = Tally(), Watch(config)
-        self._checkpoints_are_elsewhere = False
+        self._checkpoints_are_elsewhere = self._sessions_told = False
         super().__init__(config)
 
     def _build_replay_buffer(self):
@@ -356,18 +360,36 @@ class ExtendedTrainer:
         rows = [parse_key(key) for key in batch.keys]
         with estimating(self.config, lambda name: read(batch, [name]).to_padded_tensor()[name], rows):
             batch = super()._compute_advantage(batch, metrics)
+        self._tell_of_sessions(rows)
         if "verl_ext" in self.config:
             metrics.update(self._weight_by_pass_rate(batch))
         return batch
+
+    def _tell_of_sessions(self, rows: Sequence[RowKey]) -> None:
+        """Say once where verl's advantages take each of a session's trajectories for a response."""
+        name = self.config.algorithm.adv_estimator
+        if name in COUNTING_ROWS and not self._sessions_told and any(row.trajectory for row in rows):
+            self._sessions_told = True
+            print(
+                f"verl-disco: warning: agents return several trajectories a session here, and verl's {name} counts "
+                "each as a response: a session with more of them weighs more. algorithm=grpo, maxrl and dgpo go by "
+                "sessions",
+                flush=True,
+            )
 
     def _weight_by_pass_rate(self, batch: Batch) -> dict[str, float]:
         """Share the batch's |advantages| out over the pass rates of its questions."""
         data = read(batch, ["advantages", "response_mask", "rm_scores"]).to_padded_tensor()
         mask = data["response_mask"]
-        weight = (data["advantages"].abs() * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-        reward, real = data["rm_scores"].sum(-1), [not tag.get("is_padding", False) for tag in batch.tags]
-        question = [parse_key(key).uid for key, is_real in zip(batch.keys, real, strict=True) if is_real]
-        return weight_by_pass_rate(question, reward[real].tolist(), weight[real].tolist())
+        columns = data["rm_scores"].sum(-1), (data["advantages"].abs() * mask).sum(-1), mask.sum(-1)
+        real = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
+        rows = [parse_key(batch.keys[i]) for i in real]
+        last = torch.tensor(last_of_session(rows), dtype=torch.long)
+        response = last.unique()
+        reward, weight, tokens = (x[real].float() for x in columns)
+        weight, tokens = (torch.zeros(len(rows)).index_add(0, last, x)[response] for x in (weight, tokens))
+        question = [rows[i].uid for i in response.tolist()]
+        return weight_by_pass_rate(question, reward[response].tolist(), (weight / tokens.clamp(min=1)).tolist())
 
     def _bypass_mode(self) -> bool:
         """Tell whether old_log_probs are the rollout's: verl makes no forward pass for them and logs no entropy."""

@@ -35,18 +35,38 @@ def test_metrics_are_named_by_percent():
     assert band_of(0.25) == "(0, 0.25]"
 
 
-def test_the_trainer_weighs_by_tokens_and_leaves_padding_out(monkeypatch):
-    def jagged(*rows):
-        return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+def jagged(*rows):
+    return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
 
+
+def by_pass_rate(monkeypatch, keys: list[str], columns: dict) -> dict[str, float]:
+    """What the trainer logs; the last row is padding."""
+    batch = SimpleNamespace(keys=keys, tags=[{}] * (len(keys) - 1) + [{"is_padding": True}])
+    rows = TensorDict(columns, batch_size=len(keys))
+    monkeypatch.setattr(trainer, "read", lambda batch, names: rows.select(*names))
+    return ExtendedTrainerSync._weight_by_pass_rate(None, batch)
+
+
+def test_the_trainer_counts_sessions(monkeypatch):
+    # b_0 has three trajectories, so a right one of two sessions, in three rows of four.
+    keys = ["a_0_0", "b_0_0", "b_0_2", "b_0_1", "b_1_0", "a_1_0", "p_0_0"]
+    columns = {
+        "advantages": jagged([1.0], [2.0], [2.0, 2.0], [2.0], [-1.0], [-1.0], [5.0]),
+        "response_mask": jagged([1.0], [1.0], [1.0, 1.0], [1.0], [1.0], [1.0], [1.0]),
+        "rm_scores": jagged([0.0], [1.0], [0.0, 1.0], [1.0], [0.0], [0.0], [0.0]),
+    }
+    found = by_pass_rate(monkeypatch, keys, columns)
+    assert [found[name] for name in QUESTIONS] == [0.5, 0, 0.5, 0, 0, 0]
+    assert [found[name] for name in WEIGHT] == pytest.approx([2 / 5, 0, 3 / 5, 0, 0, 0])
+
+
+def test_the_trainer_weighs_by_tokens_and_leaves_padding_out(monkeypatch):
     # Response a_1 is long, with one token masked; the last row is padding.
     columns = {
         "advantages": jagged([-1.0], [3.0, 3.0, 9.0], [1.0], [-1.0], [5.0]),
         "response_mask": jagged([1.0], [1.0, 1.0, 0.0], [1.0], [1.0], [1.0]),
         "rm_scores": jagged([0.0], [0.0, 0.0, 1.0], [1.0], [1.0], [0.0]),
     }
-    batch = SimpleNamespace(keys=["a_0_0", "a_1_0", "b_0_0", "b_1_0", "p_0_0"], tags=[{}] * 4 + [{"is_padding": True}])
-    monkeypatch.setattr(trainer, "read", lambda batch, names: TensorDict({n: columns[n] for n in names}, batch_size=5))
-    found = ExtendedTrainerSync._weight_by_pass_rate(None, batch)
+    found = by_pass_rate(monkeypatch, ["a_0_0", "a_1_0", "b_0_0", "b_1_0", "p_0_0"], columns)
     assert [found[name] for name in QUESTIONS] == [0, 0, 0.5, 0, 0, 0.5]
     assert [found[name] for name in WEIGHT] == pytest.approx([0, 0, 4 / 6, 0, 0, 2 / 6])

@@ -1,13 +1,18 @@
 """Our advantage estimators in verl's registry, on numbers worked out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
+from verl_ext.training.advantages import estimating
 from verl_ext.training.estimators import ESTIMATORS
+from verl_ext.training.trainer import ExtendedTrainerSync
+from verl_ext.training.transfer import RowKey
 
 
 def advantages(name: str, reward: list[float], uid: str, lengths: list[int] | None = None) -> list[float]:
@@ -56,6 +61,25 @@ def test_dgpos_balance_is_the_same_at_every_pass_rate():
 
 
 @pytest.mark.parametrize("name", list(ESTIMATORS))
+def test_a_session_is_one_response(name):
+    whole = advantages(name, [1, 0, 0, 0, 1], "aaabb", [4, 2, 4, 1, 3])
+    # The same tokens: the right response to a and no other has two trajectories.
+    rows = [RowKey(*key) for key in (("a", 0, 1), ("a", 1, 0), ("b", 0, 0), ("a", 2, 0), ("b", 1, 0), ("a", 0, 0))]
+    with estimating(None, None, rows):
+        found = advantages(name, [1, 0, 0, 0, 1, 1], "aababa", [3, 2, 1, 4, 3, 1])
+    assert found == pytest.approx([whole[i] for i in (0, 1, 3, 2, 4, 0)], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", list(ESTIMATORS))
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.0])
 def test_without_a_difference_there_is_no_advantage(name, reward):
     assert advantages(name, [reward] * 7, "aaabbbc") == [0.0] * 7
+
+
+@pytest.mark.parametrize("name, told", [("rloo", True), ("grpo", False), ("gae", False), ("dgpo", False)])
+def test_verls_estimators_that_count_trajectories_are_told_once(name, told, capsys):
+    trainer = SimpleNamespace(config=OmegaConf.create({"algorithm": {"adv_estimator": name}}), _sessions_told=False)
+    for rows in ([RowKey("a", 0, 0)], [RowKey("a", 0, 0), RowKey("a", 0, 1)], [RowKey("a", 0, 1)]):
+        ExtendedTrainerSync._tell_of_sessions(trainer, rows)
+    output = capsys.readouterr().out
+    assert output.count("verl's rloo counts each as a response") == told == output.count("\n")
