@@ -106,6 +106,9 @@ def disco_loss(
 
     mask = response_mask.bool()
     check_inputs(log_prob, old_log_prob, mask, reward, uid, ref_log_prob, rollout_is_weights)
+    if session is not None and (len(session) != len(log_prob) or getattr(session, "ndim", 1) != 1):
+        found = tuple(getattr(session, "shape", (len(session),)))
+        raise ValueError(f"session has shape {found} for {len(log_prob)} rows; it names the response of each")
     log_prob, old_log_prob = at_least_float32(log_prob), at_least_float32(old_log_prob).detach()
     if ref_log_prob is not None:
         ref_log_prob = at_least_float32(ref_log_prob).detach()

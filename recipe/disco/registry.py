@@ -107,7 +107,8 @@ class Registry(Generic[T]):
         return cls(**{setting: settings[setting] for setting in owned if setting in settings})
 
     def __getitem__(self, name: str) -> type[T]:
-        if name not in self._items:
+        # YAML may hold a list, which is no key of a dict.
+        if name not in list(self._items):
             raise ValueError(f"disco.{self.setting}={name!r} is unknown; choose from {sorted(self._items)}")
         return self._items[name]
 

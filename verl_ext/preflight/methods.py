@@ -39,6 +39,13 @@ def validate(config: DictConfig) -> None:
     if actor.use_kl_loss and actor.kl_loss_coef == 0:
         right = "kl_loss_coef=0: the reference model would be loaded but unused; use false"
         refuse("actor_rollout_ref.actor.use_kl_loss", True, right)
+    if estimator in ESTIMATORS and algorithm.use_kl_in_reward:
+        right = f"with a KL term rewards are negative and all differ, but algorithm.adv_estimator={estimator} goes by "
+        right += "pass rates; use false, or actor_rollout_ref.actor.use_kl_loss=true"
+        refuse("algorithm.use_kl_in_reward", True, right)
+    overlong = "reward.reward_kwargs.overlong_buffer_cfg.enable"
+    if estimator == "maxrl" and config.reward.reward_manager.name == "dapo" and OmegaConf.select(config, overlong):
+        refuse(overlong, True, "a wrong response that is too long gets a negative reward, and maxrl needs 0; use false")
     if loss_mode == "sapo" and actor.loss_agg_mode != "seq-mean-token-mean":
         right = "verl's SAPO always averages over a response's tokens, then over responses; use seq-mean-token-mean"
         refuse("actor_rollout_ref.actor.loss_agg_mode", actor.loss_agg_mode, right)

@@ -67,7 +67,7 @@ def dgpo(
     spread = means(centred.abs(), question, counts, len(mean))
     differ = spread > 0
     factor = differ.sum() * torch.softmax(torch.where(differ, -mean / DGPO_TEMPERATURE, -torch.inf), 0)
-    tokens = response_mask.bool().sum(-1)
+    tokens = response_mask.bool().sum(-1).double()
     scale = tokens.sum() / tokens[differ[question]].sum().clamp(min=1)
     advantage = torch.where(differ[question], scale * (factor / spread)[question] * centred, 0.0)
     return on_tokens(advantage, token_level_rewards, response_mask)
@@ -80,7 +80,8 @@ def by_question(token_level_rewards: Tensor, index: Sequence) -> tuple[Tensor, T
         Rewards, (B,), in float64; each row's question, (B,) from 0; which rows count, (B,) bool; and the mean reward of
         each question, (Q,).
     """
-    reward = token_level_rewards.sum(-1).double()
+    # As verl keeps rewards: the mean of equal ones is then the same number, and a rounding error no difference.
+    reward = token_level_rewards.sum(-1).float().double()
     last = torch.tensor(responses(len(reward)), device=reward.device)
     reward, counts = reward[last], last == torch.arange(len(reward), device=reward.device)
     ids, number = np.unique(np.asarray(index), return_inverse=True)

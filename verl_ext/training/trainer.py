@@ -371,7 +371,7 @@ class ExtendedTrainer:
         if name in COUNTING_ROWS and not self._sessions_told and any(row.trajectory for row in rows):
             self._sessions_told = True
             print(
-                f"verl-disco: warning: agents return several trajectories a session here, and verl's {name} counts "
+                f"verl-disco: warning: agents return several trajectories per session here, and verl's {name} counts "
                 "each as a response: a session with more of them weighs more. algorithm=grpo, maxrl and dgpo go by "
                 "sessions",
                 flush=True,

@@ -125,6 +125,15 @@ def mixed_questions(rows: list[dict]) -> set[str]:
     return {uid for uid in found if found.count(uid) > 1}
 
 
+def weights_of_questions(rate: list[float], case: dict) -> list[float]:
+    """How much each mixed question counts, by its pass rate."""
+    kind = case.get("questions") or ("failure_rate" if case["objective"] == "maxrl" else "uniform")
+    if kind == "dgpo":
+        e = [math.exp(-p / 2) for p in rate]
+        return [len(e) * x / sum(e) for x in e]
+    return [{"uniform": 1.0, "failure_rate": 1 - p}[kind] for p in rate]
+
+
 def settings_of(case: dict):
     from recipe.disco.settings import DiscoConfig
 
@@ -168,7 +177,7 @@ class Reference:
 
     def lagged_loss(self, rows, log_prob, old, mask, case) -> tuple[torch.Tensor, dict]:
         """log-L with the negatives' weights at pi_old and the hinge at the previous mini-batch's KL."""
-        total = 0.0
+        worth, rate = [], []
         for uid in {r["uid"] for r in rows}:
             sides = {0.0: [], 1.0: []}
             for i, r in enumerate(rows):
@@ -180,7 +189,9 @@ class Reference:
             if sides[0.0] and sides[1.0]:
                 now, then = (torch.stack(x) for x in zip(*sides[0.0], strict=True))
                 share = torch.softmax(then / case["tau"], 0) if case["objective"] == "disco" else 1 / len(now)
-                total = total + torch.stack([s for s, _ in sides[1.0]]).mean() - (share * now).sum()
+                worth.append(torch.stack([s for s, _ in sides[1.0]]).mean() - (share * now).sum())
+                rate.append(len(sides[1.0]) / (len(sides[0.0]) + len(sides[1.0])))
+        total = sum(c * j for c, j in zip(weights_of_questions(rate, case), worth, strict=True))
         coefficient = case["beta"] * max(self.previous_kl - case["delta"], 0.0)
         seen = mask
         if case["skip"] and not coefficient:

@@ -294,6 +294,12 @@ def test_shapes_that_do_not_fit_are_refused_by_name_and_shape(argument, wrong, s
         disco_loss(*inputs, **SETTINGS)
 
 
+@pytest.mark.parametrize("session", [range(7), torch.zeros(8, 1, dtype=torch.int64)])
+def test_sessions_that_do_not_fit_are_refused(session):
+    with pytest.raises(ValueError, match=r"session has shape \((7,|8, 1)\) for 8 rows"):
+        disco_loss(*example(), session=session, **SETTINGS)
+
+
 def test_questions_may_be_a_list_of_tensors():
     """Tensors are equal to themselves alone: each response would be a question of its own, and the loss 0."""
     log_prob = -torch.rand(4, 3, generator=torch.Generator().manual_seed(0))

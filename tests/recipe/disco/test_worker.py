@@ -47,6 +47,8 @@ UNPRICED = [
     dict(dynamic=True, mixed=0.3, constraint="none", negatives="topk", top_share=0.4, score="l_ratio"),
     dict(dynamic=True, mixed=0.3, measure="lagged", groups_per_mini_batch=4, epochs=2),
     dict(micro=3, mixed=0.0, measure="lagged"),
+    dict(micro=3, measure="lagged", questions="dgpo", groups_per_mini_batch=3, epochs=2),
+    dict(dynamic=True, measure="lagged", objective="maxrl", groups_per_mini_batch=3, epochs=2),
     dict(micro=3, constraint="none", pairs="graded", questions="failure_rate", groups_per_mini_batch=4),
     dict(mixed=0.3, delta=9.0, skip=False),
     dict(mixed=0.3, delta=9.0, groups_per_mini_batch=4, fresh=True, old_noise=0.0),
@@ -58,6 +60,7 @@ SESSIONS += [
     dict(sessions=True, dynamic=True, objective="drpo", length_temperature=0.5, max_length=20, groups_per_mini_batch=3),
     dict(sessions=True, micro=3, measure="lagged", groups_per_mini_batch=4),
     dict(sessions=True, micro=3, mixed=0.3, delta=9.0, correction=True),
+    dict(sessions=True, dynamic=True, pairs="graded", questions="dgpo", constraint="none", groups_per_mini_batch=4),
 ]
 SHORT = [loss | split for loss in LOSSES for split in (SPLITS["by three"], SPLITS["dynamic"])] + SHARES
 

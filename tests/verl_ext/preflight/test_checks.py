@@ -96,13 +96,20 @@ def test_the_first_hour_fits_a_gpu_of_24_gb_by_any_method(data, algorithm, exper
 @pytest.mark.parametrize(
     "algorithm, experiment",
     [("ppo", "deepseek_qwen_7b_megatron"), ("grpo", "deepseek_qwen_1_5b"), ("dapo", "deepseek_qwen_7b_megatron")]
-    + [("trpa", "deepseek_qwen_1_5b"), ("drpo", "qwen3_30b_a3b_megatron")],
+    + [("trpa", "deepseek_qwen_1_5b"), ("drpo", "qwen3_30b_a3b_megatron")]
+    + [("maxrl", "deepseek_qwen_1_5b"), ("dgpo", "deepseek_qwen_7b_megatron")],
 )
 def test_other_algorithms_pass_with_the_same_run_settings(data, algorithm, experiment):
     problems, _, found = run(f"algorithm={algorithm}", f"+experiment={experiment}", f"math.folder={data}")
     assert problems == []
     assert found["batch"] == "128 questions x 8 responses per step, 32 questions per update, 4 updates"
     assert found["first evaluation"].startswith(f"{6 * 3 * 16} responses of up to 8192 tokens")
+
+
+def test_disco_passes_with_dynamic_sampling(data):
+    sampling = "algorithm.filter_groups.enable=true"
+    problems, _, _ = run("algorithm=disco", sampling, "+experiment=deepseek_qwen_1_5b", f"math.folder={data}")
+    assert problems == []
 
 
 def test_the_task_agrees_with_the_papers_settings(compose):

@@ -306,6 +306,8 @@ def test_the_weights_of_questions_are_proposition_1s(algorithm, weight):
         ("grpo", "critic.enable=true", "critic.enable=True .* reads no values"),
         ("grpo", "algorithm.use_kl_in_reward=true", "would count twice"),
         ("dgpo", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "use token-mean"),
+        ("dgpo", "algorithm.use_kl_in_reward=true", "adv_estimator=dgpo goes by pass rates; use false"),
+        ("maxrl", "algorithm.use_kl_in_reward=true", "adv_estimator=maxrl goes by pass rates; use false"),
         ("sapo", "actor_rollout_ref.actor.loss_agg_mode=token-mean", "use seq-mean-token-mean"),
         ("dr_grpo", "actor_rollout_ref.actor.loss_scale_factor=null", "such as data.max_response_length"),
     ],
@@ -315,6 +317,15 @@ def test_settings_that_contradict_each_other_are_refused(algorithm, override, me
     validate(compose(algorithm, *group))
     with pytest.raises(ValueError, match=message):
         validate(compose(algorithm, *group, override))
+
+
+def test_maxrl_refuses_a_reward_manager_that_takes_reward_off_wrong_responses():
+    buffer = "+reward.reward_kwargs.overlong_buffer_cfg"
+    dapos = ["reward.reward_manager.name=dapo", f"{buffer}.len=4", "+reward.reward_kwargs.max_resp_len=8"]
+    group = ["actor_rollout_ref.rollout.n=8"]
+    validate(compose("maxrl", *group, *dapos, f"{buffer}.enable=false"))
+    with pytest.raises(ValueError, match="overlong_buffer_cfg.enable=True .*maxrl needs 0; use false"):
+        validate(compose("maxrl", *group, *dapos, f"{buffer}.enable=true"))
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,17 @@ def test_without_a_difference_there_is_no_advantage(name, reward):
     assert advantages(name, [reward] * 7, "aaabbbc") == [0.0] * 7
 
 
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+@pytest.mark.parametrize("n", [3, 7, 10])
+def test_a_rounding_error_is_no_difference(name, n):
+    # 0.1 + 0.1 + 0.1 is not 0.3 in float64.
+    rewards = torch.full((n, 1), 0.1, dtype=torch.float64)
+    found, _ = get_adv_estimator_fn(name)(
+        token_level_rewards=rewards, response_mask=torch.ones(n, 1), index=np.array(["a"] * n), config=None
+    )
+    assert not found.any()
+
+
 @pytest.mark.parametrize("name, told", [("rloo", True), ("grpo", False), ("gae", False), ("dgpo", False)])
 def test_verls_estimators_that_count_trajectories_are_told_once(name, told, capsys):
     trainer = SimpleNamespace(config=OmegaConf.create({"algorithm": {"adv_estimator": name}}), _sessions_told=False)
