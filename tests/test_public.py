@@ -19,9 +19,9 @@ EXPORTS = {
     "Controller.penalty": "(self, kl)",
     "Controller.state_dict": "(self)",
     "DiscoConfig": "(objective='disco', score='log_l', tau=None, surrogate='identity', negatives='softmax', "
-    "top_share=0.25, scale=1.0, length_temperature=0.1, max_length=8192, questions=None, "
-    "question_temperature=2.0, pairs='threshold', kl_estimator='k1', constraint='squared_hinge', delta=0.0001, "
-    "kl_floor=None, beta=1000.0, rho=1000.0, coefficient=0.1, measure='exact', positive_threshold=1.0, module=None, "
+    "top_share=0.25, scale=1.0, length_temperature=0.1, max_length=8192, target_margin=0.01, margin_warmup=0.3, "
+    "questions=None, question_temperature=2.0, pairs='threshold', kl_estimator='k1', "
+    "constraint='squared_hinge', delta=0.0001, kl_floor=None, beta=1000.0, rho=1000.0, coefficient=0.1, measure='exact', positive_threshold=1.0, module=None, "
     "options=<factory>)",
     "DiscoConfig.build_controller": "(self)",
     "DiscoConfig.build_objective": "(self)",
@@ -38,7 +38,7 @@ EXPORTS = {
     "Sides": "(positive, negative)",
     "disco_loss": "(log_prob, old_log_prob, response_mask, reward, uid, *, session=None, objective='disco', "
     "score='log_l', tau=None, delta=0.0001, beta=1000.0, kl_estimator='k1', positive_threshold=1.0, ref_log_prob=None, "
-    "rollout_is_weights=None, constraint='squared_hinge', questions=None, pairs='threshold', **settings)",
+    "rollout_is_weights=None, constraint='squared_hinge', questions=None, pairs='threshold', progress=1.0, **settings)",
     "register_controller": "(name)",
     "register_objective": "(name)",
     "register_questions": "(name)",
@@ -70,7 +70,7 @@ def test_the_names_that_settings_take_stay():
         for registry in (objectives.OBJECTIVES, questions.QUESTIONS, scores.SCORES, constraint.CONTROLLERS)
     }
     assert shipped == {
-        "objective": {"disco", "disco_b", "drpo", "real", "maxrl"},
+        "objective": {"disco", "disco_b", "drpo", "real", "maxrl", "conspo"},
         "questions": {"uniform", "failure_rate", "dgpo", "grpo"},
         "score": {"log_l", "l_ratio", "log_ratio", "log_ratio_ref"},
         "constraint": {"squared_hinge", "augmented_lagrangian", "fixed", "none"},

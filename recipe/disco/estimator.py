@@ -77,7 +77,7 @@ def disco_advantage(
     )
     questions = labelled(responses.reward, responses.question, responses.length, disco.positive_threshold, disco.graded)
     rows = (responses.score, questions.positive, responses.question, responses.length)
-    _, weight = weigh(disco.build_objective(), *rows, questions, disco.build_question_weight())
+    _, weight = weigh(disco.build_objective().at(batch.progress), *rows, questions, disco.build_question_weight())
     advantages = (weight[member] * len(questions.ids))[:, None].to(token_level_rewards) * mask
     return advantages, advantages
 

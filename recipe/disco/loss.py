@@ -44,6 +44,7 @@ def disco_loss(
     constraint: str = "squared_hinge",
     questions: str | None = None,
     pairs: str = "threshold",
+    progress: float = 1.0,
     **settings: Any,
 ) -> tuple[Tensor, dict[str, float]]:
     """The DisCO loss of one mini-batch: its executable definition, by plain autograd.
@@ -76,8 +77,10 @@ def disco_loss(
         constraint: a controller without state, whose settings are among those above and ``settings``.
         questions: how much each question counts, by name (:mod:`~recipe.disco.questions`); None: the objective's own.
         pairs: ``"graded"``: within a question all pairs with different rewards count, weighted by the difference.
+        progress: the share of the training that is done, from 0 to 1, for an objective that changes with it (ConSPO's
+            margin).
         settings: of the objective, its weights of questions, the score and the constraint, by name: ``surrogate``,
-            ``negatives``, ``top_share``, ``scale``, ``length_temperature``, ``max_length``, ``coefficient``, ...
+            ``negatives``, ``top_share``, ``scale``, ``length_temperature``, ``target_margin``, ``coefficient``, ...
 
     Returns:
         The true value of L, a 0-dim tensor of at least float32, and the metrics that ``README.md`` lists. A response
@@ -98,8 +101,9 @@ def disco_loss(
     if tau is not None:
         settings["tau"] = tau
     require_finite("positive_threshold", positive_threshold)
+    require_finite("progress", progress, minimum=0, most=1)
     j, s, penalty = (
-        OBJECTIVES.build(objective, settings),
+        OBJECTIVES.build(objective, settings).at(progress),
         SCORES.build(score, settings),
         build_controller(constraint, settings),
     )

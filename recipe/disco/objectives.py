@@ -15,7 +15,7 @@ Those below work along the last dimension alone (``stacked``), so that questions
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -62,6 +62,10 @@ class Objective(Component):
     def __call__(self, group: Group) -> Sides:
         """The two sides of J_q, by differentiable torch."""
         raise NotImplementedError
+
+    def at(self, progress: float) -> "Objective":
+        """The objective as it is at this share of the training, from 0 to 1; by default the same throughout."""
+        return self
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", Objective)
@@ -224,6 +228,36 @@ class Real(Objective):
 
     def __call__(self, group: Group) -> Sides:
         return Sides(-log_one_plus_sum_exp(-group.positive / self.tau), log_one_plus_sum_exp(group.negative / self.tau))
+
+
+@register_objective("conspo")
+@dataclass(frozen=True)
+class ConSPO(Objective):
+    """ConSPO: mean_pos tau log( e^((s - m) / tau) / (e^((s - m) / tau) + sum_neg e^(s_j / tau)) ).
+
+    Each positive against the sum of all negatives (InfoNCE): a pair that is far apart counts ever less, a hard negative
+    most. The positive should lead by the margin m: ``target_margin``, in units of the score. That is no difference of
+    two sides: it is given as the positive one.
+
+    In training the margin rises from 0 over the share ``margin_warmup`` of the steps (:meth:`at`). Source: arXiv
+    2605.12969, Eq. 13 and Section 5.1; the code is not published.
+    """
+
+    stacked = True
+
+    tau: float = number(above=0)
+    target_margin: float = number(0.01, minimum=0)
+    margin_warmup: float = number(0.3, above=0, most=1)
+
+    def __call__(self, group: Group) -> Sides:
+        lead = group.positive[..., :, None] - group.negative[..., None, :] - self.target_margin
+        value = -self.tau * log_one_plus_sum_exp(-lead / self.tau).mean(-1)
+        return Sides(value, torch.zeros_like(value))
+
+    def at(self, progress: float) -> "ConSPO":
+        """m = (M / 2) (1 - cos(pi min(progress / alpha, 1))), with M = ``target_margin``, alpha = ``margin_warmup``."""
+        done = min(progress / self.margin_warmup, 1.0)
+        return replace(self, target_margin=self.target_margin * (1 - math.cos(math.pi * done)) / 2)
 
 
 def log_one_plus_sum_exp(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ RECIPE = Recipe(
     registering=("recipe.disco.estimator",),
     estimators=("disco",),
     losses={"disco": batch_loss},
-    compared=("disco", "real"),
+    compared=("disco", "real", "conspo"),
     metrics={
         "entropy": ("disco/entropy",),
         "kl": ("disco/kl",),

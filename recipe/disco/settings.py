@@ -23,7 +23,7 @@ class DiscoConfig:
     """The ``disco`` node: the user's knobs. ``config/algorithm/disco.yaml`` gives values and sources.
 
     Args:
-        objective: registered objective: disco (the discriminative family), disco_b, drpo, real, maxrl.
+        objective: registered objective: disco (the discriminative family), disco_b, drpo, real, maxrl, conspo.
         score: registered score: log_l, l_ratio, log_ratio, log_ratio_ref.
         tau: temperature of the softmax over negatives (of the labels' logits in REAL), > 0; None: the score's
             published one.
@@ -33,6 +33,8 @@ class DiscoConfig:
         scale: factor of a difference of scores in the surrogate, > 0.
         length_temperature: lambda of DRPO's length weights, > 0.
         max_length: L of DRPO's length weights, tokens, > 0.
+        target_margin: by how much ConSPO's positives should lead, in units of the score, >= 0.
+        margin_warmup: share of the training over which that margin rises from 0, in (0, 1].
         questions: registered weights of questions: uniform, failure_rate, dgpo, grpo; None: the objective's own.
         question_temperature: T of dgpo's weights of questions, > 0.
         pairs: which responses to a question are compared: threshold or graded.
@@ -62,6 +64,8 @@ class DiscoConfig:
     scale: float = 1.0
     length_temperature: float = 0.1
     max_length: int = 8192
+    target_margin: float = 0.01
+    margin_warmup: float = 0.3
     questions: str | None = None
     question_temperature: float = 2.0
     pairs: str = "threshold"
@@ -124,6 +128,8 @@ class DiscoConfig:
             "scale",
             "length_temperature",
             "max_length",
+            "target_margin",
+            "margin_warmup",
             "question_temperature",
         ):
             default, value = flat[name].default, getattr(self, name)

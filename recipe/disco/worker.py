@@ -349,7 +349,7 @@ class DiscoTrainingWorker(TrainingWorker):
         ).gathered(lambda x: gathered(x, self._group()))
         plan = plan_update(
             table,
-            self.objective,
+            self.objective.at(self.rollout.facts.progress),
             self.controller,
             positive_threshold=self.disco.positive_threshold,
             graded=self.disco.graded,

@@ -12,7 +12,7 @@ FEW = ("ppo", "dapo")
 reference model, and scores against it)."""
 
 ALL = tuple(describe_algorithms())
-FAMILY = ("disco", "disco_b", "drpo", "real", "trpa")
+FAMILY = ("disco", "disco_b", "drpo", "real", "trpa", "conspo")
 """What recipe.disco trains."""
 
 

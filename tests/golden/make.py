@@ -22,6 +22,8 @@ from pathlib import Path
 getcontext().prec = 45
 STEP = Decimal("1e-14")
 ZERO, ONE = Decimal(0), Decimal(1)
+COSINES = {ZERO: ONE, Decimal("0.5"): ZERO, ONE: -ONE}
+"""cos(pi x) where no function is needed."""
 
 
 def mean(values: list[Decimal]) -> Decimal:
@@ -64,6 +66,11 @@ def worth(positives: list[Decimal], negatives: list[Decimal], lengths: list[int]
     if kind == "real":
         against = ONE + sum((x / tau).exp() for x in negatives)
         return -(ONE + sum((-x / tau).exp() for x in positives)).ln() - against.ln()
+    if kind == "conspo":
+        done = min(Decimal(str(s.get("progress", 1))) / Decimal(str(s.get("margin_warmup", "0.3"))), ONE)
+        margin = Decimal(str(s.get("target_margin", "0.01"))) * (ONE - COSINES[done]) / 2
+        against = sum((x / tau).exp() for x in negatives)
+        return tau * mean([a - (a.exp() + against).ln() for a in ((x - margin) / tau for x in positives)])
     if kind == "drpo":
         w = [((ONE - n / s["max_length"]) / s["length_temperature"]).exp() for n in lengths]
         return sum(a * x for a, x in zip(w, positives, strict=True)) / sum(w) - hardest
@@ -236,6 +243,7 @@ FAMILY = [
     for a in ("softmax", "mean", "topk")
 ]
 DISCO, DRPO = {"objective": "disco"}, {"objective": "drpo", "length_temperature": 0.1, "max_length": 8}
+CONSPO = {"objective": "conspo", "target_margin": 0.25, "margin_warmup": 0.5}
 OBJECTIVES = [
     {**DISCO, "tau": 10.0},
     {**DISCO, "tau": 0.1},
@@ -274,6 +282,9 @@ VARIANTS = {
         {"objective": "maxrl", "surrogate": "logistic", "scale": 4.0},
         *({**o, **q, **CONSTRAINTS[4]} for o in (OBJECTIVES[1], OBJECTIVES[2], OBJECTIVES[5]) for q in QUESTIONS),
         {"objective": "real", "score": "log_ratio", "tau": 0.5, "rollout_is_weights": True, "kl_estimator": "k3"},
+        *({**CONSPO, "tau": t, "score": s, "progress": 0.25} for t in (10.0, 0.25) for s in SCORES[:2]),
+        *({**CONSPO, "tau": 0.25, "progress": p} for p in (0.0, 0.5)),
+        {**CONSPO, "tau": 0.25, **CONSTRAINTS[4]},
     ],
     "graded": [
         *({**o, **GRADED, "score": s} for o in (*OBJECTIVES[:4], *FAMILY) for s in ("log_l", "l_ratio")),

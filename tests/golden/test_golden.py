@@ -68,7 +68,7 @@ def test_the_vectors_reach_every_branch():
     """Without active and inactive constraints, empty rows and unmixed questions they would settle less."""
     variants = [v for batch in BATCHES.values() for v in batch["variants"]]
     for name, wanted in {
-        "objective": {"disco", "disco_b", "drpo", "real", "maxrl"},
+        "objective": {"disco", "disco_b", "drpo", "real", "maxrl", "conspo"},
         "questions": {"failure_rate", "dgpo", "grpo", None},
         "pairs": {"graded", None},
         "score": {"log_l", "l_ratio", "log_ratio", "log_ratio_ref", None},

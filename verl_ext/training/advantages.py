@@ -24,20 +24,24 @@ class Estimation:
         config: the run's settings.
         read: column name -> (B, T), padded with 0, in the estimator's row order.
         rows: the rows' keys, in that order.
+        progress: the share of the run's steps before this one, from 0 to 1.
     """
 
     config: DictConfig
     read: Callable[[str], Tensor]
     rows: Sequence[RowKey]
+    progress: float
 
 
 _CURRENT: ContextVar[Estimation | None] = ContextVar("estimation", default=None)
 
 
 @contextmanager
-def estimating(config: DictConfig, read: Callable[[str], Tensor], rows: Sequence[RowKey]) -> Iterator[None]:
+def estimating(
+    config: DictConfig, read: Callable[[str], Tensor], rows: Sequence[RowKey], progress: float = 0.0
+) -> Iterator[None]:
     """Lend a batch to the estimators that are called inside the block."""
-    token = _CURRENT.set(Estimation(config, read, rows))
+    token = _CURRENT.set(Estimation(config, read, rows, progress))
     try:
         yield
     finally:

@@ -80,6 +80,7 @@ class BatchFacts:
         local_step: index of this update since the last weight synchronisation.
         local_steps: number of updates between two synchronisations.
         skip_rows: rows without a gradient may be left out of a pass.
+        progress: the share of the run's steps before this one, from 0 to 1.
     """
 
     old_log_probs_fresh: bool
@@ -87,6 +88,7 @@ class BatchFacts:
     local_step: int = 0
     local_steps: int = 1
     skip_rows: bool = False
+    progress: float = 0.0
 
     @classmethod
     def of(cls, data: TensorDict) -> "BatchFacts":
@@ -94,13 +96,16 @@ class BatchFacts:
         return cls(**{f.name: tu.get(data, f.name) for f in fields(cls)})
 
     @classmethod
-    def before(cls, local_step: int, local_steps: int, bypass_mode: bool, skip_rows: bool = False) -> "BatchFacts":
+    def before(
+        cls, local_step: int, local_steps: int, bypass_mode: bool, skip_rows: bool = False, progress: float = 0.0
+    ) -> "BatchFacts":
         """Derive the facts before an update.
 
         Args:
             bypass_mode: old_log_probs are the rollout's; verl makes no forward pass for them and logs no entropy.
         """
-        return cls(not bypass_mode and local_step == 0, not bypass_mode, local_step, local_steps, skip_rows)
+        fresh = not bypass_mode and local_step == 0
+        return cls(fresh, not bypass_mode, local_step, local_steps, skip_rows, progress)
 
     @property
     def at_rollout_weights(self) -> bool:

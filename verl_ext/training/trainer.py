@@ -358,12 +358,20 @@ class ExtendedTrainer:
 
     def _compute_advantage(self, batch: Batch, metrics: dict) -> Batch:
         rows = [parse_key(key) for key in batch.keys]
-        with estimating(self.config, lambda name: read(batch, [name]).to_padded_tensor()[name], rows):
+
+        def column(name: str) -> torch.Tensor:
+            return read(batch, [name]).to_padded_tensor()[name]
+
+        with estimating(self.config, column, rows, self._progress_of_training()):
             batch = super()._compute_advantage(batch, metrics)
         self._tell_of_sessions(rows)
         if "verl_ext" in self.config:
             metrics.update(self._weight_by_pass_rate(batch))
         return batch
+
+    def _progress_of_training(self) -> float:
+        """Return the share of the run's steps before this one."""
+        return min(max(self.global_steps - 1, 0) / max(self.total_training_steps, 1), 1.0)
 
     def _tell_of_sessions(self, rows: Sequence[RowKey]) -> None:
         """Say once where verl's advantages take each of a session's trajectories for a response."""
@@ -421,7 +429,11 @@ class ExtendedTrainer:
     def _update_actor(self, batch: Batch, metrics: dict) -> Batch:
         if self._whole_groups:
             facts = BatchFacts.before(
-                self.local_trigger_step, self.parameter_sync_step, self._bypass_mode(), self._skip_rows
+                self.local_trigger_step,
+                self.parameter_sync_step,
+                self._bypass_mode(),
+                self._skip_rows,
+                self._progress_of_training(),
             )
             batch.extra_info.update(asdict(facts))
         batch = super()._update_actor(batch, metrics)

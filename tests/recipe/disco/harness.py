@@ -224,6 +224,7 @@ class Reference:
                 [r["uid"] for r in rows],
                 ref_log_prob=found["ref"],
                 rollout_is_weights=found["rho"] if case["correction"] else None,
+                progress=PROGRESS,
                 **settings_of(case).chosen(),
             )
         loss = loss - case["entropy_coeff"] * (entropy * mask).sum() / mask.sum()
@@ -288,7 +289,11 @@ def to_batch(rows: list[dict], plan, ranks: int, rank: int, case: dict):
         epochs=case["epochs"],
         seed=3,
         dataloader_kwargs={"shuffle": case["shuffle_mini_batches"]},
-        **asdict(BatchFacts(old_log_probs_fresh=case["fresh"], entropy_logged=True, skip_rows=case["skip"])),
+        **asdict(
+            BatchFacts(
+                old_log_probs_fresh=case["fresh"], entropy_logged=True, skip_rows=case["skip"], progress=PROGRESS
+            )
+        ),
     )
     return data
 
@@ -439,6 +444,9 @@ def whole_parameters(engine) -> dict[str, torch.Tensor]:
             }
     return {n.replace("_orig_mod.", ""): full(p) for n, p in engine.module.named_parameters()}
 
+
+PROGRESS = 0.4
+"""The share of the training before this step."""
 
 DEFAULTS = dict(
     objective="disco",

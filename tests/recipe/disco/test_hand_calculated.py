@@ -296,6 +296,25 @@ def test_maxrl_is_disco_b_times_the_failure_rate():
     assert by_door == (loss, grad, metrics)
 
 
+def test_conspo_tells_each_positive_from_all_negatives():
+    """One right response, -1, and two wrong ones, -2 and -3, with tau = 1/ln 3 and a margin of 1: 3^-2 to 3^-2 + 3^-3.
+
+    P = 3/7 at the target margin, so J = tau ln(3/7); the positive weighs 4/7, its negatives 3/7 and 1/7.
+    """
+    rows, reward, uid = [[-1.0], [-2.0], [-3.0]], [1, 0, 0], list("aaa")
+    settings = dict(objective="conspo", tau=1 / LN3, target_margin=1.0)
+    loss, grad, _ = run(rows, rows, reward, uid, **settings)
+    assert loss == close(math.log(7 / 3) / LN3)
+    assert grad == approx([[-4 / 7], [3 / 7], [1 / 7]])
+    # At the start there is no margin, P = 9/13; at half of the rise, half of it.
+    for progress, margin in ((0.0, 0.0), (0.15, 0.5), (0.3, 1.0), (0.9, 1.0)):
+        p = 3**-1 / 3**margin
+        _, grad, _ = run(rows, rows, reward, uid, progress=progress, **settings)
+        assert grad[0] == approx([-(1 - p / (p + 4 / 27))])
+    with pytest.raises(ValueError, match="progress=1.5 is not a finite number >= 0 and <= 1"):
+        run(rows, rows, reward, uid, progress=1.5, **settings)
+
+
 def test_dgpo_weighs_questions_by_a_softmax_over_the_batch():
     """p = 1/2 and p = 1 - 1/4 with T = 1/(4 ln 3): exp(-p/T) = 1/9 and 1/27, so 3/4 and 1/4, times 2 questions.
 

@@ -72,7 +72,7 @@ def test_workers_see_the_settings():
 @pytest.mark.parametrize(
     "setting, right",
     [
-        ("objective=dico", r"choose from \['disco', 'disco_b'"),
+        ("objective=dico", r"choose from \['conspo', 'disco', 'disco_b'"),
         ("score=likelihood", r"choose from \['l_ratio', 'log_l', "),
         ("kl_estimator=k2", r"choose from \['k1', 'k3'\]"),
         ("constraint=hinge", r"choose from \['augmented_lagrangian', 'fixed', 'none', 'squared_hinge'\]"),

@@ -73,6 +73,7 @@ FAMILY = [
     dict(surrogate="logistic", negatives="mean", score="log_ratio_ref", constraint="fixed", coefficient=0.3),
     dict(objective="maxrl", score="l_ratio"),
     dict(questions="dgpo", pairs="graded"),
+    dict(objective="conspo", tau=0.2, target_margin=0.3, margin_warmup=0.8),
 ]
 FAMILY_CASES = [loss | split for loss in FAMILY for split in (SPLITS["by three"], SPLITS["dynamic"])]
 

@@ -236,6 +236,15 @@ def trpa(b: Tiny):
     return -gain / 3 + 0.001 * b.token_mean(lambda i, t: b.ratio(i, t) - 1 - (b.lp[i, t] - b.old[i, t]))
 
 
+def conspo(b: Tiny):
+    gain = 0
+    for right, wrong in b.questions():
+        against = sum((b.score(j) / 10).exp() for j in wrong)
+        led = [((b.score(i) - 0.01) / 10).exp() for i in right]
+        gain = gain + sum(10 * (x / (x + against)).log() for x in led) / len(right)
+    return -gain / 3
+
+
 FORMULAS = dict(
     ppo=ppo,
     grpo=grpo,
@@ -257,6 +266,7 @@ FORMULAS = dict(
     disco_b=disco_b,
     drpo=drpo,
     real=real,
+    conspo=conspo,
 )
 
 
@@ -329,7 +339,7 @@ def test_maxrl_refuses_a_reward_manager_that_takes_reward_off_wrong_responses():
 
 
 @pytest.mark.parametrize(
-    "algorithm", sorted(set(FORMULAS) - {"ppo", "reinforce_pp", "disco", "disco_b", "drpo", "real", "trpa"})
+    "algorithm", sorted(set(FORMULAS) - {"ppo", "reinforce_pp", "disco", "disco_b", "drpo", "real", "trpa", "conspo"})
 )
 def test_a_group_method_without_a_preset_says_what_it_needs(algorithm):
     with pytest.raises(ValueError, match="actor_rollout_ref.rollout.n=1 .* use n >= 2"):

@@ -144,7 +144,7 @@ def test_it_is_off_for_verls_own_methods_and_on_for_disco():
     for name in describe_algorithms():
         config = compose(["+experiment=arithmetic_cpu", f"algorithm={name}"]).config.verl_ext
         on[name] = bool(config.get("skip_rows_without_gradient"))
-    assert {name for name, value in on.items() if value} == {"disco", "disco_b", "drpo", "real", "trpa"}
+    assert {name for name, value in on.items() if value} == {"disco", "disco_b", "drpo", "real", "trpa", "conspo"}
 
 
 @pytest.mark.parametrize(
