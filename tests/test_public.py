@@ -19,10 +19,10 @@ EXPORTS = {
     "Controller.penalty": "(self, kl)",
     "Controller.state_dict": "(self)",
     "DiscoConfig": "(objective='disco', score='log_l', tau=None, surrogate='identity', negatives='softmax', "
-    "top_share=0.25, scale=1.0, length_temperature=0.1, max_length=8192, target_margin=0.01, margin_warmup=0.3, "
-    "questions=None, question_temperature=2.0, pairs='threshold', kl_estimator='k1', "
-    "constraint='squared_hinge', delta=0.0001, kl_floor=None, beta=1000.0, rho=1000.0, coefficient=0.1, measure='exact', positive_threshold=1.0, module=None, "
-    "options=<factory>)",
+    "top_share=0.25, scale=1.0, length_temperature=0.1, max_length=8192, target_margin=0.01, "
+    "margin_warmup=0.3, questions=None, question_temperature=2.0, pairs='threshold', kl_estimator='k1', "
+    "constraint='squared_hinge', delta=0.0001, kl_floor=None, beta=1000.0, rho=1000.0, coefficient=0.1, "
+    "measure='exact', positive_threshold=1.0, module=None, options=<factory>)",
     "DiscoConfig.build_controller": "(self)",
     "DiscoConfig.build_objective": "(self)",
     "DiscoConfig.build_question_weight": "(self)",
