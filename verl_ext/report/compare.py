@@ -2,7 +2,7 @@
 
     python -m verl_ext.report.compare RUN_A RUN_B [--step N] [--out report] [--most 50]
 
-Needs the responses that verl stores with ``trainer.validation_data_dir=FOLDER`` (our arithmetic task and
+Needs the responses that verl stores with ``trainer.validation_data_dir=FOLDER`` (our tasks and
 ``+experiment=evaluate`` set it), one folder per run. Without ``--step`` it takes the last evaluation that both have.
 Writes ``compare.html``, and ``compare.csv`` with all questions.
 """
