@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from importlib.metadata import version
@@ -44,6 +45,13 @@ SHOWN = (
     "seed",
 )
 """Settings on the card, besides the method's own settings."""
+
+
+FOLDERS = re.compile(r"(?<![\w.:/])~?/(?:[^/\s'\",\]]+/)+")
+"""Of an absolute path: they name a user and a machine, and are nobody else's business."""
+
+STEPS = "steps of reinforcement learning"
+"""On the card, behind their number."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,7 +122,7 @@ def export(
         raise ExportError(f"a folder cannot be read: {one_line(e)}") from None
     if out.is_relative_to(checkpoint.folder.parent.resolve()):
         raise ExportError(f"--out={out} is inside a checkpoint, which verl may delete; choose another folder")
-    if reuse and is_export(out, checkpoint.step, dtype):
+    if reuse and is_export(out, model_card(settings, evaluations, checkpoint.step, []), dtype):
         return out
     unfinished = out.with_name(out.name + ".unfinished")
     make_folder(out, unfinished)
@@ -165,14 +173,19 @@ def choose(run: Path, megatron: bool, evaluations: pd.DataFrame, step: int | Non
     return checkpoints[best_step(evaluations, whole)]
 
 
-def is_export(out: Path, step: int, dtype: str) -> bool:
-    """Tell whether ``out`` holds a finished export of this step, with weights of this type (``checkpoint``: any)."""
+def is_export(out: Path, card: str, dtype: str) -> bool:
+    """Tell whether ``out`` holds a finished export with weights of this type (``checkpoint``: any).
+
+    Its card, which may have been edited, must still name the method, step, figures and settings of ``card``: those of
+    another run are another model.
+    """
     try:
-        card, config = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
+        found, config = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    found = config.get("dtype") or config.get("torch_dtype")
-    return after_steps(step) in card and dtype in ("checkpoint", found)
+    naming = {line for line in card.splitlines() if STEPS in line or line.startswith("| ")}
+    kept = naming <= set(found.splitlines())
+    return kept and dtype in ("checkpoint", config.get("dtype") or config.get("torch_dtype"))
 
 
 def make_folder(out: Path, unfinished: Path) -> None:
@@ -207,7 +220,7 @@ def best_step(evaluations: pd.DataFrame, steps: list[int]) -> int:
 
 
 def after_steps(step: int) -> str:
-    return f"after {step} steps of reinforcement learning"
+    return f"after {step} {STEPS}"
 
 
 def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, weights: list[str]) -> str:
@@ -222,13 +235,13 @@ def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, w
     algorithm = str(settings.get("verl_ext.algorithm", "ppo"))
     shown = {name: settings[name] for name in SHOWN if name in settings}
     shown |= {n: v for n, v in settings.items() if n.startswith(f"{algorithm}.") and not n.endswith("_target_")}
-    # The hub takes names on it alone, and a folder is nobody else's business.
+    # The hub takes names on it alone.
     facts: dict[str, Any] = {"base_model": base} if is_hub_name(base) else {}
     facts |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     facts["tags"] = ["reinforcement-learning", "verl", "verl-disco", algorithm]
     lines = ["---", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True) + "---", ""]
     lines += [f"# {Path(base).name}, trained by {algorithm}", ""]
-    lines += [f"`{base}` {after_steps(step)} with the method `{algorithm}`, by", ""]
+    lines += [f"`{FOLDERS.sub('.../', base)}` {after_steps(step)} with the method `{algorithm}`, by", ""]
     lines += ["    python -m verl.trainer.main_ppo algorithm=" + algorithm + " ...", ""]
     lines += [f"with verl {version('verl')} and verl-disco {version('verl-disco')}.", ""]
     if step in evaluations.index:
@@ -241,7 +254,9 @@ def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, w
         lines.append("")
     lines += ["## Weights", "", *(f"- {sentence}" for sentence in weights), ""]
     lines += ["## Settings", "", "| setting | value |", "|---|---|"]
-    cells = {name: " ".join(str(value).split()).replace("|", "\\|") for name, value in shown.items()}
+    cells = {
+        name: " ".join(FOLDERS.sub(".../", str(value)).split()).replace("|", "\\|") for name, value in shown.items()
+    }
     lines += [f"| {name} | {value} |" for name, value in cells.items()]
     return "\n".join(lines) + "\n"
 

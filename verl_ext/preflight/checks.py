@@ -29,6 +29,7 @@ from verl_ext.preflight.trainer import (
     check_next_verl,
     check_own_settings,
     check_recipes_worker,
+    check_task,
     check_trainer,
 )
 from verl_ext.preflight.unread import check_unread
@@ -60,7 +61,7 @@ def check_nodes(run: Run) -> Iterator[Finding]:
         yield from ask_cluster(run.config, run.folder)
 
 
-_TRAINER = [check_trainer, check_own_settings, check_asynchrony, check_next_verl, check_adapters]
+_TRAINER = [check_trainer, check_own_settings, check_task, check_asynchrony, check_next_verl, check_adapters]
 _PLAN = [check_dataclasses, check_verls_own, check_sizes, check_steps, check_model, check_tokenizer]
 _PLAN += [check_first_evaluation, check_packages]
 CHECKS: dict[Needs, list[Callable[[Run], Iterator[Finding]]]] = {

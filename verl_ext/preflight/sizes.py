@@ -94,6 +94,8 @@ def check_first_evaluation(run: Run) -> Iterator[Finding]:
     config, rollout = run.config, run.config.actor_rollout_ref.rollout
     if config.trainer.val_before_train and not config.trainer.val_only:
         count = run.data.count("val") * rollout.val_kwargs.n
+        if not count:
+            return
         step = config.data.train_batch_size * rollout.n
         value = f"{count} responses of up to {config.data.max_response_length} tokens before the first step"
         problem = fix = ""

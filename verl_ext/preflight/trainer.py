@@ -1,5 +1,6 @@
 """Names trainers, modes and settings under which a run would not train as asked, before Ray starts."""
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,6 +60,17 @@ def check_own_settings(run: Run) -> Iterator[Finding]:
             read(run.config)
         except ValueError as e:
             yield Finding("verl_ext", "", str(e))
+
+
+def check_task(run: Run) -> Iterator[Finding]:
+    """Name what the task that builds its files would refuse: its module's ``refuse(config)``, if there is one."""
+    module, _, _ = str(OmegaConf.select(run.config, "verl_ext.prepare", default="") or "").rpartition(".")
+    # Code of others is imported by their start alone.
+    if module.startswith("verl_ext."):
+        try:
+            getattr(importlib.import_module(module), "refuse", lambda config: None)(run.config)
+        except ValueError as e:
+            yield Finding("task", "", str(e))
 
 
 def check_asynchrony(run: Run) -> Iterator[Finding]:

@@ -60,7 +60,8 @@ def is_foreign(top: Path, name: str, in_run: bool) -> bool:
 
 def plain(text: object) -> str:
     """Escape the markup of a name or value."""
-    return re.sub(r"([\\`*\[\]<>|!~])", r"\\\1", one_line(text))
+    # Within a word, as in grpo_er, an underscore marks nothing; an ampersand may begin an entity.
+    return re.sub(r"([\\`*\[\]<>|!~]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_line(text))
 
 
 def as_texts(table: pd.DataFrame, form: str = "") -> pd.DataFrame:

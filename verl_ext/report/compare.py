@@ -2,7 +2,7 @@
 
     python -m verl_ext.report.compare RUN_A RUN_B [--step N] [--out report] [--most 50]
 
-Needs the responses that verl stores with ``trainer.validation_data_dir=FOLDER`` (our arithmetic task and
+Needs the responses that verl stores with ``trainer.validation_data_dir=FOLDER`` (our tasks and
 ``+experiment=evaluate`` set it), one folder per run. Without ``--step`` it takes the last evaluation that both have.
 Writes ``compare.html``, and ``compare.csv`` with all questions.
 """
@@ -10,6 +10,7 @@ Writes ``compare.html``, and ``compare.csv`` with all questions.
 import argparse
 import html
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,12 +83,16 @@ def last_common_step(a: Run, b: Run, step: int | None = None) -> int:
 def side_by_side(a: Run, b: Run, step: int) -> pd.DataFrame:
     """Join two runs' questions at a step: the columns of :func:`questions_of`, with ``_a`` and ``_b`` at the end.
 
+    ``attrs`` counts the questions of "A" and of "B" that the other has not.
+
     Raises:
         ValueError: they have no question in common, or a file is damaged.
     """
-    table = questions_of(a, step).add_suffix("_a").join(questions_of(b, step).add_suffix("_b"), how="inner")
+    of_a, of_b = questions_of(a, step).add_suffix("_a"), questions_of(b, step).add_suffix("_b")
+    table = of_a.join(of_b, how="inner")
     if not len(table):
         raise ValueError(f"{a.folder} and {b.folder} have no question in common at step {step}")
+    table.attrs |= {"A": len(of_a) - len(table), "B": len(of_b) - len(table)}
     return table
 
 
@@ -110,11 +115,12 @@ def body_of(table: pd.DataFrame, a: Run, b: Run, step: int, most: int) -> Iterat
     interval = "" if math.isnan(half) else f" ({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f})"
     yield "<h1>Two runs, question by question</h1>"
     names = "".join(f"{side}: {html.escape(name_of(run))}.<br>" for side, run in (("A", a), ("B", b)))
-    yield f"<p>{names}Step {step}, {len(table)} questions.</p>"
+    yield f"<p>{names}Step {step}, {len(table)} questions{left_out(table)}.</p>"
     yield (
         f"<p>pass@1 of A minus B: {100 * mean:+.1f}{interval} points, with its 95 % interval over questions alone. "
         "Solved means by at least half of the responses.</p>"
     )
+    lines = telling_lines(table)
     by_group = table.groupby(["solved_a", "solved_b"])
     groups = {key: by_group.get_group(key) for key in GROUPS if key in by_group.groups}
     yield '<div class="table"><table><thead><tr><th></th><th>questions</th></tr></thead><tbody>'
@@ -126,21 +132,41 @@ def body_of(table: pd.DataFrame, a: Run, b: Run, step: int, most: int) -> Iterat
         rows = rows.loc[(rows["rate_a"] - rows["rate_b"]).abs().sort_values(ascending=False, kind="stable").index]
         more = f", the first {most}" if len(rows) > most else ""
         yield f"<h2>{GROUPS[key]}: {len(rows)}{more}</h2>"
-        yield from (question_html(*item) for item in rows[:most].iterrows())
+        yield from (question_html(key, row, lines[key]) for key, row in rows[:most].iterrows())
 
 
-def question_html(key: tuple, row: pd.Series) -> str:
+def left_out(table: pd.DataFrame) -> str:
+    """Say how many questions only one of the runs has."""
+    alone = [f"{table.attrs[side]} of {side} alone" for side in "AB" if table.attrs.get(side)]
+    return f" of both; {' and '.join(alone)} are left out" if alone else ""
+
+
+def telling_lines(table: pd.DataFrame) -> dict[tuple, str]:
+    """Map each question to a line of it, without what all questions of its benchmark begin and end with."""
+    found = {}
+    for _, group in table.groupby(level="benchmark", sort=False):
+        words = {key: one_line(key[1]).split() for key in group.index}
+        different = set(map(tuple, words.values()))
+        first = len(os.path.commonprefix([*different]))
+        last = len(os.path.commonprefix([w[first:][::-1] for w in different]))
+        for key, own in words.items():
+            # All the same, or some a part of others: as it is.
+            line = " ".join(own[first : len(own) - last] if len(different) > 1 else own) or " ".join(own)
+            found[key] = line[:150]
+    return found
+
+
+def question_html(key: tuple, row: pd.Series, line: str) -> str:
     """Write a question with a response of each run, folded."""
     # Questions and responses are other people's texts, and a model's.
-    benchmark, question = html.escape(str(key[0])), html.escape(shortened(key[1]))
-    line = html.escape(one_line(key[1])[-150:])
+    title, question = html.escape(f"{key[0]}: {line}"), html.escape(shortened(key[1]))
     sides = "".join(
         f"<div>{side}: {row[f'rate_{end}']:.0%} right<pre>{html.escape(shortened(row[f'text_{end}']))}</pre></div>"
         for side, end in (("A", "a"), ("B", "b"))
     )
     truth = html.escape(shortened(row["truth_a"]))
     return (
-        f"<details><summary>{benchmark}: {line}</summary><pre>{question}</pre><p>Expected: <code>{truth}</code></p>"
+        f"<details><summary>{title}</summary><pre>{question}</pre><p>Expected: <code>{truth}</code></p>"
         f'<div class="pair">{sides}</div></details>'
     )
 
@@ -170,6 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
     table[["truth_a", "rate_a", "rate_b"]].rename(columns={"truth_a": "truth"}).to_csv(args.out / "compare.csv")
     for key, title in GROUPS.items():
         print(f"{title:22} {int(((table['solved_a'] == key[0]) & (table['solved_b'] == key[1])).sum()):6d}")
+    if more := left_out(table):
+        print(f"{len(table)} questions{more}")
     print(f"written: {args.out / 'compare.html'}, {args.out / 'compare.csv'}")
     return 0
 

@@ -76,6 +76,11 @@ def pairs_of(method: dict[str, Run], baseline: dict[str, Run]) -> list[tuple[Run
     return list(zip(method.values(), baseline.values(), strict=False))
 
 
+def benchmarks_of(run: Run, step: int) -> set[str]:
+    """Return the benchmarks that a run has evaluated at a step."""
+    return set(run.pass_at_1.loc[step].dropna().index)
+
+
 def difference(pairs: list[tuple[Run, Run]], step: int) -> tuple[float, float, int]:
     """Return the mean difference of pass@1, half the width of its interval, and the number of questions it is over.
 
@@ -105,7 +110,10 @@ def headline(runs: list[Run], baseline: str | None) -> pd.DataFrame:
         if baseline is None or method == baseline:
             continue
         pairs = pairs_of(group, methods[baseline])
-        if (at_step := last_common_step([r for pair in pairs for r in pair])) is not None:
+        both = [r for pair in pairs for r in pair]
+        at_step = last_common_step(both)
+        # Means over other benchmarks cannot be compared.
+        if at_step is not None and all(benchmarks_of(r, at_step) == benchmarks_of(both[0], at_step) for r in both):
             points, half, questions = difference(pairs, at_step)
             rows[method] |= {"difference": points, "low": points - half, "high": points + half}
             rows[method] |= {"pairs": len(pairs), "questions": questions, "at_step": at_step}
@@ -117,21 +125,26 @@ def headline(runs: list[Run], baseline: str | None) -> pd.DataFrame:
 def in_words(table: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     """Write :func:`headline`'s table in percent and points."""
     rows = {}
+    end = table["step"].get(baseline)
     for method, row in table.iterrows():
         cells = {"pass@1, %": percent(row["pass_at_1"], row["half"])}
         if len(table) > 1:
-            cells[f"points to {baseline}"] = "baseline" if method == baseline else points(row)
+            cells[f"points to {baseline}"] = "baseline" if method == baseline else points(row, end)
             cells["over"] = "" if math.isnan(row["pairs"]) else over(row)
         rows[method] = cells | {"seeds": str(int(row["seeds"])), "step": str(int(row["step"]))}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
-def points(row: pd.Series) -> str:
-    """Write a difference and its interval in percentage points: ``+1.2 (-0.4 to +2.8)``."""
+def points(row: pd.Series, end: float | None) -> str:
+    """Write a difference and its interval in percentage points: ``+1.2 (-0.4 to +2.8)``.
+
+    Args:
+        end: the step of the baseline's own pass@1; a difference at another step than both methods' says so.
+    """
     found = [100 * row[name] for name in ("difference", "low", "high")]
     if math.isnan(found[0]):
-        return "no common step"
-    at = "" if row["at_step"] == row["step"] else f", at step {int(row['at_step'])}"
+        return "no common step or benchmarks"
+    at = "" if row["at_step"] == row["step"] == end else f", at step {int(row['at_step'])}"
     return f"{found[0]:+.1f}" + ("" if math.isnan(found[1]) else f" ({found[1]:+.1f} to {found[2]:+.1f})") + at
 
 

@@ -85,7 +85,14 @@ def draw_curves(runs: list[Run], of: Callable[[Run], pd.Series], title: str, lev
             axis.plot(c.index, c, color=color, alpha=0.25, linewidth=0.8)
         # Only over steps that all runs have: an unfinished run would distort the mean.
         mean = pd.concat(curves, axis=1).dropna().mean(axis=1)
-        axis.plot(mean.index, mean, color=color, label=f"{method}, {len(curves)} run{'s' * (len(curves) > 1)}")
+        # A line needs two points.
+        axis.plot(
+            mean.index,
+            mean,
+            "o" if len(mean) == 1 else "-",
+            color=color,
+            label=f"{method}, {len(curves)} run{'s' * (len(curves) > 1)}",
+        )
     drawn = bool(axis.lines)
     if drawn:
         for level in sorted(levels):

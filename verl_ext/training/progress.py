@@ -44,6 +44,14 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02d} h"
 
 
+def finite(value: Any) -> float | None:
+    """Return a metric as a number; None for what is none, which must not end a run."""
+    try:
+        return number if math.isfinite(number := float(value)) else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
 def step_line(
     step: int,
     total: int | None,
@@ -65,11 +73,10 @@ def step_line(
     """
 
     def number(*names: str) -> float | None:
-        found = next((values[name] for name in names if values.get(name) is not None), None)
-        return None if found is None or not math.isfinite(value := float(found)) else value
+        return finite(next((values[name] for name in names if values.get(name) is not None), None))
 
     parts = [f"step {step}" if total is None else f"step {step:{len(str(total))}d}/{total}"]
-    if evaluated is not None:
+    if evaluated is not None and math.isfinite(evaluated[1]):
         parts.append(f"pass@1 {evaluated[1]:.1%}" + ("" if evaluated[0] == step else f" (step {evaluated[0]})"))
     if (reward := number("critic/score/mean")) is not None:
         parts.append(f"reward {reward:.3f}")
@@ -83,7 +90,7 @@ def step_line(
     if seconds:
         parts += [f"{tokens / seconds:,.0f} tok/s"] if tokens is not None else []
         parts.append(f"{seconds:.1f} s")
-    if seconds_left:
+    if seconds_left and seconds_left > 0:
         parts.append(f"{duration(seconds_left)} left")
     return "  ".join(parts)
 
@@ -124,10 +131,11 @@ class Progress:
 
     def _seconds_left(self, step: int, values: Mapping[str, Any]) -> float | None:
         """Estimate by the steps after this process's first one, which starts things up; until then by that one."""
-        if self._total is None or "timing_s/step" not in values:
+        seconds = finite(values.get("timing_s/step"))
+        if self._total is None or seconds is None:
             return None
         now = self._clock()
         self._first = self._first or (step, now)
         first, then = self._first
-        each = (now - then) / (step - first) if step > first else float(values["timing_s/step"])
+        each = (now - then) / (step - first) if step > first else seconds
         return each * (self._total - step)

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from written_runs import write_settings
 
 from verl_ext.export import __main__ as export
 from verl_ext.export.push import plan
@@ -138,3 +139,25 @@ def test_what_is_no_export_is_refused(folder):
     (folder / "README.md").unlink()
     with pytest.raises(ExportError, match="needs README.md and safetensors"):
         plan(folder)
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"verl_ext.algorithm": "grpo"}])
+def test_another_runs_model_of_the_same_step_is_not_pushed(run, hub, refused, change, tmp_path):
+    out = tmp_path / "models"
+    assert export.main([str(run), "--out", str(out)]) == 0
+    (out / "config.json").write_text('{"dtype": "float32"}')
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(card + "\nA sentence of my own.\n")
+    assert export.main([str(run), "--out", str(out), "--push", "me/model", "--dry-run"]) == 0
+    write_settings(run, **change)
+    assert "is not empty; choose another --out" in refused(run, "--out", out, "--push", "me/model")
+    assert hub.calls == []
+
+
+def test_the_card_has_no_folders_of_this_machine(run, exported):
+    files = ["/home/me/data/gsm8k/train.parquet", "data/b.parquet"]
+    write_settings(run, **{"actor_rollout_ref.model.path": "/home/me/Base-1B", "data.train_files": files})
+    assert export.main([str(run)]) == 0
+    card = (run / "export/global_step_20/README.md").read_text()
+    assert "/home" not in card and "`.../Base-1B` after 20 steps" in card
+    assert "| data.train_files | ['.../train.parquet', 'data/b.parquet'] |" in card

@@ -149,6 +149,8 @@ def test_countdown_is_built_by_the_start_and_its_rows_are_read(tmp_path):
     overrides = ["algorithm=grpo", "+experiment=countdown_cpu", f"countdown.folder={tmp_path / 'a'}"]
     problems, warnings, found = run(*overrides)
     assert problems == [] and any("there is no" in w for w in warnings)
+    assert "first evaluation" not in found
+    assert run(*overrides, "countdown.sizes=[2,3]")[0] == ["countdown.sizes=[2, 3] must be among 3, 4, 5, 6"]
     assert found["batch"] == "16 questions x 8 responses per step, 8 questions per update, 2 updates"
     build_assets(
         **composition.compose([*overrides, "countdown.iterations=0", "countdown.train_size=64"]).config.countdown

@@ -104,6 +104,31 @@ def test_runs_without_a_common_question_are_refused(make, capsys):
     assert "have no question in common at step 20" in capsys.readouterr().err
 
 
+def test_a_questions_line_is_what_it_has_of_its_own_and_others_are_counted(make, tmp_path, capsys):
+    words = "Here are the numbers {}. Write an expression that equals {}. " + "Use each number exactly once. " * 9
+    folders = [make(name, 1, right={20: {"x": 0}}) for name in ("disco", "grpo")]
+    for folder, targets in zip(folders, ((95, 12, 7), (95, 12)), strict=True):
+        lines = [
+            {"input": f"user\n{words.format('38, 3, 54', t)}", "output": "x", "score": float(folder == folders[0])}
+            for t in targets
+        ]
+        (folder / "validation/20.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert compare.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out/compare.html").read_text()
+    assert re.findall("<summary>(.*?)</summary>", text) == ["toy: 95.", "toy: 12."]
+    assert "Step 20, 2 questions of both; 1 of A alone are left out." in text
+    assert "2 questions of both; 1 of A alone are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "texts, lines",
+    [(["same"], ["same"]), (["a b", "a b c"], ["a b", "c"]), (["x 1 y 2 z", "x 3 y 4 z"], ["1 y 2", "3 y 4"])],
+)
+def test_lines_without_what_all_share(texts, lines):
+    index = pd.MultiIndex.from_tuples([("toy", text, 0) for text in texts], names=compare.KEY)
+    assert list(compare.telling_lines(pd.DataFrame({"rate": 0.0}, index=index)).values()) == lines
+
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

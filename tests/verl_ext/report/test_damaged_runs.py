@@ -122,7 +122,7 @@ def test_damaged_runs_are_named_and_left_out_of_a_report_of_the_others(make, dam
     error = capsys.readouterr().err.rstrip("\n").split("\n")
     assert len(error) == len(faults) == text.count("| left out: ") == page.count("<td>left out: ")
     for folder, fault in faults.items():
-        rows = [line for line in text.split("\n") if line.startswith(f"| {folder.name} | left out: ")]
+        rows = [line for line in text.split("\n") if line.startswith(f"| {report.plain(folder.name)} | left out: ")]
         assert len(rows) == 1 and report.plain(fault) in rows[0]
         assert f"<td>{folder.name}</td>" in page
         assert any(line.startswith(f"{folder}: left out: ") and report.one_line(fault) in line for line in error)

@@ -145,3 +145,27 @@ def test_the_weight_by_difficulty_over_time(make):
     assert list(table.index) == [("disco", "1 to 7"), ("disco", "8 to 14"), ("disco", "15 to 20")]
     assert table.loc[("disco", "1 to 7")].tolist() == ["0 of 0", "70 of 25", "30 of 50", "0 of 0", "0 of 0", "0 of 25"]
     assert table.loc[("disco", "15 to 20"), "(0, 0.25]"] == "20 of 25"
+
+
+def test_a_difference_at_another_step_than_the_baselines_final_one_says_so(make):
+    whole, part = make("grpo", 1), make("disco", 1)
+    metrics = part / runs.METRICS_FILE
+    metrics.write_text("\n".join(metrics.read_text().split("\n")[:16]) + "\n")
+    row = in_words(headline(read(whole, part), "grpo"), "grpo").loc["disco"]
+    assert row["step"] == "15" and row["points to grpo"] == "+0.0, at step 15"
+
+
+def test_means_over_other_benchmarks_are_not_compared(make):
+    folders = [make("grpo", 1), make("disco", 1)]
+    metrics = folders[1] / runs.METRICS_FILE
+    metrics.write_text(metrics.read_text().replace("val-core/toy/", "val-core/other/"))
+    row = in_words(headline(read(*folders), "grpo"), "grpo").loc["disco"]
+    assert row["points to grpo"] == "no common step or benchmarks" and row["over"] == ""
+
+
+def test_names_with_markup_stay_names(make, tmp_path):
+    name = "_it_ __b__ &lt;i&gt; a_b%c&d$x"
+    assert report.main([str(make(name, 1, name="odd")), str(make("grpo", 1)), "--out", str(tmp_path / "out")]) == 0
+    assert "<td>_it_ __b__ &amp;lt;i&amp;gt; a_b%c&amp;d$x</td>" in (tmp_path / "out/report.html").read_text()
+    assert r"\_it\_ \_\_b\_\_ \&lt;i\&gt; a\_b\%c\&d\$x & " in (tmp_path / "out/tables/headline.tex").read_text()
+    assert pd.read_csv(tmp_path / "out/tables/headline.csv")["method"].tolist() == [name, "grpo"]

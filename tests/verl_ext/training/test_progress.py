@@ -113,3 +113,15 @@ def test_other_values_are_refused_before_ray_starts(name, value):
     if name == "progress":
         with pytest.raises(ValueError, match="must be true"):
             progress_wanted(config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "odd", [1, 2], None])
+def test_what_is_no_number_is_left_out_and_ends_no_run(value):
+    progress = Progress(OmegaConf.create({}), total=9)
+    assert progress.line(0, {"val-core/a/acc/mean@1": 0.5, "val-core/b/acc/mean@1": float("nan")}) == "step 0/9"
+    row = {"critic/score/mean": value, "timing_s/step": value, "perf/total_num_tokens": value, "actor/entropy": 0.5}
+    assert progress.line(1, row) == "step 1/9  entropy 0.500"
+
+
+def test_no_time_is_left_after_the_last_step():
+    assert Progress(OmegaConf.create({}), total=9).line(12, {"timing_s/step": 2.0}) == "step 12/9  2.0 s"

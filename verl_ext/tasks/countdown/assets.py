@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from verl_ext.tasks.arithmetic.pretrain import BATCH, fit
 from verl_ext.tasks.assets import build, save_pretrained, save_rows
+from verl_ext.tasks.countdown.expression import MOST_DIGITS
 from verl_ext.tasks.countdown.reward import STYLES
 from verl_ext.tasks.countdown.task import SIZES, Limits, Question, draw_many, draw_splits
 
@@ -69,16 +70,8 @@ def build_assets(
     Raises:
         ValueError: a wrong parameter, or ``folder`` holds files that were not built here.
     """
+    check_parameters(style, sizes, largest_number, largest_target, iterations, train_size, test_size)
     sizes = sorted(set(sizes))
-    if style not in STYLES:
-        raise ValueError(f"countdown.style={style} must be one of {', '.join(STYLES)}")
-    if not sizes or not set(sizes) <= set(SIZES):
-        raise ValueError(f"countdown.sizes={sizes} must be among {', '.join(map(str, SIZES))}")
-    if iterations and (style != "bare" or largest_number > 9 or largest_target > 99):
-        raise ValueError(
-            f"countdown.iterations={iterations} pre-trains a toy model, which needs style=bare, largest_number of at "
-            f"most 9 and largest_target of at most 99, not {style}, {largest_number} and {largest_target}"
-        )
     limits = Limits(largest_number, largest_target, chain=style == "bare")
     stamp = dict(version=VERSION, style=style, sizes=sizes, largest_number=largest_number, use_all=use_all, seed=seed)
     stamp |= dict(largest_target=largest_target, iterations=iterations, train_size=train_size, test_size=test_size)
@@ -92,6 +85,39 @@ def build_assets(
             save_pretrained(place / "model", seed, lambda *m: pretrain(*m, iterations, sizes, limits, seed, held_out))
 
     return build(folder, "countdown", stamp, make)
+
+
+def check_parameters(
+    style: str,
+    sizes: Sequence[int],
+    largest_number: int,
+    largest_target: int,
+    iterations: int,
+    train_size: int,
+    test_size: int,
+    **others: object,
+) -> None:
+    """Raise ValueError if nothing can be built with these parameters of :func:`build_assets`."""
+    if style not in STYLES:
+        raise ValueError(f"countdown.style={style} must be one of {', '.join(STYLES)}")
+    if not sizes or not set(sizes) <= set(SIZES):
+        raise ValueError(f"countdown.sizes={list(sizes)} must be among {', '.join(map(str, SIZES))}")
+    # The reward reads no longer numbers.
+    if not 1 <= largest_number < 10**MOST_DIGITS:
+        raise ValueError(f"countdown.largest_number={largest_number} must be 1 to {10**MOST_DIGITS - 1}")
+    for name, value in (("largest_target", largest_target), ("train_size", train_size), ("test_size", test_size)):
+        if value < 1:
+            raise ValueError(f"countdown.{name}={value} must be at least 1")
+    if iterations and (style != "bare" or largest_number > 9 or largest_target > 99):
+        raise ValueError(
+            f"countdown.iterations={iterations} pre-trains a toy model, which needs style=bare, largest_number of at "
+            f"most 9 and largest_target of at most 99, not {style}, {largest_number} and {largest_target}"
+        )
+
+
+def refuse(config: DictConfig) -> None:
+    """Raise ValueError if :func:`ensure_assets` would, for the checks of a start and of the doctor."""
+    check_parameters(**OmegaConf.to_container(config.countdown, resolve=True))
 
 
 def pretrain(

@@ -26,8 +26,8 @@ MOST_TRIES = 4
 GIVE_UP = 0.5
 """Probability that a careless response answers with a wrong attempt instead of making another."""
 
-MOST_DRAWS = 10_000
-"""Draws of one new question before the limits are taken to leave no other."""
+MOST_DRAWS = 100_000
+"""Draws of one new question, a second or two, before the limits are taken to leave no other."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,17 @@ def combine(rng: random.Random, numbers: Iterable[int], limits: Limits) -> Combi
     return parts[0]
 
 
-def draw(rng: random.Random, size: int, limits: Limits) -> Question:
-    """Draw a question of ``size`` numbers from 1 to ``limits.largest_number``; the target is none of them."""
-    while True:
-        numbers = tuple(rng.randint(1, limits.largest_number) for _ in range(size))
-        found = combine(rng, numbers, limits)
-        if found and found.value <= limits.largest_target and found.value not in numbers:
-            return Question(numbers, found.value, found)
+def draw(rng: random.Random, size: int, limits: Limits) -> Question | None:
+    """Draw a question of ``size`` numbers from 1 to ``limits.largest_number``; the target is none of them.
+
+    Returns:
+        None if the numbers that were drawn have led to no such target.
+    """
+    numbers = tuple(rng.randint(1, limits.largest_number) for _ in range(size))
+    found = combine(rng, numbers, limits)
+    if found and found.value <= limits.largest_target and found.value not in numbers:
+        return Question(numbers, found.value, found)
+    return None
 
 
 def draw_many(
@@ -156,7 +160,7 @@ def draw_many(
     """
     for size in sizes:
         for _ in range(MOST_DRAWS):
-            if (question := draw(rng, size, limits)).key not in exclude:
+            if (question := draw(rng, size, limits)) and question.key not in exclude:
                 yield question
                 break
         else:

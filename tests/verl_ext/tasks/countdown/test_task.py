@@ -107,3 +107,10 @@ def test_an_order_without_a_further_operation_is_none():
     # 3-2 is within the limits; with 2 first, nothing is.
     seen = {combine(random.Random(seed), (2, 3), Limits(3, 1, chain=True)) for seed in range(20)}
     assert {c and c.text for c in seen} == {None, "3-2"}
+
+
+@pytest.mark.parametrize("limits", [Limits(1, 1), Limits(9, 0)], ids=str)
+def test_limits_that_leave_no_question_end_with_their_names(limits, monkeypatch):
+    monkeypatch.setattr("verl_ext.tasks.countdown.task.MOST_DRAWS", 50)
+    with pytest.raises(ValueError, match=f"countdown.largest_target={limits.largest_target}: raise them"):
+        next(draw_many(random.Random(0), [3], limits))

@@ -34,3 +34,8 @@ def test_the_authors_own_files(tmp_path, shared, capsys):
     assert prepare.main(["--local", str(shared / "data/train"), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "1319 read    1319 written to gsm8k" in out and "7473 read    7473 written to train" in out
+
+
+def test_a_run_on_a_cpu_ends(compose):
+    config = compose("algorithm=disco", "+task=gsm8k", "+backend=cpu", "model=mine")
+    assert config.trainer.total_training_steps == 100
