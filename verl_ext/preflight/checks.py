@@ -31,6 +31,7 @@ from verl_ext.preflight.trainer import (
     check_recipes_worker,
     check_task,
     check_trainer,
+    may_build,
 )
 from verl_ext.preflight.unread import check_unread
 from verl_ext.preflight.values import check_values
@@ -133,7 +134,7 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
     prepared = OmegaConf.select(config, "verl_ext.prepare")
     for need in (Needs.CODE, Needs.FILES, Needs.CONTENTS):
         for finding in run_checks(CHECKS[need], run, hint=hint):
-            if need is Needs.FILES and prepared and finding.problem:
+            if need is Needs.FILES and prepared and finding.problem and may_build(config, finding.problem):
                 finding = replace(finding, warning=True, fix=f"{prepared} may build it when the run starts")
             yield finding
     if wrong:

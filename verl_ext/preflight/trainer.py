@@ -2,9 +2,10 @@
 
 import importlib
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from verl.utils.torch_dtypes import PrecisionType
 
 from verl_ext import recipes
@@ -64,13 +65,22 @@ def check_own_settings(run: Run) -> Iterator[Finding]:
 
 def check_task(run: Run) -> Iterator[Finding]:
     """Name what the task that builds its files would refuse: its module's ``refuse(config)``, if there is one."""
-    module, _, _ = str(OmegaConf.select(run.config, "verl_ext.prepare", default="") or "").rpartition(".")
-    # Code of others is imported by their start alone.
-    if module.startswith("verl_ext."):
-        try:
-            getattr(importlib.import_module(module), "refuse", lambda config: None)(run.config)
-        except ValueError as e:
-            yield Finding("task", "", str(e))
+    try:
+        getattr(_task(run.config), "refuse", lambda config: None)(run.config)
+    except ValueError as e:
+        yield Finding("task", "", str(e))
+
+
+def may_build(config: DictConfig, problem: str) -> bool:
+    """Tell whether the task builds what is missing: its module's ``builds(config)`` names the files."""
+    task = _task(config)
+    return task is None or any(name in problem for name in task.builds(config))
+
+
+def _task(config: DictConfig) -> ModuleType | None:
+    """Import the module of ``verl_ext.prepare``, if it is ours: code of others is imported by their start alone."""
+    module, _, _ = str(OmegaConf.select(config, "verl_ext.prepare", default="") or "").rpartition(".")
+    return importlib.import_module(module) if module.startswith("verl_ext.") else None
 
 
 def check_asynchrony(run: Run) -> Iterator[Finding]:

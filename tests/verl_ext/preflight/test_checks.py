@@ -143,6 +143,15 @@ def test_missing_data_are_named_with_what_makes_them(tmp_path):
     assert all("python -m verl_ext.tasks.gsm8k.prepare --out DIR makes for gsm8k.folder=DIR" in f.fix for f in wrong)
 
 
+def test_a_model_that_no_task_builds_is_missing(tmp_path):
+    missing = f"actor_rollout_ref.model.path={tmp_path}/none: there is no such folder, and it is not a name on the hub"
+    overrides = ["algorithm=disco", "+backend=cpu", f"model={tmp_path}/none"]
+    for task in ("countdown", "arithmetic"):
+        problems, warned, _ = run(*overrides, f"+task={task}", f"{task}.folder={tmp_path}/{task}")
+        assert problems == [missing]
+        assert f"data.train_files: there is no {tmp_path}/{task}/train.parquet" in warned
+
+
 def test_countdown_is_built_by_the_start_and_its_rows_are_read(tmp_path):
     from verl_ext.tasks.countdown.assets import build_assets
 

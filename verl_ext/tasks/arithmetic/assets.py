@@ -73,6 +73,11 @@ def ensure_assets(config: DictConfig) -> None:
     build_assets(a.folder, iterations=a.iterations, train_size=a.train_size, test_size=a.test_size, seed=a.seed)
 
 
+def builds(config: DictConfig) -> list[str]:
+    """Name what :func:`ensure_assets` builds."""
+    return [f"{config.arithmetic.folder}/{name}" for name in ("train.parquet", "test.parquet", "model")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     task = files("verl_ext") / "config/task/arithmetic.yaml"

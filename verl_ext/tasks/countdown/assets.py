@@ -120,6 +120,12 @@ def refuse(config: DictConfig) -> None:
     check_parameters(**OmegaConf.to_container(config.countdown, resolve=True))
 
 
+def builds(config: DictConfig) -> list[str]:
+    """Name what :func:`ensure_assets` builds; the model only where it is pre-trained."""
+    names = ["train.parquet", "test.parquet", *["model"] * bool(config.countdown.iterations)]
+    return [f"{config.countdown.folder}/{name}" for name in names]
+
+
 def pretrain(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
