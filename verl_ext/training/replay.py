@@ -25,7 +25,7 @@ class WatchedReplayBuffer:
         self._replaced: Counter[float | None] = Counter()
         self._since_kept: Counter[float | None] = Counter()
         """Number of questions by the value that all their responses have; None: a response failed."""
-        self._warned = False
+        self._warned, self._kept = False, 0
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
         """Sample a batch, as verl does."""
@@ -49,10 +49,13 @@ class WatchedReplayBuffer:
         for counter in (self._replaced, self._since_kept):
             counter.update(same_value)
             counter.update([None] * len(failed))
-        if self.finished_keys[partition_id]:
+        kept = len(self.finished_keys[partition_id])
+        if kept > self._kept:
             self._since_kept.clear()
             self._warned = False
-        self._judge(global_steps, complete=len(self.finished_keys[partition_id]) >= self._batch_size)
+        # Fewer, where a step has taken them.
+        self._kept = kept
+        self._judge(global_steps, complete=kept >= self._batch_size)
         return result
 
     def _judge(self, step: int, complete: bool) -> None:

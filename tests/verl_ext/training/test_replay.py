@@ -97,10 +97,16 @@ def test_equal_rewards_for_ever_are_told_and_end_the_run(sample, capsys):
 
 
 def test_a_run_that_keeps_some_goes_on_without_a_word(sample, capsys):
-    # Two of the first batches', and then none for six batches.
-    keys, queue = sample(lambda number: (0.0, 1.0) if number in (3, 5, 30, 31) else (1.0, 1.0))
-    assert sorted({key.split("_")[0] for key in keys}) == ["q3", "q30", "q31", "q5"]
+    # Two of the first batches', and then none for four batches.
+    keys, queue = sample(lambda number: (0.0, 1.0) if number in (3, 5, 22, 23) else (1.0, 1.0))
+    assert sorted({key.split("_")[0] for key in keys}) == ["q22", "q23", "q3", "q5"]
     assert not capsys.readouterr().out
+
+
+def test_a_run_that_has_kept_some_ends_too(sample, capsys):
+    with pytest.raises(ValueError, match=f"none was kept in {STOP_AFTER} batches of questions"):
+        sample(lambda number: (0.0, 1.0) if number in (3, 5) else (1.0, 1.0))
+    assert capsys.readouterr().out.count("questions were replaced") == 1
 
 
 def test_verls_own_setting_for_the_most_batches_is_kept(sample):
