@@ -21,6 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--fuzz", type=int, metavar="N", help="try each property on N times as many cases, new ones")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before the tests are imported, whose decorators read it.
+    if config.getoption("--fuzz"):
+        os.environ["VERL_DISCO_FUZZ"] = str(config.getoption("--fuzz"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

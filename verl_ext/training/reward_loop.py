@@ -6,6 +6,7 @@ asks for the counts once per step.
 
 import asyncio
 import inspect
+import math
 import numbers
 import os
 import reprlib
@@ -66,11 +67,14 @@ def as_number(value: Any) -> float:
 
     Raises:
         TypeError: ``value`` is anything else.
+        ValueError: it is NaN or infinite.
     """
     value = plain(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"it returned {reprlib.repr(value)} ({type(value).__name__}), which is not a number")
-    return float(value)
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"it returned {number}, which is not a finite number")
+    return number
 
 
 def plain(value: Any) -> Any:
@@ -127,7 +131,7 @@ class CountingRewardWorker(RewardLoopWorker):
         """Grade one response.
 
         Raises:
-            RewardError: the reward failed or is not a number.
+            RewardError: the reward failed or is not a finite number.
         """
         self._tally.asked += 1
         try:
