@@ -152,7 +152,9 @@ def plan_update(
     if not table.entropy.isnan().any():
         metrics["entropy"] = float(table.entropy.sum()) / max(tokens, 1)
     positive = questions.positive[member]
-    return UpdatePlan(loss.to(table.score), weight, positive, coefficient, tokens, in_force.item(), needs_gradient, metrics)
+    return UpdatePlan(
+        loss.to(table.score), weight, positive, coefficient, tokens, in_force.item(), needs_gradient, metrics
+    )
 
 
 def labelled(reward: Tensor, question: Tensor, length: Tensor, threshold: float, graded: bool) -> Questions:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+ENVIRONMENT = {"RAY_TMPDIR": "/tmp", "HYDRA_FULL_ERROR": "1"}
+
 
 @dataclass
 class Run:
@@ -61,14 +63,13 @@ def toy(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def main_ppo(toy, tmp_path) -> Callable[..., Run]:
-    """``main_ppo(*overrides, ranks=1)``: one command, in a clean directory and a Ray session of its own.
+def command(toy, tmp_path) -> Callable[..., list[str]]:
+    """``command(*overrides, folder, ranks=1)``: verl's main_ppo on the toy, in ``folder``.
 
     ``bare``: with these overrides and nothing else.
     """
 
-    def run(*overrides: str, ranks: int = 1, folder: Path | None = None, timeout: int = 900, bare: bool = False) -> Run:
-        folder = folder or tmp_path / "run"
+    def make(*overrides: str, folder: Path, ranks: int = 1, bare: bool = False) -> list[str]:
         settings = [
             "+experiment=arithmetic_cpu",
             "verl_ext.prepare=null",
@@ -93,9 +94,20 @@ def main_ppo(toy, tmp_path) -> Callable[..., Run]:
         # Later ones win; Hydra refuses to be told twice.
         chosen = {o.lstrip("+").split("=")[0]: o for o in [*([] if bare else settings), *overrides] if "=" in o}
         flags = [o for o in overrides if "=" not in o]
+        return [sys.executable, "-m", "verl.trainer.main_ppo", *flags, *chosen.values()]
+
+    return make
+
+
+@pytest.fixture
+def main_ppo(command, tmp_path) -> Callable[..., Run]:
+    """``main_ppo(*overrides, ranks=1)``: one command, in a clean directory and a Ray session of its own."""
+
+    def run(*overrides: str, folder: Path | None = None, timeout: int = 900, **options) -> Run:
+        folder = folder or tmp_path / "run"
         done = subprocess.run(
-            [sys.executable, "-m", "verl.trainer.main_ppo", *flags, *chosen.values()],
-            env=os.environ | {"RAY_TMPDIR": "/tmp", "HYDRA_FULL_ERROR": "1"},
+            command(*overrides, folder=folder, **options),
+            env=os.environ | ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

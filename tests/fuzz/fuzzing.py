@@ -1,6 +1,6 @@
 """How many random cases a property is tried on: few and always the same, or with ``--fuzz N`` N times as many new ones.
 
-    python -m pytest tests/fuzz --fuzz 100
+python -m pytest tests/fuzz --fuzz 100
 """
 
 import os

@@ -296,7 +296,9 @@ numbers = st.one_of(st.floats(), st.integers(-5, 5), st.none(), st.booleans(), s
 
 @cases(300)
 @given(
-    st.dictionaries(st.sampled_from([f.name for f in fields(DiscoConfig) if f.name not in ("module", "options")]), numbers),
+    st.dictionaries(
+        st.sampled_from([f.name for f in fields(DiscoConfig) if f.name not in ("module", "options")]), numbers
+    ),
     st.fixed_dictionaries(
         {},
         optional={
@@ -367,7 +369,9 @@ def test_the_standard_error_of_the_kl(rows, scale):
 
 
 @cases(200)
-@given(st.lists(st.floats(0, 1, width=16), min_size=2, max_size=9).filter(lambda x: len(set(x)) > 1), st.floats(0.1, 10))
+@given(
+    st.lists(st.floats(0, 1, width=16), min_size=2, max_size=9).filter(lambda x: len(set(x)) > 1), st.floats(0.1, 10)
+)
 def test_weights_of_pairs(reward, scale):
     reward = torch.tensor(reward, dtype=torch.float64)
     pairs = pair_weights(reward)

@@ -112,7 +112,9 @@ def test_a_dealt_batch_says_what_each_row_is(keys, per_mini_batch, ranks, micro_
     group, session = [r.uid for r in rows], [(r.uid, r.session) for r in rows]
     reward = of_sessions(rows, [float(i) for i in range(len(rows))])
     last = last_of_session(rows)
-    assert all(session[i] == session[last[i]] and rows[i].trajectory <= rows[last[i]].trajectory for i in range(len(rows)))
+    assert all(
+        session[i] == session[last[i]] and rows[i].trajectory <= rows[last[i]].trajectory for i in range(len(rows))
+    )
     plan = deal(group, [1 + i % 5 for i in range(len(rows))], groups_per_mini_batch=per_mini_batch, ranks=ranks,
                 micro_batches=micro_batches, padding_length=7)  # fmt: skip
     found = Rows.dealt(group, session, reward, plan)
@@ -198,15 +200,25 @@ def test_a_row_is_one_line_that_reads_back(step, row):
         value = value.item() if isinstance(value, torch.Tensor | np.generic) else value
         finite = not isinstance(value, float) or math.isfinite(value)
         # Digits that tell a float32 from its neighbours.
-        read = float(np.float32(found.values[name])) if finite and isinstance(row[name], np.float32) else found.values[name]
+        read = (
+            float(np.float32(found.values[name]))
+            if finite and isinstance(row[name], np.float32)
+            else found.values[name]
+        )
         assert read == (value if finite else None)
 
 
-junk = st.one_of(st.binary(max_size=12), st.sampled_from([b"{", b'{"step":', b'{"step":2}', b"null", b"[" * 2000, b"\r"]))
+junk = st.one_of(
+    st.binary(max_size=12), st.sampled_from([b"{", b'{"step":', b'{"step":2}', b"null", b"[" * 2000, b"\r"])
+)
 
 
 @cases(200)
-@given(st.lists(st.tuples(st.integers(0, 9), metrics, junk, st.integers(0, 200)), max_size=8), st.integers(0, 9), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(0, 9), metrics, junk, st.integers(0, 200)), max_size=8),
+    st.integers(0, 9),
+    st.booleans(),
+)
 def test_a_log_goes_on_from_any_file(lines, resumed, trains):
     """Rows that were cut off anywhere, with junk between them: whole rows stay, and new ones come whole."""
     content = b"".join(as_line(step, row)[:cut] + extra for step, row, extra, cut in lines)
@@ -278,8 +290,12 @@ def test_an_error_is_one_printable_line(text):
 
 # Settings --------------------------------------------------------------------------------------------------------------
 
-scalars = st.one_of(st.none(), st.booleans(), st.integers(-(10**9), 10**9), st.floats(allow_nan=False), st.text(max_size=8))
-trees = st.recursive(scalars, lambda x: st.dictionaries(st.text(string.ascii_lowercase, min_size=1, max_size=3), x, max_size=3))
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(-(10**9), 10**9), st.floats(allow_nan=False), st.text(max_size=8)
+)
+trees = st.recursive(
+    scalars, lambda x: st.dictionaries(st.text(string.ascii_lowercase, min_size=1, max_size=3), x, max_size=3)
+)
 
 
 @cases(200)
@@ -316,7 +332,9 @@ def test_a_path_made_absolute_stays(path):
 
 
 settings = st.dictionaries(
-    st.sampled_from(["seed", "data.train_files", "trainer.nnodes", "trainer.n_gpus_per_node", "disco.tau", "trainer.x"]),
+    st.sampled_from(
+        ["seed", "data.train_files", "trainer.nnodes", "trainer.n_gpus_per_node", "disco.tau", "trainer.x"]
+    ),
     st.one_of(scalars, st.just("/base/a")),
 )
 
@@ -379,7 +397,9 @@ def test_the_tracker_names_a_whole_checkpoint_or_none(steps, text, keep):
             return
         named = int(tracker.read_text())
         assert named in whole or (not whole and named in steps)
-        assert (named == int(text)) if text.strip().isascii() and text.strip().isdigit() and int(text) in whole else True
+        assert (
+            (named == int(text)) if text.strip().isascii() and text.strip().isdigit() and int(text) in whole else True
+        )
         # What is removed is old; the last ones, and those after the one named, stay.
         remove_old_checkpoints(run, named, {"actor": keep})
         with_actor = [s for s in checkpoint_steps(run) if (run / f"global_step_{s}/actor").is_dir()]

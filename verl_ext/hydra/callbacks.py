@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from verl_ext import cpu
 from verl_ext.hydra import sweep
 from verl_ext.hydra.identity import take_folder
+from verl_ext.hydra.inputs import check_data, save_data
 from verl_ext.hydra.lock import hold
 from verl_ext.hydra.paths import settle, unsettled
 from verl_ext.preflight import composition
@@ -155,10 +156,14 @@ def before_job(run: Run, given: Collection[str] = ()) -> BaseFileLock | None:
         refuse(run, Needs.CLUSTER)
         if run.folder is not None:
             take_folder(config, run.folder, given)
+            if not run.is_stock:
+                check_data(config, run.folder)
             (run.folder / FINISHED_FILE).unlink(missing_ok=True)
             write_whole(run.folder / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True).encode())
         if prepare:
             get_method(prepare)(config)
             refuse(run, Needs.FILES)
+        if run.folder is not None and not run.is_stock:
+            save_data(config, run.folder)
         undo.pop_all()
     return lock

@@ -95,7 +95,7 @@ def test_ground_truths_of_all_types(value, expected):
     assert compute_score("", rf"</think> \boxed{{{expected[-1]}}}", value)["score"] == 1.0
 
 
-@pytest.mark.parametrize("value", [None, "", [], [" "], True, float("nan"), {"a": 1}, [None]])
+@pytest.mark.parametrize("value", [None, "", [], [" "], True, float("nan"), Decimal("sNaN"), {"a": 1}, [None]])
 def test_a_missing_ground_truth_is_refused(value):
     with pytest.raises(ValueError, match="ground truth"):
         compute_score("", r"</think> \boxed{1}", value)

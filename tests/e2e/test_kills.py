@@ -1,0 +1,154 @@
+"""Kills at random points: the same command continues, and ends as an uninterrupted run, bit for bit.
+
+KILLS=2 and SEED=7 in the environment set how often a run is killed, and when.
+"""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT
+from processes import Background
+
+from verl_ext.runs.folder import FINISHED_FILE, read_metrics
+
+KILLS, SEED = (
+    int(os.environ.get("KILLS", "10")),
+    int(os.environ.get("SEED", "0")) or random.SystemRandom().randrange(10**6),
+)
+STEPS = 12
+VICTIMS = ("driver", "worker", "rollout server", "Ray")
+
+TIMES = ("timing_s/", "timing_per_token_ms/", "perf/", "disco/measure_seconds", "agent_loop/", "frac")
+"""Metrics that tell of the machine."""
+
+COMMON = (
+    f"trainer.total_training_steps={STEPS}",
+    "trainer.save_freq=1",
+    "trainer.test_freq=3",
+    "trainer.max_actor_ckpt_to_keep=2",
+    "trainer.max_critic_ckpt_to_keep=2",
+    "actor_rollout_ref.actor.optim.lr=1e-3",
+)
+METHODS = {
+    "disco": ("algorithm=disco", "disco.constraint=augmented_lagrangian", "disco.rho=50", "disco.delta=0"),
+    "ppo": ("algorithm=ppo", "critic.optim.lr=1e-3"),
+}
+
+
+def rows_of(run: Path) -> list[dict]:
+    """The metrics of each step but for times; each step's row is whole, once, and none is missing."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["step"] for line in lines if "actor/grad_norm" in line]
+    assert trained == list(range(1, len(trained) + 1))
+    return [{name: x for name, x in row.items() if not name.startswith(TIMES)} for row in read_metrics(run)]
+
+
+def equal(a, b) -> bool:
+    """Tell whether two loaded states are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        a, b = (x.to_local() if hasattr(x, "to_local") else x for x in (a, b))
+        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and bool(a == b if not hasattr(a, "tobytes") else a.tobytes() == b.tobytes())
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """The files of two last checkpoints that differ, but for metrics and what holds their paths."""
+    names = [
+        {f.relative_to(run) for f in run.rglob("*") if f.suffix in (".pt", ".json", ".safetensors")} for run in (a, b)
+    ]
+    found = [str(name) for name in sorted(names[0] ^ names[1])]
+    for name in sorted(names[0] & names[1]):
+        if name.name == "metrics.json" or "transfer_queue" in name.parts:
+            continue
+        if name.suffix == ".pt":
+            same = equal(*(torch.load(run / name, weights_only=False) for run in (a, b)))
+        else:
+            same = (a / name).read_bytes() == (b / name).read_bytes()
+        found += [] if same else [str(name)]
+    return found
+
+
+@pytest.fixture
+def killed(command, tmp_path):
+    """``killed(overrides, victims, ranks)``: run, kill it ``KILLS`` times, continue to the end; returns its folder."""
+
+    def run(overrides: tuple[str, ...], victims: tuple[str, ...], ranks: int = 1, kills: int = KILLS) -> Path:
+        print(f"SEED={SEED} KILLS={kills}", flush=True)
+        rng, folder, log = random.Random(f"{SEED} {victims} {overrides}"), tmp_path / "killed", tmp_path / "killed.txt"
+        for life in range(kills):
+            one = Background(command(*overrides, folder=folder, ranks=ranks), log, tmp_path, ENVIRONMENT)
+            victim = rng.choice(victims)
+            # In one of five lives while it starts, else in or after its first or second step.
+            started = one.wait_for("ray init kwargs", 300)
+            if started and rng.random() < 0.8:
+                started = one.wait_for("verl-disco: step ", 300)
+                wait = rng.uniform(0, 3)
+            else:
+                wait = rng.uniform(0, 30)
+            one.wait(wait)
+            chosen = one.kill(victim, rng.choice if victim == "worker" else None)
+            status = one.end(240)
+            steps = len(rows_of(folder)) if (folder / "metrics.jsonl").exists() else 0
+            print(
+                f"life {life}: {victim} {chosen} killed after {wait:.1f} s, status {status}, {steps} rows", flush=True
+            )
+            assert status != 0 or not chosen or (folder / FINISHED_FILE).exists()
+            if victim == "driver":
+                assert not chosen or status == -signal.SIGKILL
+            elif chosen and status:
+                # The reader sees why.
+                assert "died" in one.output or "Error" in one.output
+        one = Background(command(*overrides, folder=folder, ranks=ranks), log, tmp_path, ENVIRONMENT)
+        assert one.end(600) == 0, one.output[-5000:]
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def whole(command, tmp_path):
+    """``whole(overrides, ranks)``: the same run without a kill."""
+
+    def run(overrides: tuple[str, ...], ranks: int = 1) -> Path:
+        one = Background(
+            command(*overrides, folder=tmp_path / "whole", ranks=ranks), tmp_path / "whole.txt", tmp_path, ENVIRONMENT
+        )
+        assert one.end(600) == 0, one.output[-5000:]
+        return tmp_path / "whole"
+
+    return run
+
+
+def check(found: Path, expected: Path) -> None:
+    assert rows_of(found) == rows_of(expected)
+    last = f"global_step_{STEPS}"
+    assert differences(found / last, expected / last) == []
+    assert (found / FINISHED_FILE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_disco_continues_with_its_controller(killed, whole, victim):
+    overrides = (*COMMON, *METHODS["disco"])
+    check(killed(overrides, (victim,)), whole(overrides))
+
+
+@pytest.mark.slow
+def test_ppo_continues_with_its_critic(killed, whole):
+    overrides = (*COMMON, *METHODS["ppo"])
+    check(killed(overrides, VICTIMS), whole(overrides))
+
+
+@pytest.mark.slow
+def test_two_ranks_continue(killed, whole):
+    overrides = (*COMMON, *METHODS["disco"])
+    check(killed(overrides, ("worker",), ranks=2, kills=min(KILLS, 3)), whole(overrides, ranks=2))
