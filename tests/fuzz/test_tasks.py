@@ -38,12 +38,13 @@ from verl_ext.tasks.math.units import units_differ, without_unit
 from verl_ext.tasks.math.words import is_words, same_words
 
 PIECES = [
-    *"0123456789.,;:+-*/^_=<>|()[]{}%$&'\"~ \n\\", *"xyzabijnAEI", r"\frac", r"\frac{1}{2}", r"\sqrt", r"\sqrt[3]{2}", "{",
-    "}", r"\left(", r"\right)", r"\text{", r"\text{ cm}", r"\pm", r"\cup", r"\in", r"\mathbb{R}", r"\infty", r"\pi", r"\%",
-    r"\ldots", r"\begin{pmatrix}", r"\end{pmatrix}", r"\\", r"\{", r"\}", "^2", "_1", r"^\circ", r"\leq", r"\neq", "e^x",
-    r"\sin", r"\log_2", "!", r"\binom{5}{2}", r"\int_0^1", r"\sum_{k=1}^{9}", r"\lim_{x\to0}", r"\overline{3}", r"\cdot",
-    "or", " and ", "base", "x=", "f(x)=", r"\boxed{", "</think>", r"\vec{a}", r"\times", "π", "½", "²", "−", "∞", "10^",
-    "mod", r"\pmod{5}", r"\lfloor", r"\rfloor", r"\gcd", "9999999999", "1e9", "No", r"\emptyset", r"\mid",
+    *"0123456789.,;:+-*/^_=<>|()[]{}%$&'\"~ \n\\", *"xyzabijnAEI", r"\frac", r"\frac{1}{2}", r"\sqrt", r"\sqrt[3]{2}",
+    "{", "}", r"\left(", r"\right)", r"\text{", r"\text{ cm}", r"\pm", r"\cup", r"\in", r"\mathbb{R}", r"\infty",
+    r"\pi", r"\%", r"\ldots", r"\begin{pmatrix}", r"\end{pmatrix}", r"\\", r"\{", r"\}", "^2", "_1", r"^\circ", "e^x",
+    r"\leq", r"\neq", r"\sin", r"\log_2", "!", r"\binom{5}{2}", r"\int_0^1", r"\sum_{k=1}^{9}", r"\lim_{x\to0}",
+    r"\overline{3}", r"\cdot", "or", " and ", "base", "x=", "f(x)=", r"\boxed{", "</think>", r"\vec{a}", r"\times", "π",
+    "½", "²", "−", "∞", "10^", "mod", r"\pmod{5}", r"\lfloor", r"\rfloor", r"\gcd", "9999999999", "1e9", "No",
+    r"\emptyset", r"\mid",
 ]  # fmt: skip
 latex = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 texts = st.one_of(latex, st.text(max_size=40))
@@ -56,7 +57,7 @@ def grader():
     one.close()
 
 
-# Mathematics -----------------------------------------------------------------------------------------------------------
+# Mathematics ----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -204,7 +205,7 @@ def test_a_shortened_text_is_a_line(text):
     assert len(line) <= 80 and "\n" not in line and line.encode() is not None
 
 
-# Countdown and arithmetic ----------------------------------------------------------------------------------------------
+# Countdown and arithmetic ---------------------------------------------------------------------------------------------
 
 
 @cases(200)
@@ -248,7 +249,7 @@ def test_arithmetic_takes_one_number_behind_one_mark(seed, text):
     assert draw_sum(randoms.Random(seed), 3)
 
 
-# A corpus of hostile answers -------------------------------------------------------------------------------------------
+# A corpus of hostile answers ------------------------------------------------------------------------------------------
 
 HOSTILE = [
     json.loads(line)

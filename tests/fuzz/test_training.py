@@ -35,7 +35,7 @@ from verl_ext.training.trainer import shares
 from verl_ext.training.transfer import RowKey, parse_key
 from verl_ext.training.watch import Stretch
 
-# Batches ---------------------------------------------------------------------------------------------------------------
+# Batches --------------------------------------------------------------------------------------------------------------
 
 questions = st.lists(st.tuples(st.integers(0, 4), st.floats(0, 1)), min_size=1, max_size=20)
 """Question and reward of each response."""
@@ -179,7 +179,7 @@ def test_a_stretch_is_told_once(steps, held):
         assert now == (held[i] and i - begins + 1 == steps)
 
 
-# Metrics ---------------------------------------------------------------------------------------------------------------
+# Metrics --------------------------------------------------------------------------------------------------------------
 
 names = st.text(string.ascii_letters + "/_@", min_size=1, max_size=8).filter(lambda name: name != "step")
 values = st.one_of(
@@ -268,7 +268,7 @@ def test_a_longer_time_reads_longer(a, b):
     assert seconds(duration(a)) == pytest.approx(a, rel=0.35, abs=1) and len(duration(a).split()) <= 4
 
 
-# Rewards ---------------------------------------------------------------------------------------------------------------
+# Rewards --------------------------------------------------------------------------------------------------------------
 
 
 @cases(200)
@@ -288,7 +288,7 @@ def test_an_error_is_one_printable_line(text):
         assert "\n" not in line and line.isprintable() and len(line) < 600
 
 
-# Settings --------------------------------------------------------------------------------------------------------------
+# Settings -------------------------------------------------------------------------------------------------------------
 
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(-(10**9), 10**9), st.floats(allow_nan=False), st.text(max_size=8)
@@ -354,22 +354,20 @@ def test_any_name_may_be_a_setting(name):
     assert evaluations.pass_at_1({name: 1.0}) in ({}, {name.partition("/")[2].rsplit("/", 2)[0]: 1.0})
 
 
-# Checkpoints -----------------------------------------------------------------------------------------------------------
+# Checkpoints ----------------------------------------------------------------------------------------------------------
 
-FILES = [
-    "actor/model_world_size_1_rank_0.pt", "actor/optim_world_size_1_rank_0.pt", "actor/extra_state_world_size_1_rank_0.pt",
-    "actor/huggingface/config.json", "actor/fsdp_config.json", "data.pt", "metrics.json",
-]  # fmt: skip
+FILES = [f"actor/{kind}_world_size_1_rank_0.pt" for kind in ("model", "optim", "extra_state")]
+FILES += ["actor/huggingface/config.json", "actor/fsdp_config.json", "data.pt", "metrics.json"]
 WHOLE = {"config.json": b"{}", "fsdp_config.json": b'{"world_size": 1}'}
 ZIP = b"PK\x05\x06" + bytes(18)
 
 
 @cases(150)
 @given(
-    st.dictionaries(st.integers(0, 12), st.lists(st.sampled_from(["whole", "missing", "cut"]), min_size=7, max_size=7), max_size=4),
+    st.dictionaries(st.integers(0, 12), st.tuples(*[st.sampled_from(["whole", "missing", "cut"])] * 7), max_size=4),
     st.one_of(st.none(), st.integers(0, 12).map(str), st.text(max_size=3)),
     st.integers(0, 3),
-)  # fmt: skip
+)
 def test_the_tracker_names_a_whole_checkpoint_or_none(steps, text, keep):
     with tempfile.TemporaryDirectory() as folder:
         run, whole = Path(folder), set()
@@ -380,7 +378,7 @@ def test_the_tracker_names_a_whole_checkpoint_or_none(steps, text, keep):
                 content = WHOLE.get(file.name, ZIP)
                 if state != "missing":
                     file.write_bytes(content if state == "whole" else content[: len(content) // 2])
-            if states[:5] == ["whole"] * 5 or states[:5] == ["whole"] * 4 + ["missing"]:
+            if states[:4] == ("whole",) * 4 and states[4] in ("whole", "missing"):
                 whole.add(step)
             assert isinstance(megatron_fault(run / f"global_step_{step}/actor"), str)
             assert (fsdp_fault(run / f"global_step_{step}/actor") == "") >= (step in whole)
