@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 MARK = "VERL_DISCO_TEST_RUN"
@@ -105,3 +106,25 @@ class Background:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return chosen
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process uses: memory of its own in MiB, open handles, threads."""
+
+    memory: float
+    handles: int
+    threads: int
+
+
+def usage(pid: int) -> Usage:
+    """Read what a process uses.
+
+    Raises:
+        OSError: it has ended.
+    """
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    if "RssAnon" not in status:
+        raise ProcessLookupError(pid)
+    handles = len(os.listdir(f"/proc/{pid}/fd"))
+    return Usage(int(status["RssAnon"].split()[0]) / 1024, handles, int(status["Threads"]))
