@@ -18,8 +18,8 @@ from verl_ext.recipes import DEFAULT_ALGORITHM
 from verl_ext.runs.folder import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
-    DATA_FILE,
     FINISHED_FILE,
+    INPUTS_FILE,
     METRICS_FILE,
     flatten,
     full_names,
@@ -308,7 +308,7 @@ def set_aside(folder: Path) -> Path:
         settings = {}
     dumps = [settings.get(f"trainer.{kind}_data_dir") for kind in ("validation", "rollout")]
     inside = [Path(d) for d in dumps if isinstance(d, str) and Path(d).absolute().parent == folder.absolute()]
-    patterns = (f"{METRICS_FILE}*", CONFIG_FILE, DATA_FILE, FINISHED_FILE, CHECKPOINT_FILE)
+    patterns = (f"{METRICS_FILE}*", CONFIG_FILE, INPUTS_FILE, FINISHED_FILE, CHECKPOINT_FILE)
     patterns += ("global_step_*", "validation")
     found = {f.name: f for pattern in patterns for f in folder.glob(pattern)} | {f.name: f for f in inside}
     aside.mkdir()

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_ext.hydra.identity import holds_run
 from verl_ext.runs.checkpoints import read_json
 from verl_ext.runs.files import write_whole
-from verl_ext.runs.folder import DATA_FILE
+from verl_ext.runs.folder import INPUTS_FILE
 
 SPLITS = ("train", "val")
 
@@ -41,10 +41,10 @@ def check_data(config: DictConfig, folder: Path) -> None:
     Raises:
         ValueError: the training data has changed.
     """
-    if not (holds_run(folder) and (folder / DATA_FILE).exists()) or OmegaConf.select(config, "verl_ext.same_run"):
+    if not (holds_run(folder) and (folder / INPUTS_FILE).exists()) or OmegaConf.select(config, "verl_ext.same_run"):
         return
     try:
-        before = read_json(folder / DATA_FILE)
+        before = read_json(folder / INPUTS_FILE)
     except ValueError as e:
         print(f"verl-disco: warning: {folder}: {e}; the data cannot be compared with the run's", flush=True)
         return
@@ -66,4 +66,4 @@ def check_data(config: DictConfig, folder: Path) -> None:
 
 def save_data(config: DictConfig, folder: Path) -> None:
     """Save the digests of the data files that the run in ``folder`` starts or goes on with."""
-    write_whole(folder / DATA_FILE, json.dumps(digests(config), indent=1).encode())
+    write_whole(folder / INPUTS_FILE, json.dumps(digests(config), indent=1).encode())

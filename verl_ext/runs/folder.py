@@ -11,7 +11,7 @@ from yaml import MarkedYAMLError
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
-DATA_FILE = "data.json"
+INPUTS_FILE = "inputs.json"
 """Digests of the run's data files."""
 FINISHED_FILE = "finished"
 """Exists once the run has made all its steps and logged its last evaluation."""

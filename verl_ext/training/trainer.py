@@ -28,6 +28,7 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from verl_ext.recipes import installed
 from verl_ext.runs.files import write_whole
@@ -42,6 +43,7 @@ from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
 from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function, reward_timeout
 from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows, last_of_session, of_sessions
+from verl_ext.training.seeds import seed_of, seeded
 from verl_ext.training.skipping import SETTING, SkippingWorker, teaching
 from verl_ext.training.transfer import Batch, RowKey, parse_key, read, write
 from verl_ext.training.watch import Watch
@@ -300,10 +302,15 @@ class ExtendedTrainer:
 
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()
-        if worker := self._actor_worker_class():
-            for role in self.role_worker_mapping:
-                if "actor" in str(role):
-                    self.role_worker_mapping[role] = ray.remote(worker)
+        workers = {role: TrainingWorker for role in self.role_worker_mapping if str(role) == "critic"}
+        actor = self._actor_worker_class()
+        workers |= {role: actor or ActorRolloutRefWorker for role in self.role_worker_mapping if "actor" in str(role)}
+        seed = seed_of(self.config) if "verl_ext" in self.config else None
+        for role, worker in workers.items():
+            if seed is not None:
+                self.role_worker_mapping[role] = ray.remote(seeded(worker, seed))
+            elif worker is actor:
+                self.role_worker_mapping[role] = ray.remote(worker)
 
     def _actor_worker_class(self) -> type | None:
         """Return the class of the actor's workers; None for verl's own."""

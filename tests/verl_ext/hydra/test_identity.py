@@ -216,7 +216,7 @@ def test_a_run_that_starts_anew_moves_the_old_ones_files_aside(start, half):
     assert f"moved the run in {half} to {half}/earlier_1" in out
     stays = {"log.txt", "mine.txt"}
     assert content(half / "earlier_1") == {n: b for n, b in before.items() if n not in stays}
-    assert content(half).keys() - {f"earlier_1/{n}" for n in before} == {*stays, runs.CONFIG_FILE, runs.DATA_FILE}
+    assert content(half).keys() - {f"earlier_1/{n}" for n in before} == {*stays, runs.CONFIG_FILE, runs.INPUTS_FILE}
     assert OmegaConf.load(half / runs.CONFIG_FILE).seed == 2
     logged(half)
     start("trainer.resume_mode=disable", "seed=3")
@@ -408,8 +408,8 @@ def test_data_that_cannot_be_compared_is_told_and_a_new_run_takes_any(start, dat
     (tmp_path / "train.parquet").write_bytes(b"other")
     start(*data)
     logged(run)
-    (run / runs.DATA_FILE).write_text("{")
-    assert "warning" in start(*data) and json.loads((run / runs.DATA_FILE).read_text())["train"]
+    (run / runs.INPUTS_FILE).write_text("{")
+    assert "warning" in start(*data) and json.loads((run / runs.INPUTS_FILE).read_text())["train"]
     (tmp_path / "train.parquet").write_bytes(b"another")
     start(*data, "trainer.resume_mode=disable")
-    assert json.loads((run / "earlier_1" / runs.DATA_FILE).read_text())["train"]
+    assert json.loads((run / "earlier_1" / runs.INPUTS_FILE).read_text())["train"]
