@@ -32,7 +32,7 @@ class Background:
     """
 
     def __init__(self, command: list[str], log: Path, cwd: Path, environment: dict[str, str]):
-        self.mark, self.log, self.output = uuid.uuid4().hex, log, ""
+        self.mark, self.log, self.output, self.seconds_to_end = uuid.uuid4().hex, log, "", 0.0
         self.process = subprocess.Popen(
             command,
             env=os.environ | environment | {MARK: self.mark},
@@ -66,6 +66,18 @@ class Background:
             time.sleep(0.02)
         return True
 
+    def wait_for_part(self, part: str, seconds: float) -> None:
+        """Wait until a process of ``part`` is there, or the command ends.
+
+        Raises:
+            TimeoutError: neither happened.
+        """
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and part != "driver" and not any(True for _ in self.processes(part)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {part} in {seconds} s among {dict(self.processes())}")
+            time.sleep(0.1)
+
     def wait(self, seconds: float) -> None:
         """Wait some time, or until the command ends."""
         with suppress(subprocess.TimeoutExpired):
@@ -77,13 +89,15 @@ class Background:
         Raises:
             TimeoutError: a process is still there; all are killed.
         """
-        deadline = time.monotonic() + seconds
+        started = time.monotonic()
+        deadline = started + seconds
         while self.process.poll() is None or any(True for _ in self.processes()):
             if time.monotonic() > deadline:
                 left = dict(self.processes())
                 self.kill()
                 raise TimeoutError(f"after {seconds} s there are {left}; the output ends with {self.output[-3000:]}")
             time.sleep(0.1)
+        self.seconds_to_end = time.monotonic() - started
         self._reader.join(5)
         return self.process.returncode
 

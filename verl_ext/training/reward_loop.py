@@ -131,7 +131,7 @@ def bounded(score: Callable[..., Any], seconds: float | None) -> Callable[..., A
 
     if inspect.iscoroutinefunction(score):
 
-        async def compute_score(*args: Any, **kwargs: Any) -> Any:
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
             call = asyncio.ensure_future(score(*args, **kwargs))
             if not (await asyncio.wait([call], timeout=seconds))[0]:
                 # A function that catches its cancellation is left behind.
@@ -139,7 +139,7 @@ def bounded(score: Callable[..., Any], seconds: float | None) -> Callable[..., A
                 raise TimeoutError(late)
             return call.result()
 
-        return compute_score
+        return awaited
 
     def compute_score(*args: Any, **kwargs: Any) -> Any:
         answer: queue.SimpleQueue = queue.SimpleQueue()
@@ -181,10 +181,10 @@ class CountingRewardWorker(RewardLoopWorker):
         if score := getattr(self.reward_manager, "compute_score", None):
             self.reward_manager.compute_score = bounded(score, self._seconds)
 
-    async def _beat(self) -> None:
-        """Put off the end of this process while rewards are computed and its event loop runs."""
+    async def _beat(self, seconds: float) -> None:
+        """Put off the end of this process, by ``seconds``, while rewards are computed and its event loop runs."""
         while self._running:
-            faulthandler.dump_traceback_later(self._seconds + GRACE, exit=True)
+            faulthandler.dump_traceback_later(seconds, exit=True)
             await asyncio.sleep(BEAT)
         faulthandler.cancel_dump_traceback_later()
 
@@ -197,7 +197,7 @@ class CountingRewardWorker(RewardLoopWorker):
         self._tally.asked += 1
         self._running += 1
         if self._running == 1 and self._seconds is not None:
-            self._beating = asyncio.ensure_future(self._beat())
+            self._beating = asyncio.ensure_future(self._beat(self._seconds + GRACE))
         try:
             result = await super().compute_score(data)
             extra = {name: plain(value) for name, value in result.get("reward_extra_info", {}).items()}

@@ -8,16 +8,24 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import torch
 from omegaconf import OmegaConf
 from verl.experimental.reward_loop import reward_loop
 from verl.protocol import DataProto
 from verl.trainer.ppo.reward import load_reward_manager
 
-from verl_ext.training.reward_loop import CountingRewardWorker, RewardError, Tally, reward_timeout
+from verl_ext.training.reward_loop import (
+    CountingRewardManager,
+    CountingRewardWorker,
+    RewardError,
+    Tally,
+    reward_timeout,
+)
 
 FUNCTION = """
 import asyncio, re, sys, time
@@ -210,13 +218,13 @@ from verl_ext.training import reward_loop
 
 async def main():
     worker = object.__new__(reward_loop.CountingRewardWorker)
-    worker._running, worker._seconds = 1, 0.1
-    beating = asyncio.ensure_future(worker._beat())
+    worker._running = 1
+    beating = asyncio.ensure_future(worker._beat(1.0))
     await asyncio.sleep(3)
     print("alive", flush=True)
     re.fullmatch("(a+)+b", "a" * 60)
 
-reward_loop.BEAT, reward_loop.GRACE = 0.2, 0.9
+reward_loop.BEAT = 0.2
 asyncio.run(main())
 """
 
@@ -232,3 +240,20 @@ def test_a_time_limit_is_a_number_of_seconds(seconds):
     with pytest.raises(ValueError, match="verl_ext.reward_timeout=.* must be a number of seconds above 0"):
         reward_timeout(OmegaConf.create({"verl_ext": {"reward_timeout": seconds}}))
     assert reward_timeout(OmegaConf.create({"trainer": {}})) is None
+
+
+def test_a_worker_that_has_ended_is_told_with_the_reward_function(monkeypatch):
+    def get(calls):
+        raise ray.exceptions.ActorDiedError()
+
+    manager = object.__new__(CountingRewardManager)
+    manager.config = OmegaConf.create(
+        {"verl_ext": {}, "reward": {"custom_reward_function": {"path": "mine.py", "name": "score"}}}
+    )
+    manager.reward_loop_workers = [SimpleNamespace(take_tally=SimpleNamespace(remote=lambda: "call"))]
+    monkeypatch.setattr(ray, "wait", lambda calls, **options: (calls, []))
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(
+        RuntimeError, match="rewards by .*=mine.py:score has ended: it crashed, was killed, or .* 300 s"
+    ):
+        manager.take_tally()
