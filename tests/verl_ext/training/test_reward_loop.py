@@ -254,6 +254,6 @@ def test_a_worker_that_has_ended_is_told_with_the_reward_function(monkeypatch):
     monkeypatch.setattr(ray, "wait", lambda calls, **options: (calls, []))
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(
-        RuntimeError, match="rewards by .*=mine.py:score has ended: it crashed, was killed, or .* 300 s"
+        RuntimeError, match="rewards by .*=mine.py:score has ended: it crashed, was killed, or .*=300 s"
     ):
         manager.take_tally()
