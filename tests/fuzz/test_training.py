@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import string
 import tempfile
 from pathlib import Path
@@ -14,10 +15,12 @@ from fuzzing import cases
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 
 from verl_ext.hydra.identity import changes_results, differences
 from verl_ext.hydra.paths import absolute, as_override
+from verl_ext.hydra.sweep import job_name, name_of
 from verl_ext.runs import evaluations
 from verl_ext.runs.checkpoints import fsdp_fault, megatron_fault
 from verl_ext.runs.evaluations import BAND_NAMES, QUESTIONS, WEIGHT, band_index, band_of
@@ -352,6 +355,16 @@ def test_differences_of_settings_are_symmetric(a, b):
 def test_any_name_may_be_a_setting(name):
     assert isinstance(changes_results(name), bool)
     assert evaluations.pass_at_1({name: 1.0}) in ({}, {name.partition("/")[2].rsplit("/", 2)[0]: 1.0})
+
+
+@cases(200)
+@given(st.lists(st.tuples(names, st.text(max_size=30)), max_size=5), st.text(max_size=40), st.integers(0, 99))
+def test_a_jobs_name_is_one_folders_name(overrides, algorithm, seed):
+    given = [f"{name}={value}" for name, value in overrides]
+    job = OmegaConf.create({"verl_ext": {"algorithm": algorithm.replace("$", "")}, "seed": seed})
+    name = job_name(job, given, given)
+    assert re.fullmatch(r"[\w.,=+-]+", name, re.ASCII) and len(name) <= 120 and name.endswith(f",seed={seed}")
+    assert [name_of(override) for override in given] == [n.partition("@")[0] for n, _ in overrides]
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
