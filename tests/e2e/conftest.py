@@ -62,8 +62,8 @@ def toy(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def command(toy, tmp_path) -> Callable[..., list[str]]:
+@pytest.fixture(scope="session")
+def command(toy) -> Callable[..., list[str]]:
     """``command(*overrides, folder, ranks=1)``: verl's main_ppo on the toy, in ``folder``.
 
     ``bare``: with these overrides and nothing else.
