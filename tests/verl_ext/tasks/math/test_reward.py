@@ -253,37 +253,6 @@ def test_wrong_settings_are_refused_by_name(name, value):
         compute_score("", "", "4", **{name: value})
 
 
-HOSTILE = {
-    "a tower of powers": "9^{9^{9^{9^{9}}}}",
-    "a power that needs gigabytes": "2^{2^{34}}",
-    "a huge factorial": "(10^{10})!",
-    "deep fractions": r"\frac{1}{" * 60 + "2" + "}" * 60,
-    "deep parentheses": "(" * 900 + "1" + ")" * 900,
-    "an integral": r"\int_0^{10^{9}} e^{x^2} \sin(x^x) dx",
-    "1900 digits": "9" * 1900,
-    "NUL": "4\x002",
-    "half a surrogate": "4\ud8002",
-    "lines and quotes": '1"\n{"equal": true}\n',
-    "Python": "__import__('os').system('touch PWNED')",
-    "Python as text": r"\text{__import__('os').system('touch PWNED')}",
-    "100 kB": "1+" * 50_000 + "1",
-    "unbalanced": "{" * 500,
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_answer_costs_itself(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = dict(timeout=1.0, memory_mb=512, processes=1)
-    started = time.monotonic()
-    result = compute_score("", rf"</think> \boxed{{{HOSTILE[name]}}}", "42", **settings)
-    # A second, and the start of a process.
-    assert time.monotonic() - started < 30
-    assert result["score"] == 0.0 and result["failure"] in math.FAILURES[1:]
-    assert compute_score("", r"</think> \boxed{\frac{84}{2}}", "42", **settings | {"timeout": 20})["score"] == 1.0
-    assert not (tmp_path / "PWNED").exists()
-
-
 def test_memory_is_bounded():
     with math.grader(memory_mb=64, processes=1) as g:
         assert g.grade(r"\frac{84}{2}", ["42"], 20) == (True, "")
