@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from processes import Background
 
 ENVIRONMENT = {"RAY_TMPDIR": "/tmp", "HYDRA_FULL_ERROR": "1"}
 
@@ -97,6 +98,20 @@ def command(toy) -> Callable[..., list[str]]:
         return [sys.executable, "-m", "verl.trainer.main_ppo", *flags, *chosen.values()]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def background() -> Iterator[Callable[..., Background]]:
+    """``background(command, folder)``: start it, with its output at the end of ``folder/log.txt``."""
+    started = []
+
+    def start(command: list[str], folder: Path) -> Background:
+        started.append(Background(command, folder / "log.txt", folder, ENVIRONMENT))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
-from processes import Background, Usage, usage
+from processes import Usage, usage
 
 STEPS = int(os.environ.get("STEPS", "300"))
 
@@ -39,7 +38,7 @@ def median(window: list[Usage]) -> Usage:
     [(), ("trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null")],
     ids=["sync", "colocate_async"],
 )
-def test_nothing_grows(command, tmp_path, mode):
+def test_nothing_grows(command, background, tmp_path, mode):
     overrides = (
         "algorithm=disco",
         *mode,
@@ -50,7 +49,7 @@ def test_nothing_grows(command, tmp_path, mode):
         "trainer.total_epochs=10000",
     )
     folder = tmp_path / "run"
-    run = Background(command(*overrides, folder=folder), tmp_path / "log.txt", tmp_path, ENVIRONMENT)
+    run = background(command(*overrides, folder=folder), tmp_path)
     metrics, samples, written = folder / "metrics.jsonl", defaultdict(list), []
     assert run.wait_for("verl-disco: step ", 300), run.output[-5000:]
     (session,) = {m[0] for _, name in run.processes() if (m := re.search(r"/tmp/ray/session_[\w-]+", name))}

@@ -14,8 +14,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT
-from processes import Background
 
 from verl_ext.runs.folder import FINISHED_FILE, read_metrics
 
@@ -81,14 +79,14 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 @pytest.fixture
-def killed(command, tmp_path):
+def killed(command, background, tmp_path):
     """``killed(overrides, victims, ranks)``: run, kill it ``KILLS`` times, continue to the end; returns its folder."""
 
     def run(overrides: tuple[str, ...], victims: tuple[str, ...], ranks: int = 1, kills: int = KILLS) -> Path:
         print(f"SEED={SEED} KILLS={kills}", flush=True)
-        rng, folder, log = random.Random(f"{SEED} {victims}"), tmp_path / "killed", tmp_path / "killed.txt"
+        rng, folder = random.Random(f"{SEED} {victims}"), tmp_path / "killed"
         for life in range(kills):
-            one = Background(command(*overrides, folder=folder, ranks=ranks), log, tmp_path, ENVIRONMENT)
+            one = background(command(*overrides, folder=folder, ranks=ranks), tmp_path)
             victim = rng.choice(victims)
             # In one of five lives while it starts, else in or after its first steps.
             if rng.random() < 0.2:
@@ -107,7 +105,7 @@ def killed(command, tmp_path):
             if victim != "driver" and not ended:
                 # The reader sees why.
                 assert re.search(r"died|dead|disconnect|Error", one.output), one.output[-3000:]
-        one = Background(command(*overrides, folder=folder, ranks=ranks), log, tmp_path, ENVIRONMENT)
+        one = background(command(*overrides, folder=folder, ranks=ranks), tmp_path)
         assert one.end(600) == 0, one.output[-5000:]
         return folder
 
@@ -115,15 +113,13 @@ def killed(command, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(command, tmp_path_factory):
+def whole(command, background, tmp_path_factory):
     """``whole(overrides, ranks)``: the same run without a kill, once for all tests."""
 
     @functools.cache
     def run(overrides: tuple[str, ...], ranks: int = 1) -> Path:
         folder = tmp_path_factory.mktemp("whole")
-        one = Background(
-            command(*overrides, folder=folder / "run", ranks=ranks), folder / "log.txt", folder, ENVIRONMENT
-        )
+        one = background(command(*overrides, folder=folder / "run", ranks=ranks), folder)
         assert one.end(600) == 0, one.output[-5000:]
         return folder / "run"
 
