@@ -57,7 +57,7 @@ def test_nothing_grows(command, background, tmp_path, mode):
         step = metrics.read_bytes().count(b"\n")
         for pid, name in run.processes():
             with suppress(OSError):
-                samples[pid, name.split("(")[0][:60]].append((step, usage(pid)))
+                samples[pid, " ".join(Path(word).name for word in name.split()[:3])].append((step, usage(pid)))
         written.append((step, len(run.output), tree_size(Path(session, "logs")), tree_size(folder)))
         time.sleep(1)
     assert run.end(120) == 0, run.output[-5000:]
@@ -73,7 +73,9 @@ def test_nothing_grows(command, background, tmp_path, mode):
             continue
         a, b = (median([u for (u,) in window]) for window in (early, late))
         report.append(f"{name:40} {a} -> {b}")
-        if b.memory > a.memory * 1.03 + 4 or b.handles > a.handles + 4 or b.threads > a.threads + 2:
+        # Ray keeps what it knows of its last 100,000 tasks.
+        tasks = 0.05 * STEPS if "gcs_server" in name else 0
+        if b.memory > a.memory * 1.03 + 4 + tasks or b.handles > a.handles + 4 or b.threads > a.threads + 2:
             grown.append(report[-1])
     print(*report, sep="\n")
     assert len(report) >= 8 and not grown

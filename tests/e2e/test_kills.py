@@ -21,7 +21,8 @@ KILLS, SEED = (
     int(os.environ.get("KILLS", "10")),
     int(os.environ.get("SEED", "0")) or random.SystemRandom().randrange(10**6),
 )
-STEPS = 40
+STEPS, ASYNC_STEPS = 40, 14
+"""A step takes half a second, or two: the asynchronous trainer looks for responses as often."""
 VICTIMS = ("driver", "worker", "rollout server", "Ray")
 
 OF_THE_MACHINE = re.compile(r"timing_s/|timing_per_token_ms/|(actor/|critic/)?perf/|disco/measure_seconds")
@@ -154,7 +155,7 @@ def test_two_ranks_continue(killed, whole):
 
 def questions_of(run: Path) -> Counter:
     """How often each question was trained on."""
-    files = [run / f"rollouts/{step}.jsonl" for step in range(1, STEPS + 1)]
+    files = [run / f"rollouts/{step}.jsonl" for step in range(1, ASYNC_STEPS + 1)]
     found = Counter(json.loads(line)["input"] for file in files for line in file.read_text().splitlines())
     assert all(count % 4 == 0 for count in found.values())
     return Counter({question: count // 4 for question, count in found.items()})
@@ -164,7 +165,7 @@ def questions_of(run: Path) -> Counter:
 def test_colocate_async_continues_with_every_question_once(killed, whole, tmp_path):
     """How far a response has got when the weights change depends on time, so runs differ. What holds: no step is
     missing or there twice, and each question is trained on once, those in flight at a kill included."""
-    most = 6 * STEPS
+    most = 6 * ASYNC_STEPS
     rows = [
         dict(
             data_source="toy",
@@ -179,13 +180,14 @@ def test_colocate_async_continues_with_every_question_once(killed, whole, tmp_pa
     overrides = (
         *COMMON,
         *METHODS["disco"],
+        f"trainer.total_training_steps={ASYNC_STEPS}",
         "trainer.v1.trainer_mode=colocate_async",
         "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null",
         f"data.train_files={tmp_path}/train.parquet",
         "trainer.rollout_data_dir=${trainer.default_local_dir}/rollouts",
     )
     found, expected = killed(overrides, VICTIMS), whole(overrides)
-    assert [row["step"] for row in rows_of(found)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows_of(found)] == list(range(1, ASYNC_STEPS + 1))
     assert all(row["training/failed_questions"] == 0 for row in rows_of(found))
     assert (found / FINISHED_FILE).exists()
     trained, order = questions_of(found), questions_of(expected)
