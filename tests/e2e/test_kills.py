@@ -153,12 +153,34 @@ def test_two_ranks_continue(killed, whole):
     check(killed(overrides, ("worker",), ranks=2, kills=min(KILLS, 3)), whole(overrides, ranks=2))
 
 
+RECORD = """
+from pathlib import Path
+
+from verl_ext.runs.files import write_whole
+from verl_ext.training import trainer
+from verl_ext.training.transfer import read
+
+save = trainer.ExtendedTrainer._save_checkpoint
+
+def with_the_questions(self):
+    prompts = read(self._done[0], ["prompts"])["prompts"].unbind()
+    texts = [self.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    folder = Path(self.config.trainer.default_local_dir, "questions")
+    folder.mkdir(exist_ok=True)
+    write_whole(folder / str(self.global_steps), "\\n".join(texts).encode())
+    return save(self)
+
+trainer.ExtendedTrainer._save_checkpoint = with_the_questions
+"""
+"""Writes each step's questions before its checkpoint, as verl's own dump comes after it."""
+
+
 def questions_of(run: Path) -> Counter:
-    """How often each question was trained on."""
-    files = [run / f"rollouts/{step}.jsonl" for step in range(1, ASYNC_STEPS + 1)]
-    found = Counter(json.loads(line)["input"] for file in files for line in file.read_text().splitlines())
-    assert all(count % 4 == 0 for count in found.values())
-    return Counter({question: count // 4 for question, count in found.items()})
+    """How often each question was trained on, padding rows aside."""
+    found = Counter(
+        q for step in range(1, ASYNC_STEPS + 1) for q in (run / f"questions/{step}").read_text().split("\n")
+    )
+    return Counter({question: count / 4 for question, count in found.items() if "+" in question})
 
 
 @pytest.mark.slow
@@ -177,6 +199,7 @@ def test_colocate_async_continues_with_every_question_once(killed, whole, tmp_pa
         for i in range(most + 60)
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "record.py").write_text(RECORD)
     overrides = (
         *COMMON,
         *METHODS["disco"],
@@ -184,7 +207,7 @@ def test_colocate_async_continues_with_every_question_once(killed, whole, tmp_pa
         "trainer.v1.trainer_mode=colocate_async",
         "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null",
         f"data.train_files={tmp_path}/train.parquet",
-        "trainer.rollout_data_dir=${trainer.default_local_dir}/rollouts",
+        f"disco.module={tmp_path}/record.py",
     )
     found, expected = killed(overrides, VICTIMS), whole(overrides)
     assert [row["step"] for row in rows_of(found)] == list(range(1, ASYNC_STEPS + 1))
