@@ -33,6 +33,8 @@ VALUES = {
     "length_temperature": [1e-3, 0.1, 10.0],
     "max_length": [1, 8, 8192],
     "question_temperature": [1e-3, 2.0, 1e3],
+    "target_margin": [0.0, 0.01, 1.0],
+    "margin_warmup": [1e-3, 0.3, 1.0],
     "delta": [0.0, 1e-4, 0.02],
     "beta": [0.0, 1.0, 1e3],
     "rho": [1e-3, 1.0, 1e3],
