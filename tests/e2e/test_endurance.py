@@ -57,7 +57,7 @@ def test_nothing_grows(command, background, tmp_path, mode):
         step = metrics.read_bytes().count(b"\n")
         for pid, name in run.processes():
             with suppress(OSError):
-                samples[pid, " ".join(Path(word).name for word in name.split()[:3])].append((step, usage(pid)))
+                samples[pid, " ".join(Path(word).name for word in name.split()[:3])[:40]].append((step, usage(pid)))
         written.append((step, len(run.output), tree_size(Path(session, "logs")), tree_size(folder)))
         time.sleep(1)
     assert run.end(120) == 0, run.output[-5000:]
