@@ -1,7 +1,8 @@
 """Shared by all tests: the long suite's switch, the shared data folder, and verl's configs composed in this process."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--fuzz", type=int, metavar="N", help="try each property on N times as many cases, new ones")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before the tests are imported, whose decorators read it.
+    if config.getoption("--fuzz"):
+        os.environ["VERL_DISCO_FUZZ"] = str(config.getoption("--fuzz"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,6 +45,26 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared folder at {folder}; set VERL_DISCO_SHARED")
     return folder
+
+
+@pytest.fixture
+def full_disk() -> Callable:
+    """``with full_disk(size):`` no file can grow beyond ``size`` bytes, as on a disk that fills up: a write is cut."""
+    import resource
+    import signal
+
+    @contextmanager
+    def run(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+
+    return run
 
 
 @pytest.fixture

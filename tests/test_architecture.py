@@ -190,3 +190,9 @@ def test_a_circle_of_packages_is_found_where_no_module_is_in_one(tmp_path):
         "verl_ext/preflight/settings.py": "from verl_ext.hydra.config_source import run_name",
     }
     assert faults(tmp_path, tree) == ["packages: hydra -> preflight -> hydra"]
+
+
+def test_no_time_is_told_by_a_clock_that_jumps():
+    clock = re.compile(r"time\.time\(|datetime|time\.(local|gm|c)time|st_[mac]time|getmtime")
+    found = [name for name, file in sources(ROOT).items() if clock.search(file.read_text())]
+    assert found == []

@@ -124,12 +124,13 @@ def plan_update(
     if table.score.requires_grad:
         j = evaluate(objective, *rows, questions, question_weight)
     penalty, coefficient = price(controller, in_force.item())
-    loss = (-j.value + controller.penalty(in_force)).to(table.score)
+    # As the coefficient, in float64: in float32 a large KL's square overflows.
+    loss = -j.value + controller.penalty(in_force.double())
 
     groups = group_metrics(table.score.detach(), *rows[1:], weight, questions)
     if parts is not table:
         # ds/ds_k = n_k / n
-        weight = weight[member] * (parts.length / table.length[member].clamp(min=1))
+        weight = weight[member] * (parts.length.double() / table.length[member].clamp(min=1))
     needs_gradient = (parts.length > 0) & ((weight != 0) | (coefficient != 0))
     metrics = {
         "loss": loss.item(),
@@ -151,7 +152,9 @@ def plan_update(
     if not table.entropy.isnan().any():
         metrics["entropy"] = float(table.entropy.sum()) / max(tokens, 1)
     positive = questions.positive[member]
-    return UpdatePlan(loss, weight, positive, coefficient, tokens, in_force.item(), needs_gradient, metrics)
+    return UpdatePlan(
+        loss.to(table.score), weight, positive, coefficient, tokens, in_force.item(), needs_gradient, metrics
+    )
 
 
 def labelled(reward: Tensor, question: Tensor, length: Tensor, threshold: float, graded: bool) -> Questions:

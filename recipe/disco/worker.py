@@ -20,6 +20,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ from recipe.disco.loss import micro_batch_loss
 from recipe.disco.scores import Score, compute_score, masked
 from recipe.disco.settings import DiscoConfig
 from recipe.disco.update import ScoreTable, UpdatePlan, kl_metrics, kl_noise, labelled, plan_update, require_numbers
+from verl_ext.runs.checkpoints import read_json
+from verl_ext.runs.files import write_whole
 from verl_ext.training.rows import BatchFacts, Rows
 from verl_ext.training.skipping import (
     FILLER,
@@ -452,19 +455,14 @@ class DiscoTrainingWorker(TrainingWorker):
         # Every rank with outputs holds the same state and may write it.
         if self.engine.is_mp_src_rank_with_outputs():
             os.makedirs(local_path, exist_ok=True)
-            temporary = os.path.join(local_path, f".{STATE_FILE}.{dist.get_rank()}")
-            with open(temporary, "w") as f:
-                json.dump({"constraint": self.disco.constraint, "state": self.controller.state_dict()}, f)
-            os.replace(temporary, os.path.join(local_path, STATE_FILE))
+            state = {"constraint": self.disco.constraint, "state": self.controller.state_dict()}
+            write_whole(Path(local_path, STATE_FILE), json.dumps(state).encode(), writer=dist.get_rank())
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
         """Load verl's checkpoint, plus the controller's state."""
-        path = os.path.join(local_path, STATE_FILE) if local_path else ""
-        saved = None
-        if os.path.exists(path):
-            with open(path) as f:
-                saved = json.load(f)
+        path = Path(local_path, STATE_FILE) if local_path else None
+        saved = read_json(path) if path is not None and path.exists() else None
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
         # Nodes may have disks of their own, and not each holds the file: all ranks go on from the same state.
         found = [None] * dist.get_world_size()

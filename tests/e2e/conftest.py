@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from processes import Background
+
+ENVIRONMENT = {"RAY_TMPDIR": "/tmp", "HYDRA_FULL_ERROR": "1"}
 
 
 @dataclass
@@ -60,15 +63,14 @@ def toy(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def main_ppo(toy, tmp_path) -> Callable[..., Run]:
-    """``main_ppo(*overrides, ranks=1)``: one command, in a clean directory and a Ray session of its own.
+@pytest.fixture(scope="session")
+def command(toy) -> Callable[..., list[str]]:
+    """``command(*overrides, folder, ranks=1)``: verl's main_ppo on the toy, in ``folder``.
 
     ``bare``: with these overrides and nothing else.
     """
 
-    def run(*overrides: str, ranks: int = 1, folder: Path | None = None, timeout: int = 900, bare: bool = False) -> Run:
-        folder = folder or tmp_path / "run"
+    def make(*overrides: str, folder: Path, ranks: int = 1, bare: bool = False) -> list[str]:
         settings = [
             "+experiment=arithmetic_cpu",
             "verl_ext.prepare=null",
@@ -93,9 +95,34 @@ def main_ppo(toy, tmp_path) -> Callable[..., Run]:
         # Later ones win; Hydra refuses to be told twice.
         chosen = {o.lstrip("+").split("=")[0]: o for o in [*([] if bare else settings), *overrides] if "=" in o}
         flags = [o for o in overrides if "=" not in o]
+        return [sys.executable, "-m", "verl.trainer.main_ppo", *flags, *chosen.values()]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def background() -> Iterator[Callable[..., Background]]:
+    """``background(command, folder)``: start it, with its output at the end of ``folder/log.txt``."""
+    started = []
+
+    def start(command: list[str], folder: Path) -> Background:
+        started.append(Background(command, folder / "log.txt", folder, ENVIRONMENT))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+@pytest.fixture
+def main_ppo(command, tmp_path) -> Callable[..., Run]:
+    """``main_ppo(*overrides, ranks=1)``: one command, in a clean directory and a Ray session of its own."""
+
+    def run(*overrides: str, folder: Path | None = None, timeout: int = 900, **options) -> Run:
+        folder = folder or tmp_path / "run"
         done = subprocess.run(
-            [sys.executable, "-m", "verl.trainer.main_ppo", *flags, *chosen.values()],
-            env=os.environ | {"RAY_TMPDIR": "/tmp", "HYDRA_FULL_ERROR": "1"},
+            command(*overrides, folder=folder, **options),
+            env=os.environ | ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

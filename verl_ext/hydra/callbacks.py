@@ -24,13 +24,14 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from verl_ext import cpu
 from verl_ext.hydra import sweep
 from verl_ext.hydra.identity import take_folder
+from verl_ext.hydra.inputs import check_data, save_data
 from verl_ext.hydra.lock import hold
 from verl_ext.hydra.paths import settle, unsettled
 from verl_ext.preflight import composition
 from verl_ext.preflight.checks import Needs, refuse
 from verl_ext.preflight.composition import Run
 from verl_ext.runs.files import write_whole
-from verl_ext.runs.folder import CONFIG_FILE, FINISHED_FILE, what_is_left
+from verl_ext.runs.folder import CONFIG_FILE, FINISHED_FILE, latest_checkpoint, what_is_left
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
@@ -84,6 +85,12 @@ class JobCallback(Callback):
         try:
             if folder and job_return.status == JobStatus.COMPLETED:
                 mark_finished(config, Path(folder))
+            elif folder and "verl_ext" in config and (checkpoint := latest_checkpoint(Path(folder))):
+                print(
+                    f"verl-disco: the run in {folder} ended early, by the error below; the same command continues from "
+                    f"{checkpoint.name}",
+                    flush=True,
+                )
         finally:
             if self._lock is not None:
                 self._lock.release()
@@ -155,10 +162,14 @@ def before_job(run: Run, given: Collection[str] = ()) -> BaseFileLock | None:
         refuse(run, Needs.CLUSTER)
         if run.folder is not None:
             take_folder(config, run.folder, given)
+            if not run.is_stock:
+                check_data(config, run.folder)
             (run.folder / FINISHED_FILE).unlink(missing_ok=True)
             write_whole(run.folder / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True).encode())
         if prepare:
             get_method(prepare)(config)
             refuse(run, Needs.FILES)
+        if run.folder is not None and not run.is_stock:
+            save_data(config, run.folder)
         undo.pop_all()
     return lock

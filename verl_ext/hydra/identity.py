@@ -19,11 +19,13 @@ from verl_ext.runs.folder import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
     FINISHED_FILE,
+    INPUTS_FILE,
     METRICS_FILE,
     flatten,
     full_names,
     is_finished,
     is_run,
+    latest_checkpoint,
     read_settings,
     without_hydra,
 )
@@ -33,7 +35,7 @@ WITHOUT_EFFECT = (
     r"trainer\.(?!(critic_warmup|device|nnodes|n_gpus_per_node|use_v1|v1)\b).*",
     r"(arithmetic|countdown|gsm8k|math)\.folder|base_model|data\.cache_dir|skip\.\w+\.dump_dir",
     r"data\.(val_\w+|validation_shuffle)|.*\.val_kwargs\..*|.*sandbox_fusion\..*",
-    r"verl_ext\.(gpu_memory|same_run|max_failed_rewards|metrics|prepare|progress|validator)",
+    r"verl_ext\.(gpu_memory|same_run|max_failed_rewards|metrics|prepare|progress|reward_timeout|validator)",
     r"(.*\.)?(global_profiler|profiler|prometheus|trace)(\..*)?|.*\.(calculate_log_probs|disable_log_stats)",
     # Machines and processes. The number of ranks counts, see RANKS.
     r"(ray_kwargs|transfer_queue)(\..*)?|.*\.(checkpoint|checkpoint_engine)\..*",
@@ -236,14 +238,6 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint that verl's tracker names, if there is one."""
-    try:
-        return folder / f"global_step_{int((folder / CHECKPOINT_FILE).read_text())}"
-    except (OSError, ValueError):
-        return None
-
-
 def _check_length(config: DictConfig, checkpoint: Path | None) -> None:
     """Refuse a run that is shorter than its checkpoint's step; print that one of equal length has nothing to train."""
     total = OmegaConf.select(config, "trainer.total_training_steps")
@@ -314,7 +308,8 @@ def set_aside(folder: Path) -> Path:
         settings = {}
     dumps = [settings.get(f"trainer.{kind}_data_dir") for kind in ("validation", "rollout")]
     inside = [Path(d) for d in dumps if isinstance(d, str) and Path(d).absolute().parent == folder.absolute()]
-    patterns = (f"{METRICS_FILE}*", CONFIG_FILE, FINISHED_FILE, CHECKPOINT_FILE, "global_step_*", "validation")
+    patterns = (f"{METRICS_FILE}*", CONFIG_FILE, INPUTS_FILE, FINISHED_FILE, CHECKPOINT_FILE)
+    patterns += ("global_step_*", "validation")
     found = {f.name: f for pattern in patterns for f in folder.glob(pattern)} | {f.name: f for f in inside}
     aside.mkdir()
     for name, file in found.items():

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from verl_ext.hydra.identity import changes_results
 from verl_ext.hydra.paths import as_override, settled
 from verl_ext.recipes import DEFAULT_ALGORITHM
+from verl_ext.runs.files import append_whole
 from verl_ext.runs.folder import FINISHED_FILE, LOG_FILE, is_finished, without_hydra
 
 LONGEST_NAME = 120
@@ -139,10 +140,13 @@ def run(command: list[str], log: Path) -> int:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with open(log, "ab") as file:
+        with open(log, "ab", buffering=0) as file:
             while chunk := process.stdout.read1(1 << 16):
-                file.write(chunk)
-                file.flush()
+                try:
+                    append_whole(file.fileno(), chunk)
+                except OSError as e:
+                    # The job goes on, and says itself what it cannot write.
+                    print(f"sweep: warning: {log} lacks the next {len(chunk)} bytes: {e.strerror}", flush=True)
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
         return process.wait()
@@ -237,11 +241,11 @@ class SweepLauncher(Launcher):
                 continue
             print(f"{title}: {' '.join(given)}", flush=True)
             folder.mkdir(parents=True, exist_ok=True)
-            started = time.time()
+            started = time.monotonic()
             status = run([*command, *overrides], folder / LOG_FILE)
             done = "done" if (folder / FINISHED_FILE).exists() else "FAILED: it ended early"
             ended = done if status == 0 else f"FAILED with status {status}"
-            OUTCOME[folder] = f"{ended}, {time.time() - started:.0f} s"
+            OUTCOME[folder] = f"{ended}, {time.monotonic() - started:.0f} s"
         return [JobReturn(overrides=o, status=JobStatus.COMPLETED, _return_value=None) for o in job_overrides]
 
     def _job(self, overrides: list[str], number: int) -> tuple[Path, DictConfig, list[str]]:

@@ -113,7 +113,16 @@ def _fault(name: str) -> str:
         return f"there is no {name}"
     if not path.endswith((".parquet", ".json", ".jsonl")) or not os.path.isfile(path):
         return f"verl reads files that end in .parquet, .json or .jsonl, not {name}"
-    return "" if os.path.getsize(path) else f"{name} is empty"
+    try:
+        with open(path, "rb") as f:
+            content = f.read(4)
+            f.seek(-min(4, os.path.getsize(path)), os.SEEK_END)
+            whole = not path.endswith(".parquet") or content == f.read(4) == b"PAR1"
+    except OSError as e:
+        return f"{name} cannot be read: {e.strerror}"
+    if not content:
+        return f"{name} is empty"
+    return "" if whole else f"{name} is not a whole Parquet file: it was cut off, or is of another type"
 
 
 def _read(name: str, prompt_key: str) -> Rows:

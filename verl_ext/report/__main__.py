@@ -30,6 +30,7 @@ from verl_ext.report.tables import (
     weight_table,
     without_samples,
 )
+from verl_ext.runs.files import write_whole
 from verl_ext.runs.folder import CONFIG_FILE, METRICS_FILE, is_run
 
 
@@ -104,7 +105,7 @@ class Tables:
         texts = {".md": text + "\n", ".tex": latex(table, form)}
         texts[".csv"] = as_texts(table, form).to_csv(index=False) if numbers is None else numbers.to_csv()
         for ending, content in texts.items():
-            (self._folder / f"{name}{ending}").write_text(content, encoding="utf-8")
+            write_whole(self._folder / f"{name}{ending}", content.encode())
         return text
 
 
@@ -287,11 +288,14 @@ def main(arguments: list[str] | None = None) -> int:
         choose_baseline(runs, args.baseline)
     except ValueError as e:
         parser.error(str(e))
-    args.out.mkdir(parents=True, exist_ok=True)
     waiting = [f for f in folders if f not in damaged and f not in {r.folder for r in runs}]
-    text = write_report(runs, waiting, damaged, args.out, args.last, args.baseline)
-    (args.out / "report.md").write_text(text, encoding="utf-8")
-    (args.out / "report.html").write_text(to_html(text, args.out), encoding="utf-8")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        text = write_report(runs, waiting, damaged, args.out, args.last, args.baseline)
+        write_whole(args.out / "report.md", text.encode())
+        write_whole(args.out / "report.html", to_html(text, args.out).encode())
+    except OSError as e:
+        raise SystemExit(f"error: --out {args.out} cannot be written: {e}") from None
     print_faults(runs, damaged)
     print(text)
     print(f"written: {args.out / 'report.md'}, {args.out / 'report.html'}")

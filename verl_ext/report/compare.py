@@ -20,6 +20,7 @@ import pandas as pd
 from verl_ext.report.page import page
 from verl_ext.report.paired import paired_interval
 from verl_ext.report.read import Run, one_line, read_responses, read_run
+from verl_ext.runs.files import write_whole
 
 KEY = ["benchmark", "question", "occurrence"]
 """What tells questions apart, in both runs alike: a text may occur several times."""
@@ -190,10 +191,15 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    args.out.mkdir(parents=True, exist_ok=True)
     title = "Two runs, question by question"
-    (args.out / "compare.html").write_text(page(title, "\n".join(body_of(table, a, b, step, args.most))), "utf-8")
-    table[["truth_a", "rate_a", "rate_b"]].rename(columns={"truth_a": "truth"}).to_csv(args.out / "compare.csv")
+    rates = table[["truth_a", "rate_a", "rate_b"]].rename(columns={"truth_a": "truth"})
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_whole(args.out / "compare.html", page(title, "\n".join(body_of(table, a, b, step, args.most))).encode())
+        write_whole(args.out / "compare.csv", rates.to_csv().encode())
+    except OSError as e:
+        print(f"error: --out {args.out} cannot be written: {e}", file=sys.stderr)
+        return 1
     for key, title in GROUPS.items():
         print(f"{title:22} {int(((table['solved_a'] == key[0]) & (table['solved_b'] == key[1])).sum()):6d}")
     if more := left_out(table):

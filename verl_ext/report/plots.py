@@ -1,8 +1,10 @@
 """Draw the plots of a report."""
 
 import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -10,6 +12,7 @@ from verl_ext.recipes import installed, kl_metrics, metric_names
 from verl_ext.report.read import Run, is_number
 from verl_ext.report.tables import bands_logged, by_method
 from verl_ext.runs.evaluations import BAND_NAMES, WEIGHT
+from verl_ext.runs.files import write_whole
 
 CURVES = {
     "reward": ("reward in training", "critic/score/mean"),
@@ -40,6 +43,13 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
 }
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a plot as SVG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    write_whole(path, content.getvalue())
 
 
 def curve_of(run: Run, name: str) -> pd.Series:
@@ -100,7 +110,7 @@ def draw_curves(runs: list[Run], of: Callable[[Run], pd.Series], title: str, lev
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
-        figure.savefig(path, metadata={"Date": None})
+        save(figure, path)
     plt.close(figure)
     return drawn
 
@@ -132,7 +142,7 @@ def draw_weights(runs: list[Run], path: Path) -> bool:
         axis.set_axis_off()
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), title="pass rate in the batch")
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
     plt.close(figure)
     return True
 
@@ -147,5 +157,5 @@ def draw_bars(table: pd.DataFrame, path: Path) -> None:
     axis.set(xlabel="pass rate at the start", ylabel="gain of pass@1, points", title=GAIN)
     axis.grid(alpha=0.3, axis="y")
     axis.legend()
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
     plt.close(figure)

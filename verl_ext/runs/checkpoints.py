@@ -118,7 +118,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text())
     except OSError as e:
         raise ValueError(f"{file.name} is missing or cannot be read ({e.strerror})") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file.name} is not JSON ({e})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file.name} holds no JSON object")

@@ -1,17 +1,20 @@
-"""Files that are written whole or not at all."""
+"""Files, and lines, that are written whole or not at all."""
 
 import os
 from contextlib import suppress
 from pathlib import Path
 
 
-def write_new(path: Path, content: bytes) -> Path:
+def write_new(path: Path, content: bytes, writer: int | str = "") -> Path:
     """Write ``content`` to a new file beside ``path``, flush it to the disk and return its name for ``os.replace``.
+
+    Args:
+        writer: tells apart processes that write the same file.
 
     Raises:
         OSError: the file cannot be written; nothing of it is left.
     """
-    new = Path(f"{path}.new")
+    new = Path(f"{path}{writer}.new")
     try:
         with open(new, "wb") as f:
             f.write(content)
@@ -25,10 +28,21 @@ def write_new(path: Path, content: bytes) -> Path:
     return new
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, writer: int | str = "") -> None:
     """Replace a file atomically: a reader, or a restart after a kill, finds either the old or the new content.
 
     Raises:
         OSError: the file cannot be written; the old content is still there.
     """
-    os.replace(write_new(path, content), path)
+    os.replace(write_new(path, content, writer), path)
+
+
+def append_whole(file: int, line: bytes) -> None:
+    """Append ``line`` to an open file as a whole, or raise OSError and leave the file unchanged."""
+    size, rest = os.fstat(file).st_size, memoryview(line)
+    try:
+        while rest:
+            rest = rest[os.write(file, rest) :]
+    except OSError:
+        os.ftruncate(file, size)
+        raise

@@ -11,6 +11,8 @@ from yaml import MarkedYAMLError
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
+INPUTS_FILE = "inputs.json"
+"""Digests of the run's data files."""
 FINISHED_FILE = "finished"
 """Exists once the run has made all its steps and logged its last evaluation."""
 LOG_FILE = "log.txt"
@@ -125,6 +127,14 @@ def full_names(name: str, value: Any) -> dict[str, Any]:
 def without_hydra(config: DictConfig) -> DictConfig:
     """Drop Hydra's own node, which has values that are unknown before the job runs."""
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint that verl's tracker names, if there is one."""
+    try:
+        return folder / f"global_step_{int((folder / CHECKPOINT_FILE).read_text())}"
+    except (OSError, ValueError):
+        return None
 
 
 def is_finished(run: Path, config: DictConfig) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import orjson
 import torch
 
-from verl_ext.runs.files import write_new
+from verl_ext.runs.files import append_whole, write_new
 from verl_ext.training.progress import Progress
 
 ROW_FILE = "metrics.json"
@@ -178,14 +178,3 @@ class MetricsLog:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tracking, name)
-
-
-def append_whole(file: int, line: bytes) -> None:
-    """Append ``line`` to an open file as a whole, or raise OSError and leave the file unchanged."""
-    size, rest = os.fstat(file).st_size, memoryview(line)
-    try:
-        while rest:
-            rest = rest[os.write(file, rest) :]
-    except OSError:
-        os.ftruncate(file, size)
-        raise

@@ -1,14 +1,18 @@
 """Extend verl's reward workers to count failed rewards and name the function that failed.
 
 verl silently leaves a response whose reward fails out of the batch and trains on the rest of its group. The trainer
-asks for the counts once per step.
+asks for the counts once per step. A reward that hangs, for which verl would wait for ever, fails as well.
 """
 
 import asyncio
+import faulthandler
 import inspect
+import math
 import numbers
 import os
+import queue
 import reprlib
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from verl.experimental.reward_loop.reward_loop import RewardLoopManager, RewardLoopWorker
 from verl.experimental.reward_loop.reward_manager.limited import RateLimitedRewardManager
 from verl.protocol import DataProto
@@ -66,11 +70,14 @@ def as_number(value: Any) -> float:
 
     Raises:
         TypeError: ``value`` is anything else.
+        ValueError: it is NaN or infinite.
     """
     value = plain(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"it returned {reprlib.repr(value)} ({type(value).__name__}), which is not a number")
-    return float(value)
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"it returned {number}, which is not a finite number")
+    return number
 
 
 def plain(value: Any) -> Any:
@@ -101,35 +108,96 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
-def without_stop_iteration(score: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a reward function's StopIteration into RuntimeError: asyncio cannot pass it on and would wait for ever."""
+def reward_timeout(config: DictConfig) -> float | None:
+    """Read the seconds after which a reward has failed; None in a run of stock verl.
+
+    Raises:
+        ValueError: it is not a number above 0.
+    """
+    if "verl_ext" not in config:
+        return None
+    seconds = OmegaConf.select(config, "verl_ext.reward_timeout", default=300)
+    if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
+        raise ValueError(f"verl_ext.reward_timeout={seconds} must be a number of seconds above 0")
+    return seconds
+
+
+def bounded(score: Callable[..., Any], seconds: float | None) -> Callable[..., Any]:
+    """Make a reward function fail after ``seconds``; its thread is left behind, since Python cannot end one.
+
+    Its StopIteration becomes RuntimeError: asyncio cannot pass it on and would wait for ever.
+    """
+    late = f"no answer in {seconds} s (verl_ext.reward_timeout)"
+
+    if inspect.iscoroutinefunction(score):
+
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
+            call = asyncio.ensure_future(score(*args, **kwargs))
+            if not (await asyncio.wait([call], timeout=seconds))[0]:
+                # A function that catches its cancellation is left behind.
+                call.cancel()
+                raise TimeoutError(late)
+            return call.result()
+
+        return awaited
 
     def compute_score(*args: Any, **kwargs: Any) -> Any:
+        answer: queue.SimpleQueue = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                answer.put((score(*args, **kwargs), None))
+            except BaseException as e:
+                answer.put((None, e))
+
+        threading.Thread(target=work, daemon=True).start()
         try:
-            return score(*args, **kwargs)
-        except StopIteration as e:
-            raise RuntimeError("the reward function raised StopIteration") from e
+            result, error = answer.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError(late) from None
+        if isinstance(error, StopIteration):
+            raise RuntimeError("the reward function raised StopIteration") from error
+        if error is not None:
+            raise error
+        return result
 
     return compute_score
 
 
+BEAT, GRACE = 5.0, 60.0
+"""Seconds between two signs of life, and how much later than a reward's time limit the worker ends without one."""
+
+
 class CountingRewardWorker(RewardLoopWorker):
-    """verl's reward worker, plus: rewards become Python numbers, and failures are counted with the function's name."""
+    """verl's reward worker, plus: rewards become Python numbers, and failures are counted with the function's name.
+
+    A reward that hangs fails. One that also keeps Python's lock, as a regular expression may, ends the process, with
+    the traceback of all threads in the log: no other thread could.
+    """
 
     def __init__(self, config: DictConfig, reward_router_address: str | None = None):
         super().__init__(config, reward_router_address)
-        self._tally = Tally()
-        score = getattr(self.reward_manager, "compute_score", None)
-        if score is not None and not inspect.iscoroutinefunction(score):
-            self.reward_manager.compute_score = without_stop_iteration(score)
+        self._tally, self._running, self._seconds = Tally(), 0, reward_timeout(config)
+        if score := getattr(self.reward_manager, "compute_score", None):
+            self.reward_manager.compute_score = bounded(score, self._seconds)
+
+    async def _beat(self, seconds: float) -> None:
+        """Put off the end of this process, by ``seconds``, while rewards are computed and its event loop runs."""
+        while self._running:
+            faulthandler.dump_traceback_later(seconds, exit=True)
+            await asyncio.sleep(BEAT)
+        faulthandler.cancel_dump_traceback_later()
 
     async def compute_score(self, data: DataProto) -> dict[str, Any]:
         """Grade one response.
 
         Raises:
-            RewardError: the reward failed or is not a number.
+            RewardError: the reward failed or is not a finite number.
         """
         self._tally.asked += 1
+        self._running += 1
+        if self._running == 1 and self._seconds is not None:
+            self._beating = asyncio.ensure_future(self._beat(self._seconds + GRACE))
         try:
             result = await super().compute_score(data)
             extra = {name: plain(value) for name, value in result.get("reward_extra_info", {}).items()}
@@ -142,6 +210,8 @@ class CountingRewardWorker(RewardLoopWorker):
             self._tally += Tally(0, 1, text)
             # Only the text: another process may be unable to load the error's class.
             raise RewardError(text) from None
+        finally:
+            self._running -= 1
 
     async def compute_scores(self, data: DataProto) -> list[dict[str, Any] | BaseException]:
         """Grade a batch; return a result or an error per response."""
@@ -168,7 +238,18 @@ class CountingRewardManager(RewardLoopManager):
         super()._init_reward_loop_workers()
 
     def take_tally(self) -> Tally:
-        """Return the workers' counts since the last call; those of a busy worker come with a later call."""
+        """Return the workers' counts since the last call; those of a busy worker come with a later call.
+
+        Raises:
+            RuntimeError: a worker has ended.
+        """
         asked = [*self._asked, *(worker.take_tally.remote() for worker in self.reward_loop_workers)]
         answered, self._asked = ray.wait(asked, num_returns=len(asked), timeout=SECONDS_TO_COUNT)
-        return sum(ray.get(answered), Tally())
+        try:
+            return sum(ray.get(answered), Tally())
+        except ray.exceptions.RayActorError as e:
+            raise RuntimeError(
+                f"a process that computes rewards by {reward_function(self.config)} has ended: it crashed, was killed, "
+                f"or a reward kept it from answering for verl_ext.reward_timeout={reward_timeout(self.config)} s; its "
+                "last lines are above"
+            ) from e

@@ -7,10 +7,11 @@ step.
 
 import copy
 import functools
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from verl_ext.recipes import installed
 from verl_ext.runs.files import write_whole
-from verl_ext.runs.folder import METRICS_FILE
+from verl_ext.runs.folder import METRICS_FILE, latest_checkpoint
 from verl_ext.training.advantages import estimating
 from verl_ext.training.bands import weight_by_pass_rate
 from verl_ext.training.detached import DetachedWorker
@@ -39,8 +41,9 @@ from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_eval
 from verl_ext.training.progress import Progress, progress_wanted
 from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
-from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function
+from verl_ext.training.reward_loop import CountingRewardManager, Tally, reward_function, reward_timeout
 from verl_ext.training.rows import ROW_FIELDS, BatchFacts, Rows, last_of_session, of_sessions
+from verl_ext.training.seeds import seed_of, seeded
 from verl_ext.training.skipping import SETTING, SkippingWorker, teaching
 from verl_ext.training.transfer import Batch, RowKey, parse_key, read, write
 from verl_ext.training.watch import Watch
@@ -102,6 +105,7 @@ class ExtendedTrainer:
     - ``skip_rows_without_gradient``: rows that teach nothing are left out of the training pass;
     - ``metrics``: prefix of the worker's metrics that are logged without verl's ``actor/`` in front;
     - ``max_failed_rewards``: share of a step's rewards that may fail before the run stops;
+    - ``reward_timeout``: seconds after which a reward has failed;
     - ``progress``: False prints no line per step.
     """
 
@@ -111,6 +115,7 @@ class ExtendedTrainer:
         self._whole_groups = bool(OmegaConf.select(config, "verl_ext.whole_groups", default=False))
         self._skip_rows = bool(OmegaConf.select(config, SETTING, default=False))
         self._most_failed_rewards, self._shows_progress = most_failed_rewards(config), progress_wanted(config)
+        reward_timeout(config)
         self._rewards, self._watch = Tally(), Watch(config)
         self._checkpoints_are_elsewhere = self._sessions_told = False
         super().__init__(config)
@@ -194,7 +199,11 @@ class ExtendedTrainer:
             # Only verl's engine knows when and on which node they are written.
             return super()._save_checkpoint()
         with self._all_checkpoints_kept() as keep:
-            super()._save_checkpoint()
+            try:
+                super()._save_checkpoint()
+            except Exception as e:
+                # torch's error for a full disk is "unexpected pos 128 vs 0".
+                raise RuntimeError(self._why_unsaved()) from e
         # Without a shared disk the weights are on the workers' nodes.
         self._checkpoints_are_elsewhere = bool(
             resume_fault(
@@ -205,6 +214,18 @@ class ExtendedTrainer:
         )
         if removed := remove_old_checkpoints(self._folder, self.global_steps, keep):
             print(f"verl-disco: removed the checkpoints of steps {', '.join(map(str, removed))}", flush=True)
+
+    def _why_unsaved(self) -> str:
+        """Say what is left of a run whose checkpoint could not be written."""
+        step, free = self.global_steps, ""
+        with suppress(OSError):
+            free = f" (free on this node: {shutil.disk_usage(self._folder).free / 2**30:.1f} GiB)"
+        earlier = latest_checkpoint(self._folder)
+        rest = f"the run continues from {earlier.name}" if earlier else "there is no earlier one"
+        return (
+            f"the checkpoint of step {step} in {self._folder} could not be written: see the error above; is the disk "
+            f"full{free}? Once it can be, {rest}, by the same command"
+        )
 
     @contextmanager
     def _all_checkpoints_kept(self) -> Iterator[dict[str, int | None]]:
@@ -281,10 +302,15 @@ class ExtendedTrainer:
 
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()
-        if worker := self._actor_worker_class():
-            for role in self.role_worker_mapping:
-                if "actor" in str(role):
-                    self.role_worker_mapping[role] = ray.remote(worker)
+        workers = {role: TrainingWorker for role in self.role_worker_mapping if str(role) == "critic"}
+        actor = self._actor_worker_class()
+        workers |= {role: actor or ActorRolloutRefWorker for role in self.role_worker_mapping if "actor" in str(role)}
+        seed = seed_of(self.config) if "verl_ext" in self.config else None
+        for role, worker in workers.items():
+            if seed is not None:
+                self.role_worker_mapping[role] = ray.remote(seeded(worker, seed))
+            elif worker is actor:
+                self.role_worker_mapping[role] = ray.remote(worker)
 
     def _actor_worker_class(self) -> type | None:
         """Return the class of the actor's workers; None for verl's own."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from named import evaluate, objective_of, weigh
 
@@ -15,7 +16,7 @@ from recipe.disco import disco_loss
 from recipe.disco.metrics import group_metrics
 from recipe.disco.objectives import Objective, Sides, register_objective
 
-EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
+EXAMPLES = cases(60)
 OBJECTIVES = ["disco", "disco_b"]
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from named import coefficient, compute_score, weigh
 from oracle import oracle_gradient
@@ -15,8 +16,8 @@ from recipe.disco.constraint import build_controller, kl_estimate
 from recipe.disco.loss import micro_batch_loss
 from recipe.disco.scores import SCORES
 
-EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
-PRECISE = settings(max_examples=80, deadline=None, derandomize=True)
+EXAMPLES = cases(40)
+PRECISE = cases(80)
 
 
 @dataclass

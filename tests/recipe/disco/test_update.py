@@ -103,6 +103,20 @@ def test_a_session_is_one_response():
     assert ours.metrics == pytest.approx(theirs.metrics)
 
 
+def test_a_part_of_a_session_has_its_share_of_the_weight_in_float64():
+    """Shares of 3 and 7 of 10 tokens; in float32 they would be off by 1e-8."""
+    rows = table(session=torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, -1]), reward=torch.tensor([1.0, 1, 0, 1, 1, 0, 0, 0, 0]))
+    rows = replace(rows, length=torch.tensor([3, 7, 4, 5, 1, 2, 2, 0, 0]))
+    assert plan(rows).weight[:3].tolist() == pytest.approx([0.3 / 3, 0.7 / 3, -1 / 3], rel=1e-15)
+
+
+def test_a_kl_whose_square_is_no_float32_is_still_a_number_in_the_log():
+    rows = replace(table(), score=table().score.float(), kl=torch.full((9,), 1e30))
+    found = plan(rows)
+    assert found.loss.dtype == torch.float32 and found.loss.isinf()
+    assert found.metrics["loss"] == pytest.approx(50 * (8e30 / 19) ** 2, rel=1e-6)
+
+
 def test_a_session_with_two_rewards_or_questions_or_a_missing_row_is_refused():
     parts, _ = in_parts()
     with pytest.raises(ValueError, match="samples 7 and 2 are of one session, but their rewards are 0 and 1"):

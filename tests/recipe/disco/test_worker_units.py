@@ -383,6 +383,26 @@ def test_the_controllers_state_is_in_the_checkpoint(configured, tmp_path):
     assert worker.controller.multiplier == 1.5
 
 
+def test_a_full_disk_keeps_the_controllers_earlier_state_and_names_the_file(
+    configured, tmp_path, full_disk, monkeypatch
+):
+    worker = configured(constraint="augmented_lagrangian")
+    monkeypatch.setattr(module.TrainingWorker, "save_checkpoint", lambda *arguments: None)
+    worker.save_checkpoint(str(tmp_path))
+    before = (tmp_path / "disco_controller.json").read_bytes()
+    worker.controller.end_step(1.0)
+    with full_disk(10), pytest.raises(OSError, match="File too large: .*disco_controller.json"):
+        worker.save_checkpoint(str(tmp_path))
+    assert [f.name for f in tmp_path.iterdir()] == ["disco_controller.json"]
+    assert (tmp_path / "disco_controller.json").read_bytes() == before
+
+
+def test_a_broken_state_is_named(configured, tmp_path):
+    (tmp_path / "disco_controller.json").write_text('{"constraint": "augm')
+    with pytest.raises(ValueError, match="disco_controller.json is not JSON"):
+        configured(constraint="augmented_lagrangian").load_checkpoint(str(tmp_path))
+
+
 def test_ranks_without_outputs_do_not_write(configured, tmp_path, monkeypatch):
     worker = configured(constraint="augmented_lagrangian")
     monkeypatch.setattr(worker.engine, "is_mp_src_rank_with_outputs", lambda: False)

@@ -230,3 +230,19 @@ def test_odd_characters_do_not_break_the_card(run, exported):
     # Only the hub's own names are the base of a card.
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1]) and f"`{base}` after 20 steps" in card
     assert "| disco.note | a \\| b c |" in card
+
+
+@pytest.mark.parametrize("fits", [0, 2000])
+def test_a_full_disk_leaves_no_half_export(run, monkeypatch, refused, full_disk, fits):
+    def write(checkpoint, out, *others):
+        (out / "model.safetensors").write_bytes(b"x" * 1000)
+        return ["as it was"]
+
+    monkeypatch.setattr(export, "export_model", write)
+    monkeypatch.setattr(export, "model_card", lambda *_: "x" * 3000)
+    before = sorted(run.rglob("*"))
+    with full_disk(fits):
+        error = refused(run)
+    assert "global_step_20/actor cannot be exported: OSError: [Errno 27] File too large" in error
+    assert [f for f in sorted(run.rglob("*")) if f not in before] == [run / "export"]
+    assert export.main([str(run)]) == 0 and (run / "export/global_step_20/README.md").exists()

@@ -481,6 +481,24 @@ def test_a_job_that_ends_early_is_not_finished(jobs, tmp_path, capsys):
     assert f"{run} is not marked as finished: step 50 of 100 is the last in metrics.jsonl" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("step", [None, 40])
+def test_a_job_that_fails_says_where_it_goes_on(jobs, tmp_path, capsys, step):
+    run = tmp_path / "run"
+
+    def train(config, task_runner_class):
+        if step is not None:
+            (run / runs.CHECKPOINT_FILE).write_text(str(step))
+        raise RuntimeError("the actor died")
+
+    with pytest.raises((SystemExit, RuntimeError)):
+        jobs(*DISCO, f"trainer.default_local_dir={run}", train=train)
+    told = (
+        f"verl-disco: the run in {run} ended early, by the error below; the same command continues from global_step_40"
+    )
+    assert (told in capsys.readouterr().out) == (step is not None)
+    assert not (run / runs.FINISHED_FILE).exists()
+
+
 def test_an_interrupted_run_is_not_finished_and_gives_its_folder_back(jobs, tmp_path):
     def interrupted(config, task_runner_class):
         raise KeyboardInterrupt

@@ -216,7 +216,7 @@ def test_a_run_that_starts_anew_moves_the_old_ones_files_aside(start, half):
     assert f"moved the run in {half} to {half}/earlier_1" in out
     stays = {"log.txt", "mine.txt"}
     assert content(half / "earlier_1") == {n: b for n, b in before.items() if n not in stays}
-    assert content(half).keys() - {f"earlier_1/{n}" for n in before} == {*stays, runs.CONFIG_FILE}
+    assert content(half).keys() - {f"earlier_1/{n}" for n in before} == {*stays, runs.CONFIG_FILE, runs.INPUTS_FILE}
     assert OmegaConf.load(half / runs.CONFIG_FILE).seed == 2
     logged(half)
     start("trainer.resume_mode=disable", "seed=3")
@@ -371,3 +371,45 @@ def test_an_evaluation_does_not_move_a_trained_run_aside(start, half):
     with pytest.raises(ValueError, match="trainer.val_only=true with trainer.resume_mode=disable would evaluate"):
         start("trainer.val_only=true", "trainer.resume_mode=disable")
     assert not list(half.glob("earlier_*"))
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path) -> list[str]:
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.parquet").write_bytes(split.encode() * 1000)
+    return [f"data.{split}_files={tmp_path}/{split}.parquet" for split in ("train", "val")]
+
+
+def test_changed_training_data_is_refused_and_changed_test_data_is_told(start, data, tmp_path):
+    start(*data)
+    run = tmp_path / "run"
+    logged(run)
+    (run / runs.FINISHED_FILE).touch()
+    start(*data)
+    (tmp_path / "val.parquet").write_bytes(b"other")
+    assert f"warning: {data[1]} changed since the run in {run} began" in start(*data)
+    assert "warning" not in start(*data)
+    (tmp_path / "train.parquet").write_bytes(b"other")
+    before = content(run)
+    with pytest.raises(ValueError, match="train.parquet changed since the run in .* restore the data, choose another"):
+        start(*data)
+    assert content(run) == before
+    start(*data, "verl_ext.same_run=true")
+    start(*data)
+
+
+def test_data_that_cannot_be_compared_is_told_and_a_new_run_takes_any(start, data, tmp_path):
+    start(*data)
+    run = tmp_path / "run"
+    # Before its first step it is no run yet.
+    (tmp_path / "train.parquet").write_bytes(b"other")
+    start(*data)
+    logged(run)
+    (run / runs.INPUTS_FILE).write_text("{")
+    assert "warning" in start(*data) and json.loads((run / runs.INPUTS_FILE).read_text())["train"]
+    (tmp_path / "train.parquet").write_bytes(b"another")
+    start(*data, "trainer.resume_mode=disable")
+    assert json.loads((run / "earlier_1" / runs.INPUTS_FILE).read_text())["train"]

@@ -116,7 +116,9 @@ def test_files_that_verl_cannot_read_are_named(tmp_path):
         ("none.parquet", None, "there is no "),
         ("rows.csv", "a,b", "verl reads files that end in .parquet, .json or .jsonl"),
         ("empty.jsonl", "", "is empty"),
-        ("broken.parquet", "PAR1xxxx", "cannot be read: ArrowInvalid"),
+        ("cut.parquet", "PAR1xxxx", "is not a whole Parquet file: it was cut off"),
+        ("text.parquet", "PAR", "is not a whole Parquet file"),
+        ("broken.parquet", "PAR1xxxxPAR1", "cannot be read: ArrowInvalid"),
         ("broken.jsonl", '{"prompt": [', "cannot be read: "),
     ]:
         file = tmp_path / name

@@ -344,3 +344,14 @@ def test_wrong_arguments_are_refused(make, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             report.main([str(run), *arguments])
         assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fits", [0, 1000, 20_000])
+def test_a_full_disk_is_named_and_the_earlier_report_stays(make, tmp_path, full_disk, fits):
+    make("grpo", 1), make("grpo", 2)
+    arguments = [str(tmp_path), "--out", str(tmp_path / "report")]
+    assert report.main(arguments) == 0
+    before = {f: f.read_bytes() for f in sorted((tmp_path / "report").rglob("*")) if f.is_file()}
+    with full_disk(fits), pytest.raises(SystemExit, match="error: --out .* cannot be written: .*File too large"):
+        report.main(arguments)
+    assert {f: f.read_bytes() for f in sorted((tmp_path / "report").rglob("*")) if f.is_file()} == before

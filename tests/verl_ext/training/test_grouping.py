@@ -6,7 +6,8 @@ import tracemalloc
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from fuzzing import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
@@ -24,7 +25,7 @@ def flatten(batch, seed):
     return [g for g, _ in rows], [length for _, length in rows]
 
 
-@settings(deadline=None, max_examples=200)
+@cases(200)
 @given(
     batches,
     st.integers(0, 3),
@@ -86,14 +87,14 @@ def best_two_way(lengths):
     return min(max(sum(c), total - sum(c)) for c in combinations(lengths, half))
 
 
-@settings(deadline=None, max_examples=300)
+@cases(300)
 @given(st.lists(st.integers(1, 8192), min_size=2, max_size=12).filter(lambda x: len(x) % 2 == 0))
 def test_two_ranks_within_10_percent_of_the_best_partition(lengths):
     heaviest = max(sum(lengths[i] for i in part) for part in balance(lengths, 2))
     assert heaviest <= 1.10 * best_two_way(lengths)
 
 
-@settings(deadline=None, max_examples=100)
+@cases(100)
 @given(st.integers(2, 16), st.integers(8, 32), st.integers(0, 10**6))
 def test_many_ranks_within_10_percent_of_the_lower_bound(ranks, rows, seed):
     rng = random.Random(seed)

@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import resource
-import signal
 
 import numpy as np
 import pytest
@@ -139,23 +137,17 @@ def test_a_damaged_file_is_resumed_and_kept(path, damaged, steps):
     assert [p.read_bytes() for p in kept] == ([] if damaged == b'{"step":2,"b":{"step":9}}\n' else [content])
 
 
-def test_a_short_write_leaves_no_half_line_and_the_row_is_written_later(path, capsys):
+def test_a_short_write_leaves_no_half_line_and_the_row_is_written_later(path, full_disk, capsys):
     log = MetricsLog(Recorder(), path, resumed_step=0)
     log.log(data={"a": 1}, step=1)
     size = path.stat().st_size
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        # As on a full disk: ten bytes fit.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+    # Ten bytes fit.
+    with full_disk(size + 10):
         log.log(data={"a": 2}, step=2)
         log.log(data={"a": 3}, step=3)
         assert path.stat().st_size == size
         with pytest.raises(OSError, match="2 rows could not be written to .*metrics.jsonl: is the disk full"):
             log.finish()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
     assert [row["step"] for row in lines(path)] == [1]
     assert (
         "metrics.jsonl cannot be written (File too large); 2 rows wait for the next attempt" in capsys.readouterr().out
@@ -172,7 +164,7 @@ def test_rows_that_waited_are_written_in_order(path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(file, data)
 
-    monkeypatch.setattr(metrics_log.os, "write", write)
+    monkeypatch.setattr(files.os, "write", write)
     log = MetricsLog(Recorder(), path, resumed_step=0)
     for step in (1, 2, 3):
         full[0] = step < 3

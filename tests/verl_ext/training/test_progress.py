@@ -104,7 +104,9 @@ def test_the_trainers_lines_are_on_unless_switched_off(tmp_path, given, shown, m
     assert ("verl-disco: step  2/20  reward 1.000" in capsys.readouterr().out) == shown
 
 
-@pytest.mark.parametrize("name, value", [("progress", "often"), ("progress", 1), ("max_failed_rewards", 2)])
+@pytest.mark.parametrize(
+    "name, value", [("progress", "often"), ("progress", 1), ("max_failed_rewards", 2), ("reward_timeout", 0)]
+)
 def test_other_values_are_refused_before_ray_starts(name, value):
     config = OmegaConf.create({"verl_ext": {name: value}})
     run = type("Run", (), {"config": config})()

@@ -4,20 +4,31 @@ No Ray: verl's reward worker and its "naive" manager, on one response at a time.
 """
 
 import asyncio
+import subprocess
+import sys
+import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import torch
 from omegaconf import OmegaConf
 from verl.experimental.reward_loop import reward_loop
 from verl.protocol import DataProto
 from verl.trainer.ppo.reward import load_reward_manager
 
-from verl_ext.training.reward_loop import CountingRewardWorker, RewardError, Tally
+from verl_ext.training.reward_loop import (
+    CountingRewardManager,
+    CountingRewardWorker,
+    RewardError,
+    Tally,
+    reward_timeout,
+)
 
 FUNCTION = """
-import sys, time
+import asyncio, re, sys, time
 from decimal import Decimal
 from fractions import Fraction
 import numpy as np
@@ -30,7 +41,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     return ANSWERS[ground_truth]()
 
 async def compute_score_async(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    return ANSWERS[ground_truth]()
+    answer = ANSWERS[ground_truth]()
+    return await answer if asyncio.iscoroutine(answer) else answer
 
 """
 
@@ -44,7 +56,7 @@ class Tokenizer:
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
-    def make(*answers, name="compute_score", manager="naive"):
+    def make(*answers, name="compute_score", manager="naive", timeout=20):
         """A worker whose reward function answers the first response so, the second so, and so on."""
         answers = ", ".join(f"lambda: {answer}" for answer in answers)
         (tmp_path / "reward.py").write_text(f"{FUNCTION}ANSWERS = [{answers}]\n")
@@ -55,7 +67,8 @@ def worker(tmp_path, monkeypatch):
                     "reward_manager": {"source": "register", "name": manager},
                     "reward_model": {"enable": False},
                     "timeout": 0.2,
-                }
+                },
+                "verl_ext": {"reward_timeout": timeout},
             }
         )
 
@@ -128,6 +141,12 @@ def test_numbers_of_numpy_and_torch_are_rewards(worker, expression, reward, form
         ("'x' * 10**6", "(str), which is not a number"),
         ("(1.0, {})", "(tuple), which is not a number"),
         ("{'score': None, 'acc': 1}", "it returned None (NoneType), which is not a number"),
+        ("float('nan')", "ValueError: it returned nan, which is not a finite number"),
+        ("np.float32('-inf')", "ValueError: it returned -inf, which is not a finite number"),
+        (
+            "{'score': torch.tensor(float('nan')), 'acc': 1}",
+            "ValueError: it returned nan, which is not a finite number",
+        ),
         ("{'reward': 1.0}", "KeyError: 'score'"),
         ("10**400", "OverflowError: int too large to convert to float"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
@@ -172,3 +191,69 @@ def test_failures_that_verls_rate_limited_manager_grades_0_are_counted(worker):
     assert [made.run(made.compute_score(row(i)))["reward_score"] for i in range(3)] == [0.0, 0.0, 1.0]
     tally = made.run(made.take_tally())
     assert (tally.asked, tally.failed) == (3, 2) and "no answer in x" in tally.first
+
+
+@pytest.mark.parametrize(
+    "name, hang", [("compute_score", "time.sleep(60)"), ("compute_score_async", "asyncio.sleep(60)")]
+)
+def test_a_reward_that_hangs_fails_and_the_others_are_graded(worker, name, hang):
+    """More of them than there are threads, each of which would wait for ever."""
+    made, started = worker(*[hang] * 40, "1", name=name, timeout=0.5), time.monotonic()
+    *hung, last = made.run(made.compute_scores(rows(41)))
+    assert last["reward_score"] == 1.0 and all(isinstance(error, RewardError) for error in hung)
+    assert "TimeoutError: no answer in 0.5 s (verl_ext.reward_timeout)" in str(hung[0])
+    tally = made.run(made.take_tally())
+    assert (tally.asked, tally.failed) == (41, 40) and time.monotonic() - started < 30
+
+
+def test_time_in_the_queue_is_not_the_rewards(worker):
+    made = worker(*["time.sleep(0.4) or 1"] * 30, timeout=5)
+    assert all(result["reward_score"] == 1.0 for result in made.run(made.compute_scores(rows(30))))
+
+
+KEEPS_THE_LOCK = """
+import asyncio, re
+from types import SimpleNamespace
+from verl_ext.training import reward_loop
+
+async def main():
+    worker = object.__new__(reward_loop.CountingRewardWorker)
+    worker._running = 1
+    beating = asyncio.ensure_future(worker._beat(1.0))
+    await asyncio.sleep(3)
+    print("alive", flush=True)
+    re.fullmatch("(a+)+b", "a" * 60)
+
+reward_loop.BEAT = 0.2
+asyncio.run(main())
+"""
+
+
+def test_a_process_whose_reward_keeps_pythons_lock_ends_and_says_where():
+    done = subprocess.run([sys.executable, "-c", KEEPS_THE_LOCK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "alive" in done.stdout
+    assert "Timeout (0:00:01)!" in done.stderr and "in fullmatch" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", [0, -1, "long", None, True, float("inf"), float("nan")])
+def test_a_time_limit_is_a_number_of_seconds(seconds):
+    with pytest.raises(ValueError, match="verl_ext.reward_timeout=.* must be a number of seconds above 0"):
+        reward_timeout(OmegaConf.create({"verl_ext": {"reward_timeout": seconds}}))
+    assert reward_timeout(OmegaConf.create({"trainer": {}})) is None
+
+
+def test_a_worker_that_has_ended_is_told_with_the_reward_function(monkeypatch):
+    def get(calls):
+        raise ray.exceptions.ActorDiedError()
+
+    manager = object.__new__(CountingRewardManager)
+    manager.config = OmegaConf.create(
+        {"verl_ext": {}, "reward": {"custom_reward_function": {"path": "mine.py", "name": "score"}}}
+    )
+    manager.reward_loop_workers = [SimpleNamespace(take_tally=SimpleNamespace(remote=lambda: "call"))]
+    monkeypatch.setattr(ray, "wait", lambda calls, **options: (calls, []))
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(
+        RuntimeError, match="rewards by .*=mine.py:score has ended: it crashed, was killed, or .*=300 s"
+    ):
+        manager.take_tally()

@@ -300,6 +300,24 @@ def test_a_step_is_in_its_checkpoint_before_verl_names_it_and_old_ones_go_after(
     assert this._rollout_moe_lb_metrics_accumulator == [] and "critic/score/mean" not in metrics
 
 
+@pytest.mark.parametrize(
+    "tracker, rest", [("2", "the run continues from global_step_2"), (None, "there is no earlier")]
+)
+def test_a_checkpoint_that_cannot_be_written_says_what_is_left(bare, tmp_path, tracker, rest):
+    def fail(self):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0")
+
+    (tmp_path / "global_step_2/actor").mkdir(parents=True)
+    if tracker:
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+    this = bare(default_local_dir=str(tmp_path), max_actor_ckpt_to_keep=1, _save_checkpoint=fail)
+    this._keep_row = lambda: None
+    with pytest.raises(RuntimeError, match=f"of step 7 in .* could not be written.*disk full.* GiB.*{rest}"):
+        this._save_checkpoint()
+    # Older ones stay, and so does the setting.
+    assert (tmp_path / "global_step_2/actor").is_dir() and this.config.trainer.max_actor_ckpt_to_keep == 1
+
+
 def test_verls_deprecated_setting_keeps_one_checkpoint(bare, tmp_path):
     this = bare(default_local_dir=str(tmp_path), max_actor_ckpt_to_keep=3, remove_previous_ckpt_in_save=True)
     with this._all_checkpoints_kept() as keep:

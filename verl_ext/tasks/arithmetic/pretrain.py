@@ -103,7 +103,7 @@ def fit(
         torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / WARM_UP) * (1 - 0.95 * i / iterations))
         for o in optimizers
     ]
-    losses, started, pad = [], time.time(), tokenizer.pad_token_id
+    losses, started, pad = [], time.monotonic(), tokenizer.pad_token_id
     model.train()
     for i in range(iterations):
         rows = draw(i >= (1 - CARELESS) * iterations)
@@ -124,6 +124,6 @@ def fit(
             step.step()
         if (i + 1) % 25 == 0 or i + 1 == iterations:
             mean = sum(losses[-25:]) / len(losses[-25:])
-            print(f"pre-training {i + 1}/{iterations}: loss {mean:.3f}, {time.time() - started:.0f} s", flush=True)
+            print(f"pre-training {i + 1}/{iterations}: loss {mean:.3f}, {time.monotonic() - started:.0f} s", flush=True)
     model.eval()
     return losses

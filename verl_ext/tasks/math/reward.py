@@ -149,12 +149,13 @@ def ground_truths(value: Any) -> list[str]:
         value = value.tolist()
     if isinstance(value, str) and re.match(r'\s*\[\s*"', value):
         # Some data sets have a list as JSON text. [1, 2] without quotes is an interval.
-        with suppress(json.JSONDecodeError):
+        with suppress(json.JSONDecodeError, RecursionError):
             value = json.loads(value)
     values = value if isinstance(value, (list, tuple)) else [value]
     truths = []
     for x in values:
-        if isinstance(x, bool) or not isinstance(x, (str, numbers.Real, Decimal)) or x != x:
+        nan = x.is_nan() if isinstance(x, Decimal) else x != x
+        if isinstance(x, bool) or not isinstance(x, (str, numbers.Real, Decimal)) or nan:
             raise ValueError(f"a ground truth must be text or a number, got {str(x)[:80]}")
         if text := x.strip() if isinstance(x, str) else number_text(x):
             truths.append(text)

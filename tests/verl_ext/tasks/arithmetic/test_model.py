@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +24,7 @@ def tokenizer(saved):
     return AutoTokenizer.from_pretrained(saved)
 
 
-@settings(max_examples=200, deadline=None)
+@cases(200)
 @given(text=st.text(max_size=60))
 def test_any_text_survives_the_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -7,7 +7,8 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from fuzzing import cases
+from hypothesis import given
 from hypothesis import strategies as st
 
 from verl_ext.tasks.countdown.expression import DEEPEST, LONGEST, MOST_DIGITS, Malformed, evaluate
@@ -71,7 +72,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@cases(300)
 @given(text=trees | st.lists(st.sampled_from([*"0123456789", *"+-*/", " ", "(", ")"]), max_size=20).map("".join))
 def test_it_agrees_with_pythons_grammar(text):
     try:
@@ -85,7 +86,7 @@ def test_it_agrees_with_pythons_grammar(text):
     assert value == by_python(re.sub(r"\b0+(?=\d)", "", text).strip())
 
 
-@settings(max_examples=300, deadline=None)
+@cases(300)
 @given(text=st.text(max_size=300))
 def test_any_text_has_a_value_or_a_reason(text):
     try:

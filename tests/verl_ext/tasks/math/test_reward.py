@@ -95,7 +95,7 @@ def test_ground_truths_of_all_types(value, expected):
     assert compute_score("", rf"</think> \boxed{{{expected[-1]}}}", value)["score"] == 1.0
 
 
-@pytest.mark.parametrize("value", [None, "", [], [" "], True, float("nan"), {"a": 1}, [None]])
+@pytest.mark.parametrize("value", [None, "", [], [" "], True, float("nan"), Decimal("sNaN"), {"a": 1}, [None]])
 def test_a_missing_ground_truth_is_refused(value):
     with pytest.raises(ValueError, match="ground truth"):
         compute_score("", r"</think> \boxed{1}", value)
@@ -251,37 +251,6 @@ def test_what_the_logs_get():
 def test_wrong_settings_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"reward_kwargs.{name} must be positive, got {value}"):
         compute_score("", "", "4", **{name: value})
-
-
-HOSTILE = {
-    "a tower of powers": "9^{9^{9^{9^{9}}}}",
-    "a power that needs gigabytes": "2^{2^{34}}",
-    "a huge factorial": "(10^{10})!",
-    "deep fractions": r"\frac{1}{" * 60 + "2" + "}" * 60,
-    "deep parentheses": "(" * 900 + "1" + ")" * 900,
-    "an integral": r"\int_0^{10^{9}} e^{x^2} \sin(x^x) dx",
-    "1900 digits": "9" * 1900,
-    "NUL": "4\x002",
-    "half a surrogate": "4\ud8002",
-    "lines and quotes": '1"\n{"equal": true}\n',
-    "Python": "__import__('os').system('touch PWNED')",
-    "Python as text": r"\text{__import__('os').system('touch PWNED')}",
-    "100 kB": "1+" * 50_000 + "1",
-    "unbalanced": "{" * 500,
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_answer_costs_itself(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = dict(timeout=1.0, memory_mb=512, processes=1)
-    started = time.monotonic()
-    result = compute_score("", rf"</think> \boxed{{{HOSTILE[name]}}}", "42", **settings)
-    # A second, and the start of a process.
-    assert time.monotonic() - started < 30
-    assert result["score"] == 0.0 and result["failure"] in math.FAILURES[1:]
-    assert compute_score("", r"</think> \boxed{\frac{84}{2}}", "42", **settings | {"timeout": 20})["score"] == 1.0
-    assert not (tmp_path / "PWNED").exists()
 
 
 def test_memory_is_bounded():

@@ -1,0 +1,402 @@
+"""The whole family of methods on random mini-batches: what must not matter does not, and nothing becomes NaN."""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pytest
+import torch
+from fuzzing import cases
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from recipe.disco import DiscoConfig, disco_loss
+from recipe.disco.constraint import CONTROLLERS, build_controller, kl_estimate, kl_standard_error, price
+from recipe.disco.loss import micro_batch_loss, question_ids
+from recipe.disco.objectives import OBJECTIVES
+from recipe.disco.questions import QUESTIONS, pair_weights
+from recipe.disco.registry import require_finite, settings_of
+from recipe.disco.scores import SCORES, compute_score
+from recipe.disco.update import ScoreTable, by_session, plan_update
+
+
+def shipped(registry):
+    """Names in order; other tests register more."""
+    return sorted(name for name in registry if registry[name].__module__.startswith("recipe.disco."))
+
+
+VALUES = {
+    "tau": [1e-3, 0.5, 1.0, 10.0, 1e6],
+    "surrogate": ["identity", "logistic", "squared_hinge"],
+    "negatives": ["softmax", "mean", "topk"],
+    "top_share": [1e-6, 0.25, 0.5, 1.0],
+    "scale": [1e-3, 1.0, 10.0],
+    "length_temperature": [1e-3, 0.1, 10.0],
+    "max_length": [1, 8, 8192],
+    "question_temperature": [1e-3, 2.0, 1e3],
+    "target_margin": [0.0, 0.01, 1.0],
+    "margin_warmup": [1e-3, 0.3, 1.0],
+    "delta": [0.0, 1e-4, 0.02],
+    "beta": [0.0, 1.0, 1e3],
+    "rho": [1e-3, 1.0, 1e3],
+    "coefficient": [0.0, 0.1, 10.0],
+}
+"""Of each setting, values at and between its bounds."""
+
+
+@st.composite
+def methods(draw):
+    """Arguments of `disco_loss` that name a method of the family, with settings of those that it uses."""
+    objective, score = draw(st.sampled_from(shipped(OBJECTIVES))), draw(st.sampled_from(shipped(SCORES)))
+    constraint, cls = draw(st.sampled_from(shipped(CONTROLLERS))), OBJECTIVES[objective]
+    questions = draw(st.sampled_from(shipped(QUESTIONS))) if cls.questions == "uniform" else cls.questions
+    owners = cls, SCORES[score], CONTROLLERS[constraint], QUESTIONS[questions]
+    used = {name for owner in owners for name in settings_of(owner)}
+    return {
+        "objective": objective,
+        "score": score,
+        "constraint": constraint,
+        "questions": questions,
+        "pairs": draw(st.sampled_from(["threshold", "graded"])) if cls.graded else "threshold",
+        "kl_estimator": draw(st.sampled_from(["k1", "k3"])),
+        **{name: draw(st.sampled_from(VALUES[name])) for name in sorted(used)},
+    }
+
+
+@dataclass
+class Batch:
+    """Rows of a mini-batch, (B, T) or (B,)."""
+
+    log_prob: torch.Tensor
+    old_log_prob: torch.Tensor
+    ref_log_prob: torch.Tensor
+    rho: torch.Tensor
+    mask: torch.Tensor
+    reward: torch.Tensor
+    uid: torch.Tensor
+    session: torch.Tensor
+
+    def rows(self, index):
+        return Batch(*(getattr(self, f.name)[index] for f in fields(self)))
+
+
+@st.composite
+def batches(draw, drifts=(0.0, 1e-3, 0.1, 1.0), sizes=(1.5,), levels=(2, 3, 1000), parts=(1, 3)):
+    """1 to 5 questions of 1 to 9 responses in rows of any lengths, empty ones among them; rewards from 0 to 1."""
+    responses = draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+    width, level, most = draw(st.integers(1, 7)), draw(st.sampled_from(levels)), draw(st.sampled_from(parts))
+    empty, drift = draw(st.sampled_from([0.0, 0.3, 1.0])), draw(st.sampled_from(drifts))
+    size, rng = draw(st.sampled_from(sizes)), np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    session = np.arange(sum(responses)).repeat(rng.integers(1, most + 1, sum(responses)))
+    uid, reward = np.arange(len(responses)).repeat(responses), rng.integers(0, level, sum(responses)) / (level - 1)
+    order, shape = rng.permutation(len(session)), (len(session), width)
+    session = session[order]
+    mask = (rng.random(shape) < 0.7) & (rng.random((len(session), 1)) >= empty)
+    old = -rng.exponential(size, shape)
+    columns = (
+        old - drift * (rng.normal(0, 1, shape) + rng.normal(0, 1)),
+        old,
+        old + 0.1 * rng.normal(0, 1, shape),
+        rng.choice([0.0, 0.5, 1.0, 2.0], shape),
+    )
+    junk = rng.choice([np.nan, np.inf, -np.inf, 1e30], shape)
+    tokens = [torch.from_numpy(np.where(mask, x, junk)) for x in columns]
+    return Batch(*tokens, *(torch.from_numpy(x) for x in (mask, reward[session], uid[session], session)))
+
+
+def defined(batch, method, corrected):
+    """Loss, gradient and metrics of the definition."""
+    leaf = batch.log_prob.clone().requires_grad_()
+    loss, metrics = disco_loss(
+        leaf,
+        batch.old_log_prob,
+        batch.mask,
+        batch.reward,
+        batch.uid,
+        session=batch.session,
+        ref_log_prob=batch.ref_log_prob,
+        rollout_is_weights=batch.rho if corrected else None,
+        **method,
+    )
+    loss.backward()
+    return loss.item(), leaf.grad, metrics
+
+
+def table_of(batch, method, corrected):
+    """What a worker measures."""
+    mask = batch.mask.bool()
+    score, rho = SCORES.build(method["score"], {}), batch.rho if corrected else None
+    return ScoreTable(
+        question=batch.uid,
+        session=batch.session,
+        size=batch.uid.bincount()[batch.uid],
+        index=torch.arange(len(batch.uid)),
+        reward=batch.reward,
+        length=mask.sum(-1),
+        score=compute_score(score, batch.log_prob, batch.old_log_prob, mask, batch.ref_log_prob, rho),
+        kl=kl_estimate(batch.log_prob, batch.old_log_prob, mask, method["kl_estimator"]).sum(-1),
+        measured=torch.ones(len(mask), dtype=torch.bool),
+        entropy=torch.full((len(mask),), torch.nan, dtype=torch.float64),
+    )
+
+
+def planned(table, method):
+    return plan_update(
+        table,
+        OBJECTIVES.build(method["objective"], method),
+        build_controller(method["constraint"], method),
+        positive_threshold=1.0,
+        graded=method["pairs"] == "graded",
+        question_weight=QUESTIONS.build(method["questions"], method),
+    )
+
+
+def near(found, expected, relative=1e-9):
+    """Equal but for rounding, relative to the largest entry."""
+    found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(found, expected, rtol=relative, atol=relative * (1 + largest))
+
+
+def rounding(method):
+    """By how much sums in another order may differ: exp(s / tau) magnifies, and tau log(...) for a large tau."""
+    tau = method.get("tau", 1.0)
+    return 1e-11 * max(1.0, 10 / tau, tau / 1e4) * max(1.0, method.get("scale", 1.0))
+
+
+def same(a, b, method):
+    """Equal results, but for rounding. Where two scores are nearly a tie, order and top-k are free."""
+    near(a[0], b[0], rounding(method))
+    near(a[1], b[1], rounding(method))
+    assert a[2].keys() == b[2].keys()
+    for name in a[2].keys() - {"auc", "effective_negatives"}:
+        near(a[2][name], b[2][name], 1e-6)
+
+
+@cases(250)
+@given(batches(), methods(), st.booleans(), st.randoms(use_true_random=False))
+def test_the_order_of_rows_does_not_matter(batch, method, corrected, random):
+    order = list(range(len(batch.uid)))
+    random.shuffle(order)
+    loss, grad, metrics = defined(batch, method, corrected)
+    same(defined(batch.rows(order), method, corrected), (loss, grad[order], metrics), method)
+
+
+@cases(250)
+@given(batches(), methods(), st.booleans(), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_micro_batches_of_any_rows_add_up_to_the_definition(batch, method, corrected, size, random):
+    with torch.no_grad():
+        plan = planned(table_of(batch, method, corrected), method)
+    order = list(range(len(batch.uid)))
+    random.shuffle(order)
+    leaf = batch.log_prob.clone().requires_grad_()
+    for start in range(0, len(order), size):
+        # Rows that need no backward pass are left out.
+        rows = [i for i in order[start : start + size] if plan.needs_gradient[i]]
+        part = batch.rows(rows)
+        if rows:
+            micro_batch_loss(
+                leaf[rows],
+                part.old_log_prob,
+                part.mask,
+                plan.weight[rows],
+                plan.coefficient,
+                plan.tokens,
+                score=SCORES.build(method["score"], {}),
+                kl_estimator=method["kl_estimator"],
+                ref_log_prob=part.ref_log_prob,
+                rollout_is_weights=part.rho if corrected else None,
+            ).backward()
+    loss, grad, metrics = defined(batch, method, corrected)
+    near(plan.loss.item(), loss, rounding(method))
+    near(torch.zeros_like(grad) if leaf.grad is None else leaf.grad, grad, rounding(method))
+    assert not grad[~batch.mask].any() and all(np.isfinite(value) for value in metrics.values())
+
+
+@cases(150)
+@given(batches(parts=(1,)), methods(), st.booleans(), st.integers(1, 6))
+def test_a_response_in_parts_is_one_response(batch, method, corrected, cut):
+    """Its tokens in two rows of one session: the same loss, and each token's gradient."""
+    loss, grad, metrics = defined(batch, method, corrected)
+    first = torch.arange(batch.mask.shape[1]) < cut
+    parts = Batch(*(torch.cat([getattr(batch, f.name)] * 2) for f in fields(batch)))
+    parts = replace(parts, mask=torch.cat([batch.mask & first, batch.mask & ~first]))
+    found, parts_grad, parts_metrics = defined(parts, method, corrected)
+    near(found, loss, rounding(method))
+    near(sum(parts_grad.chunk(2)), grad, rounding(method))
+    assert parts_metrics["rows_per_response"] == 2 * metrics["rows_per_response"] == 2
+
+
+@cases(150)
+@given(batches(levels=(2,)), methods(), st.sampled_from([(0.0, 1.0), (-3.0, 1.0), (1.0, 7.5)]))
+def test_graded_rewards_of_two_levels_are_labels(batch, method, levels):
+    assume(OBJECTIVES[method["objective"]].graded and method["questions"] == "uniform")
+    graded = replace(batch, reward=torch.tensor(levels, dtype=torch.float64)[batch.reward.long()])
+    found, expected = (
+        defined(b, method | {"pairs": pairs}, True) for b, pairs in ((graded, "graded"), (batch, "threshold"))
+    )
+    near(found[0], expected[0], rounding(method))
+    near(found[1], expected[1], rounding(method))
+
+
+@cases(200)
+@given(batches(), methods(), st.integers(1, 4), st.integers(0, 3))
+def test_ranks_and_padding_rows_do_not_matter(batch, method, ranks, padding):
+    """The plan of rows that are dealt over ranks, in turn, and gathered is the plan of the batch."""
+    table = table_of(batch, method, False)
+    expected = planned(table, method)
+    extra = torch.arange(padding)
+    values = {"question": -1 - extra * 0, "session": -1 - extra, "index": 1000 + extra, "score": extra * 50.0}
+    columns = {}
+    for f in fields(table):
+        x = getattr(table, f.name)
+        fill = values.get(f.name, extra * 0).to(x.dtype)
+        columns[f.name] = torch.cat([x, fill])
+    size = len(batch.uid) + padding
+    shares = [list(range(rank, size, ranks)) for rank in range(ranks)]
+    tables = [ScoreTable(**{name: x[rows] for name, x in columns.items()}) for rows in shares]
+    parts = []
+    for one in tables:
+        one.gathered(lambda mine: parts.append(mine) or mine)
+    found = planned(tables[0].gathered(lambda mine: torch.cat(parts)), method)
+    order = [row for rows in shares for row in rows]
+    real = [i for i, row in enumerate(order) if row < len(batch.uid)]
+    near(found.weight[real], expected.weight[[order[i] for i in real]], rounding(method))
+    assert not found.weight[[i for i in range(size) if i not in real]].any()
+    near(found.loss, expected.loss, rounding(method))
+    assert (found.tokens, found.coefficient) == (expected.tokens, pytest.approx(expected.coefficient, 1e-9, 1e-12))
+
+
+NAMED = r"log_prob|score|KL|objective|constraint|weight|gradient"
+
+
+@cases(400)
+@given(
+    batches(drifts=(0.0, 1.0, 50.0, 1e3, 1e30), sizes=(1e-30, 1.0, 1e4, 1e30)),
+    methods(),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_extreme_numbers_give_numbers_or_an_error_that_names_them(batch, method, corrected, dtype):
+    tokens = {name: getattr(batch, name).to(dtype) for name in ("log_prob", "old_log_prob", "ref_log_prob", "rho")}
+    try:
+        loss, grad, metrics = defined(replace(batch, **tokens), method, corrected)
+    except ValueError as e:
+        assert any(word in str(e) for word in NAMED.split("|")), e
+        return
+    # A standard error is a root of squares.
+    finite = {name: value for name, value in metrics.items() if name != "kl_standard_error" or metrics["kl"] < 1e100}
+    assert grad.dtype == dtype and all(np.isfinite(value) for value in finite.values())
+    # Half precision is computed in float32, where more than its largest number is infinite.
+    largest = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).max
+    assert not np.isnan(loss) and np.isfinite(loss) == (abs(metrics["loss"]) <= largest)
+    assert not grad.isnan().any()
+    assert not grad[~batch.mask].any()
+
+
+numbers = st.one_of(st.floats(), st.integers(-5, 5), st.none(), st.booleans(), st.text(max_size=3))
+
+
+@cases(300)
+@given(
+    st.dictionaries(
+        st.sampled_from([f.name for f in fields(DiscoConfig) if f.name not in ("module", "options")]), numbers
+    ),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "objective": st.sampled_from(shipped(OBJECTIVES)),
+            "score": st.sampled_from(shipped(SCORES)),
+            "constraint": st.sampled_from(shipped(CONTROLLERS)),
+            "questions": st.sampled_from(shipped(QUESTIONS)),
+            "measure": st.sampled_from(["exact", "lagged"]),
+        },
+    ),
+)
+def test_settings_are_built_or_refused_by_name(values, names):
+    values |= names
+    try:
+        config = DiscoConfig(**values)
+    except ValueError as e:
+        assert "disco." in str(e)
+        return
+    log_prob = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
+    loss, _ = disco_loss(
+        log_prob, log_prob.detach() + 0.1, torch.ones(2, 2), torch.tensor([1.0, 0.0]), [0, 0],
+        ref_log_prob=log_prob.detach(), **config.chosen(),
+    )  # fmt: skip
+    assert loss.isfinite()
+
+
+@cases(300)
+@given(st.sampled_from(shipped(CONTROLLERS)), st.data(), st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=8))
+def test_a_controller_pays_for_more_kl_and_keeps_its_state(kind, data, kls):
+    settings = {name: data.draw(st.sampled_from(VALUES[name])) for name in ("delta", "beta", "rho", "coefficient")}
+    controller, other = (build_controller(kind, settings) for _ in range(2))
+    for kl in kls:
+        low, high = price(controller, kl), price(controller, kl + 1e-3)
+        assert 0 <= low.coefficient <= high.coefficient and low.penalty <= high.penalty
+        # Convex: the slope lies between those of the ends.
+        rise = (high.penalty - low.penalty) / 1e-3
+        slack = 1e-6 * (1 + abs(high.coefficient)) + 1e-10 * abs(high.penalty)
+        assert low.coefficient - slack <= rise <= high.coefficient + slack
+        controller.end_step(kl)
+        other.load_state_dict(controller.state_dict())
+        assert other == controller and price(other, kl) == price(controller, kl)
+
+
+@cases(200)
+@given(batches(parts=(3,)), methods())
+def test_sessions_keep_sums(batch, method):
+    table = table_of(batch, method, False)
+    whole, member = by_session(table)
+    assert whole.length.sum() == table.length.sum() and len(whole.session) == len(set(batch.session.tolist()))
+    near(whole.kl.sum(), table.kl.sum())
+    near((whole.score * whole.length).sum(), (table.score * table.length).sum())
+    assert (whole.question[member] == table.question).all() and (whole.reward[member] == table.reward).all()
+
+
+@cases(200)
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 9)), max_size=12), st.floats(-100, 100))
+def test_the_standard_error_of_the_kl(rows, scale):
+    kl, length = torch.tensor([x for x, _ in rows], dtype=torch.float64), torch.tensor([n for _, n in rows])
+    error = kl_standard_error(kl, length)
+    assert (error is None) == (sum(n > 0 for _, n in rows) < 2)
+    if error is not None:
+        assert 0 <= error < float("inf")
+        rounded = 1e-12 * (1 + float(kl.abs().max())) * (1 + abs(scale))
+        assert kl_standard_error(kl.flip(0), length.flip(0)) == pytest.approx(error, 1e-9, rounded)
+        assert kl_standard_error(scale * kl, length) == pytest.approx(abs(scale) * error, 1e-9, rounded)
+        # Every response with the same KL per token: no error.
+        near(kl_standard_error(length * 0.25, length), 0.0)
+
+
+@cases(200)
+@given(
+    st.lists(st.floats(0, 1, width=16), min_size=2, max_size=9).filter(lambda x: len(set(x)) > 1), st.floats(0.1, 10)
+)
+def test_weights_of_pairs(reward, scale):
+    reward = torch.tensor(reward, dtype=torch.float64)
+    pairs = pair_weights(reward)
+    near(pairs.sum(), 1.0)
+    assert (pairs >= 0).all() and (pairs * pairs.T == 0).all()
+    near(pair_weights(scale * reward - 3), pairs, 1e-8)
+
+
+@cases(200)
+@given(st.lists(st.one_of(st.integers(), st.text(max_size=2), st.tuples(st.integers(), st.none())), max_size=20))
+def test_questions_are_numbered_by_first_appearance(uid):
+    numbers = question_ids(uid)
+    assert [uid.index(u) for u in uid] == [numbers.index(n) for n in numbers]
+    assert sorted(set(numbers)) == list(range(len(set(numbers))))
+
+
+@cases(200)
+@given(numbers, st.one_of(st.none(), st.floats(allow_nan=False)), st.one_of(st.none(), st.floats(allow_nan=False)))
+def test_a_finite_number_within_bounds(value, minimum, above):
+    try:
+        found = require_finite("a", value, minimum=minimum, above=above)
+    except ValueError as e:
+        assert str(e).startswith("a=")
+        return
+    assert np.isfinite(found) and found == value and (minimum is None or found >= minimum)
+    assert above is None or found > above
