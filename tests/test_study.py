@@ -1,0 +1,274 @@
+"""The study's scripts, on made-up runs of which the right answer is known."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+QUESTIONS = {"a": "level_1", "b": "level_1", "c": "level_2", "d": "level_2"}
+START = {"a": 0.5, "b": 0.25, "c": 0.0, "d": 0.05}
+LR = "actor_rollout_ref.actor.optim.lr"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """``load(name)``: a script of benchmarks/study, as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(BENCHMARKS / "study")
+    before, path = set(sys.modules), list(sys.path)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+    sys.path[:] = path
+
+
+def lines_of(shares: dict[str, float], samples: int) -> str:
+    """Stored responses: of each question the given share is right."""
+    return "".join(
+        json.dumps({"input": q, "output": "secret text", "data_source": QUESTIONS[q], "acc": float(i < s * samples)})
+        + "\n"
+        for q, s in shares.items()
+        for i in range(samples)
+    )
+
+
+def mean_of(shares: dict[str, float]) -> dict[str, float]:
+    by: dict[str, list[float]] = {}
+    for q, s in shares.items():
+        by.setdefault(QUESTIONS[q], []).append(s)
+    return {f"val-core/{b}/acc/mean@1": sum(own) / len(own) for b, own in by.items()}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """``study(stage, algorithm, seed, evaluations, ...)``: a run, as the study leaves it, in ``study.folder``."""
+    folder = tmp_path / "study"
+    task = folder / "arithmetic"
+    (task / "start").mkdir(parents=True)
+    for name in ("tuning", "judging"):
+        (task / f"start/{name}.jsonl").write_text(lines_of(START, 20))
+    (task / "chosen.json").write_text(json.dumps({"lr": {"grpo": "1e-4", "disco": "3e-4"}}))
+    (task / "commands.txt").write_text(f"/usr/bin/python3.11 -m verl.trainer.main_ppo -m hydra.sweep.dir={task}/main\n")
+
+    def run(stage: str, algorithm: str, seed: int, evaluations: dict[int, dict[str, float]], *, failed=False, **more):
+        changed = ",".join(f"{n}={v}" for n, v in more.items() if n in (LR, "disco.delta", "disco.tau"))
+        place = task / stage / f"{algorithm},{changed},seed={seed}"
+        (place / "validation").mkdir(parents=True)
+        settings = {
+            "seed": seed,
+            "verl_ext.algorithm": algorithm,
+            LR: 1e-4,
+            "data.train_batch_size": 32,
+            "data.val_files": f"{task}/judging.parquet",
+            "actor_rollout_ref.rollout.n": 8,
+            "actor_rollout_ref.model.path": f"{task}/assets/model",
+            "trainer.default_local_dir": str(place),
+            "ray_kwargs.ray_init.runtime_env.env_vars.TOKEN": "hunter2",
+            "reward.api_key": "hunter2",
+        }
+        config = OmegaConf.create()
+        for name, value in (settings | {k: v for k, v in more.items() if k != "evicted"}).items():
+            OmegaConf.update(config, name, value, force_add=True)
+        OmegaConf.save(config, place / "config.yaml")
+        rows = []
+        for step in range(1, max(evaluations) + 1):
+            row = {"step": step, "response_length/mean": 10.0, "actor/entropy": 1 / step, "actor/loss": 0.1}
+            if "evicted" in more:
+                row["training/filter_groups/evicted_samples"] = more["evicted"]
+            rows.append(row | mean_of(evaluations.get(step, {})))
+        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for step, shares in evaluations.items():
+            (place / f"validation/{step}.jsonl").write_text(lines_of(shares, 8))
+        if failed:
+            (place / "log.txt").write_text(f"a line\nValueError: nothing is mixed in {place}\nthe end\n")
+        else:
+            (place / "finished").touch()
+        return place
+
+    run.folder = folder
+    return run
+
+
+@pytest.fixture
+def read(load, study, tmp_path):
+    """``read(stage)``: the stage's runs, collected, unpacked and read."""
+
+    def stage(name: str):
+        analyse = load("analyse")
+        load("collect").collect(study.folder, tmp_path / "data")
+        place = tmp_path / "place"
+        analyse.unpack(tmp_path / "data", place)
+        return analyse.load(place / "arithmetic" / name)
+
+    return stage
+
+
+ALL = dict.fromkeys(QUESTIONS, 1.0)
+
+
+def test_the_difference_of_two_methods_is_found_at_the_budget_and_at_the_end(load, study, read):
+    for seed in (1, 2):
+        study("main", "grpo", seed, {60: {"a": 0.5, "b": 0.25, "c": 0.0, "d": 0.0}})
+        study("main", "disco", seed, {60: ALL})
+    runs, analyse = read("main"), load("analyse")
+    # 256 responses of 10 tokens.
+    assert analyse.generated(runs[0])[60] == 60 * 2560
+    end, half = (analyse.matrices(runs, budget, 1) for budget in (math.inf, 30 * 2560))
+    assert analyse.compare(end["disco"], end["grpo"])[0] == pytest.approx(1 - 0.75 / 4)
+    # Half way, on a straight line from the start.
+    assert half["disco"].loc["1"].to_dict() == pytest.approx({(QUESTIONS[q], q): (START[q] + 1) / 2 for q in QUESTIONS})
+    mean, low, high, seeds = analyse.compare(half["disco"], half["grpo"])
+    assert mean == pytest.approx((0.25 + 0.375 + 0.5 + 0.5) / 4) and low < mean < high and seeds == 2
+    table = analyse.learning_table(runs, math.inf)
+    assert list(table.index) == ["disco", "grpo"] and table.loc["disco", "pass@1, %"] == "100.0 ± 0.0"
+    assert table.loc["grpo", "points to grpo, pass@8"] == "baseline"
+    assert table.loc["disco", "tokens of a run"] == "153,600"
+
+
+def test_pass_at_8_is_unbiased_and_gains_are_by_the_starts_band(load, study, read):
+    study("main", "grpo", 1, {60: {"a": 0.5, "b": 0.125, "c": 0.0, "d": 0.0}})
+    runs, analyse = read("main"), load("analyse")
+    # One of eight is right: the eight hold it. One of twenty: with 8 / 20.
+    assert analyse.by_question(runs[0], 60, 8)["level_1", "b"] == 1.0
+    assert analyse.by_question(runs[0], 0, 8)["level_2", "d"] == pytest.approx(8 / 20)
+    assert analyse.bands_table(runs, math.inf, 1).loc["grpo"].to_dict() == pytest.approx(
+        {"0 (1)": 0.0, "(0, 0.25] (2)": 100 * (-0.125 - 0.05) / 2, "(0.25, 0.5] (1)": 0.0}
+    )
+
+
+def test_a_failed_run_counts_0_after_its_failure_and_an_unfinished_one_is_left_out(load, study, read):
+    study("main", "disco", 1, {20: ALL}, failed=True)
+    (study.folder / "arithmetic/main.done").touch()
+    runs, analyse = read("main"), load("analyse")
+    assert (runs[0].folder / "failed").read_text() == "ValueError: nothing is mixed in ...\n"
+    assert analyse.at_budget(runs[0], 20 * 2560, 1).tolist() == [1.0] * 4
+    assert analyse.at_budget(runs[0], 21 * 2560, 1).tolist() == [0.0] * 4
+    assert analyse.learning_table(runs, math.inf).loc["disco", "failed"] == "1"
+
+
+def test_a_run_that_may_go_on_is_not_collected(study, read):
+    study("main", "disco", 1, {20: ALL}, failed=True)
+    assert read("main") == []
+
+
+def test_replaced_questions_cost_tokens(load, study, read):
+    study("main", "dapo", 1, {60: ALL}, evicted=32)
+    (run,), analyse = read("main"), load("analyse")
+    assert analyse.generated(run)[60] == 2 * 60 * 2560
+    # So the budget is spent at half of the steps.
+    assert analyse.at_budget(run, 60 * 2560, 1).mean() == pytest.approx(np.mean([(s + 1) / 2 for s in START.values()]))
+
+
+def test_an_interval_is_judged(load):
+    analyse = load("analyse")
+    assert analyse.verdict(0.01, 0.1) == "better" and analyse.verdict(-0.1, -0.01) == "worse"
+    assert analyse.verdict(-0.01, 0.01) == "no difference of practical size"
+    assert analyse.verdict(-0.01, 0.03) == "undecided" and analyse.verdict(math.nan, math.nan) == "too few runs"
+    assert analyse.CONFIDENCE == 0.9875
+
+
+def test_a_run_that_ends_below_its_start_is_counted(load, study, read):
+    study("tune", "grpo", 101, {60: ALL, 250: ALL}, **{LR: 1e-4})
+    study("tune", "grpo", 101, {60: ALL, 250: dict.fromkeys(QUESTIONS, 0.0)}, **{LR: 1e-3})
+    (study.folder / "arithmetic/stability.done").touch()
+    runs, analyse = read("tune"), load("analyse")
+    table = analyse.stability_table(runs, {"grpo": "1e-4"}, 250)
+    # The questions' own spread is too wide for four of them: it ends at 0, but no interval says so.
+    assert table.loc["grpo", "10 x"].startswith("0.0 %, 0.004 nats") and table.loc["grpo", "1 x"].startswith("100.0 %")
+    assert table.loc["grpo", "ended below its start"] == "0 of 2"
+    assert analyse.stability_table(runs, {"grpo": "1e-4"}, 251).empty
+
+
+def test_a_change_is_named_and_compared_with_the_method_as_it_is(load, study, read, tmp_path):
+    standard = {"disco.delta": 0.001, "disco.tau": None}
+    for seed in (1, 2):
+        study("main", "disco", seed, {60: START}, **standard)
+        study("mechanisms", "disco", seed, {60: ALL}, **standard | {"disco.tau": 0.1})
+    analyse = load("analyse")
+    main = read("main")
+    changed = analyse.load(tmp_path / "place/arithmetic/mechanisms")
+    table = analyse.changes_table(changed, main, math.inf)
+    assert table.index.tolist() == [("disco", "tau=0.1")]
+    # Of eight responses to "d" at least one is right.
+    assert table.loc[("disco", "tau=0.1"), "points to the standard"].startswith("+78.1 ")
+
+
+def test_nothing_of_this_machine_is_collected_and_the_same_runs_give_the_same_files(load, study, read, tmp_path):
+    study("main", "disco", 1, {60: ALL})
+    (run,) = read("main")
+    text = "".join(f.read_text() for f in run.folder.rglob("*") if f.is_file())
+    text += (tmp_path / "data/arithmetic-commands.txt").read_text()
+    assert "hunter2" not in text and str(study.folder) not in text and "secret text" not in text
+    assert "hydra.sweep.dir=outputs/study/arithmetic/main" in text and "actor/loss" not in text
+    first = (tmp_path / "data/arithmetic-main.tar.xz").read_bytes()
+    load("collect").collect(study.folder, tmp_path / "again")
+    assert (tmp_path / "again/arithmetic-main.tar.xz").read_bytes() == first
+
+
+def test_the_report_is_written_from_the_collected_data_alone(load, study, read, tmp_path):
+    for seed in (1, 2, 3):
+        study("main", "grpo", seed, {60: START})
+        study("main", "disco", seed, {60: ALL})
+    read("main")
+    text = load("analyse").write(tmp_path / "data", tmp_path / "report")
+    assert "| arithmetic | disco - grpo |" in text and "arithmetic-entropy.svg" in text
+    assert (tmp_path / "report/tables/arithmetic-learning.csv").exists()
+
+
+def test_the_best_learning_rate_is_not_at_an_end_of_the_grid(load):
+    beyond = load("run").beyond
+    assert beyond({"1e-4": 0.5, "3e-4": 0.7, "1e-3": 0.6}) is None
+    assert beyond({"1e-4": 0.8, "3e-4": 0.7, "1e-3": 0.6}) == "3e-5"
+    assert beyond({"1e-4": 0.5, "3e-4": 0.7, "1e-3": 0.9}) == "3e-3"
+    assert beyond({"1e-2": 0.9, "3e-3": 0.8}) is None
+
+
+def test_questions_of_tuning_and_judging_are_apart_and_as_hard(load):
+    questions = pd.DataFrame({"data_source": ["x", "y"] * 6, "number": range(12)})
+    parts = load("run").split(questions)
+    assert set(parts["tuning"].number) | set(parts["judging"].number) == set(range(12))
+    assert parts["tuning"].data_source.tolist() == ["x", "y"] * 2 and len(parts["judging"]) == 8
+
+
+def test_tuning_reads_what_its_runs_found(load, study):
+    run = load("run")
+    half = dict.fromkeys(QUESTIONS, 0.5)
+    study("tune", "grpo", 101, {45: half, 60: ALL, 250: START}, **{LR: 3e-4, "grpo.kl_coef": 0.04})
+    study("tune", "disco", 101, {45: half, 60: ALL}, **{LR: 1e-4, "disco.delta": 1e-3})
+    study("tune", "disco", 101, {45: half, 60: half}, **{LR: 1e-4, "disco.delta": 3e-3})
+    study("tune", "disco", 101, {45: half}, failed=True, **{LR: 1e-3, "disco.delta": 1e-3})
+    made = run.Study("arithmetic", study.folder / "arithmetic", run.PLANS["arithmetic"])
+    assert made.scores() == {("grpo", "3e-4"): 0.75, ("disco", "1e-4"): 0.75}
+    assert made.scores("disco.delta")["disco", "1e-4", "3e-3"] == 0.5
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "countdown"])
+def test_every_method_takes_its_own_learning_rate(load, task, tmp_path):
+    import hydra
+    import verl  # noqa: F401  (its plugins add the config groups)
+
+    run = load("run")
+    best = {method: f"{1 + i}e-4" for i, method in enumerate(run.METHODS)}
+    made = run.Study(task, tmp_path, run.PLANS[task])
+    made._write(best, {"disco.delta": "3e-3", "grpo.kl_coef": "0.004"})
+    searched = f"hydra.searchpath=[file://{run.CONFIG},file://{tmp_path}/config]"
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        for method in ("grpo", "ppo", "disco", "dapo_static", "disco_l_ratio", "grpo_free", "grpo_unclipped"):
+            given = [searched, f"algorithm={method}", f"+experiment=study_{task}", "+rates=chosen"]
+            config = hydra.compose("ppo_trainer", given)
+            actor = config.actor_rollout_ref.actor
+            assert actor.optim.lr == float(best[run.LIKE.get(method, method)])
+            assert config.data.train_batch_size == 32 and config.actor_rollout_ref.rollout.n == 8
+            assert config.trainer.n_gpus_per_node == 1 and actor.ppo_micro_batch_size_per_gpu == 64
+            if "disco" in config and config.disco.constraint == "squared_hinge":
+                assert config.disco.delta == 3e-3
+            # The variants without it do not take the tuned weight over.
+            assert actor.use_kl_loss is (method == "grpo")
