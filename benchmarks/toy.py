@@ -153,7 +153,7 @@ def train(
     *,
     lr: float,
     seed: int = 1,
-    questions: int = 32,
+    batch_size: int = 32,
     n: int = 8,
     mini_batches: int = 4,
     **loss: Any,
@@ -161,7 +161,7 @@ def train(
     """Train the toy's model by DisCO as a run does; yield each mini-batch before its update.
 
     Args:
-        questions: per step.
+        batch_size: questions per step.
         mini_batches: per step, each an optimizer step.
         loss: arguments of :func:`recipe.disco.disco_loss`.
     """
@@ -169,7 +169,7 @@ def train(
     optimizer = torch.optim.AdamW(toy.model.parameters(), lr, betas=(0.9, 0.999), weight_decay=0.01)
     rng, pool = random.Random(seed), toy.questions("train")
     for step in range(1, steps + 1):
-        whole = sample(toy, rng.sample(pool, questions), n, hash((seed, step)))
+        whole = sample(toy, rng.sample(pool, batch_size), n, hash((seed, step)))
         old = old_log_probs(toy.model, whole)
         rows = len(old) // mini_batches
         for number in range(mini_batches):

@@ -241,10 +241,10 @@ def test_questions_of_tuning_and_judging_are_apart_and_as_hard(load):
 def test_tuning_reads_what_its_runs_found(load, study):
     run = load("run")
     half = dict.fromkeys(QUESTIONS, 0.5)
-    study("tune", "grpo", 101, {45: half, 60: ALL, 250: START}, **{LR: 3e-4, "grpo.kl_coef": 0.04})
-    study("tune", "disco", 101, {45: half, 60: ALL}, **{LR: 1e-4, "disco.delta": 1e-3})
-    study("tune", "disco", 101, {45: half, 60: half}, **{LR: 1e-4, "disco.delta": 3e-3})
-    study("tune", "disco", 101, {45: half}, failed=True, **{LR: 1e-3, "disco.delta": 1e-3})
+    study("tune", "grpo", 101, {20: half, 40: ALL, 200: START}, **{LR: 3e-4, "grpo.kl_coef": 0.04})
+    study("tune", "disco", 101, {20: half, 40: ALL}, **{LR: 1e-4, "disco.delta": 1e-3})
+    study("tune", "disco", 101, {20: half, 40: half}, **{LR: 1e-4, "disco.delta": 3e-3})
+    study("tune", "disco", 101, {20: half}, failed=True, **{LR: 1e-3, "disco.delta": 1e-3})
     made = run.Study("arithmetic", study.folder / "arithmetic", run.PLANS["arithmetic"])
     assert made.scores() == {("grpo", "3e-4"): 0.75, ("disco", "1e-4"): 0.75}
     assert made.scores("disco.delta")["disco", "1e-4", "3e-3"] == 0.5
@@ -272,3 +272,77 @@ def test_every_method_takes_its_own_learning_rate(load, task, tmp_path):
                 assert config.disco.delta == 3e-3
             # The variants without it do not take the tuned weight over.
             assert actor.use_kl_loss is (method == "grpo")
+
+
+def test_every_change_composes(load, tmp_path):
+    import hydra
+    import verl  # noqa: F401  (its plugins add the config groups)
+
+    from recipe.disco.settings import parse
+
+    run = load("run")
+    made = run.Study("countdown", tmp_path, run.PLANS["countdown"])
+    made._write(dict.fromkeys(run.METHODS, "1e-4"), run.STANDARD)
+    searched = f"hydra.searchpath=[file://{run.CONFIG},file://{tmp_path}/config]"
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        for overrides in run.MECHANISMS:
+            first = [o.partition(",")[0] for o in overrides]
+            config = hydra.compose("ppo_trainer", [searched, "+experiment=study_countdown", "+rates=chosen", *first])
+            if "disco" in config:
+                parse(config.disco)
+            else:
+                assert config.actor_rollout_ref.actor.use_kl_loss is False
+
+
+# The toy in one process ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    from verl_ext.tasks.arithmetic.assets import build_assets
+
+    folder = tmp_path_factory.mktemp("toy") / "assets"
+    return build_assets(folder, iterations=30, train_size=64, test_size=12, seed=1)
+
+
+def test_gradients_that_must_agree_do(load, assets):
+    import torch
+
+    gradients, toy_module = load("gradients"), load("toy")
+    from recipe.disco import DiscoConfig
+
+    toy, config = toy_module.Toy.load(assets), DiscoConfig(delta=1e-6)
+    kl, seen = 0.0, 0
+    # A model that is hardly trained answers nothing: rewards by length make groups mixed.
+    toy.grade = lambda question, text: float(len(text) % 2)
+    for mini in toy_module.train(toy, 2, lr=1e-3, batch_size=8, n=4, mini_batches=2, **config.chosen()):
+        lagged, kl = gradients.lagged_gradient(toy, mini, config, kl if mini.number else 0.0)
+        whole = gradients.by_micro_batch(toy, mini, config, 4)
+        single = gradients.by_micro_batch(toy, mini, config, 1)
+        assert mini.exact.norm() > 0
+        torch.testing.assert_close(whole, mini.exact, rtol=1e-3, atol=1e-6)
+        if mini.number == 0:
+            torch.testing.assert_close(lagged, mini.exact, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(single, mini.exact, rtol=1e-3, atol=1e-6)
+        else:
+            # The hinge of a mean is not the mean of hinges.
+            assert (single - mini.exact).norm() > 1e-3 * mini.exact.norm()
+        seen += 1
+    assert seen == 4
+
+
+def test_the_noise_of_a_mini_batch_falls_with_the_root_of_its_tokens(load):
+    import torch
+
+    noise = load("kl_noise")
+    generator = torch.Generator().manual_seed(1)
+    # 10 tokens a response, whose KL is known to have a standard deviation of 1e-2 per token.
+    length = torch.full((100_000,), 10)
+    kl = 10 * (1e-3 + 1e-2 * torch.randn(100_000, generator=generator, dtype=torch.double))
+    assert noise.by_size(kl, length, 1000).shape == (1000,)
+    figures = noise.figures_of({"k1": kl, "k3": kl}, length, 10**6)
+    assert figures["truth, KL"].value == pytest.approx(1e-3, abs=1e-4)
+    for tokens, expected in (("1e3", 1e-3), ("1e4", 10**-3.5), ("1e5", 1e-4), ("1e6", 10**-4.5)):
+        assert figures[f"k1, {tokens} tokens, noise"].value == pytest.approx(expected, rel=0.5)
+    assert figures["k1, 1e3 tokens, fires at 0.001"].value == pytest.approx(0.5, abs=0.05)
+    assert figures["k1, 1e4 tokens, fires at 0.01"].value == 0

@@ -31,7 +31,7 @@ from verl_ext.runs.folder import METRICS_FILE, read_json_lines
 FAILED_FILE = "failed"
 """In a run that ended with an error (``collect.py``)."""
 
-BUDGETS = {"arithmetic": 130_000, "countdown": 550_000}
+BUDGETS = {"arithmetic": 85_000, "countdown": 450_000}
 """Generated tokens at which methods are compared."""
 
 BASELINE = "grpo"
@@ -48,6 +48,9 @@ HARD = 0.1
 PAPER = {"grpo": 0.457, "grpo_er": 0.460, "dr_grpo": 0.443, "dapo_static": 0.473, "trpa": 0.470}
 PAPER |= {"disco_l_ratio": 0.524, "disco": 0.533}
 """Average pass@1 at 1.5B in arXiv 2505.12366."""
+
+LOWEST = 0.3
+"""Times the best learning rate: runs that are as long as tuning's."""
 
 SHOWN = ("grpo", "dapo", "dapo_static", "disco", "disco_l_ratio", "disco_b")
 """Methods in pictures."""
@@ -275,18 +278,19 @@ def stability_table(runs: list[Run], best: Mapping[str, str], long: int) -> pd.D
     """Tabulate what became of each method's runs of ``long`` steps by learning rate, in units of its best one."""
     rows: dict[str, dict[str, object]] = {}
     for algorithm in dict.fromkeys(run.algorithm for run in runs):
-        own = [r for r in runs if r.algorithm == algorithm and is_standard(r)]
-        found = {}
-        for run in own:
-            told = outcome(run)
-            if told["steps"] >= long or told["failed"]:
-                found.setdefault(float(f"{run.settings[LR] / float(best[algorithm]):.1g}"), []).append(told)
+        found: dict[float, list[dict]] = {}
+        for run in (r for r in runs if r.algorithm == algorithm and is_standard(r)):
+            told, factor = outcome(run), float(f"{run.settings[LR] / float(best[algorithm]):.1g}")
+            if told["steps"] >= long or told["failed"] or factor == LOWEST:
+                found.setdefault(factor, []).append(told)
         if not found:
             continue
         cells: dict[str, object] = {"best lr": best[algorithm]}
         for factor, told in sorted(found.items()):
             end, entropy = np.mean([t["end"] for t in told]), np.mean([t["entropy"] for t in told])
-            mark = ", failed" * any(t["failed"] for t in told)
+            mark = f", {told[0]['steps']} steps" * (told[0]["steps"] < long) + ", failed" * any(
+                t["failed"] for t in told
+            )
             cells[f"{factor:g} x"] = f"{100 * end:.1f} %, {entropy:.3f} nats{mark}"
         below = [t["below"] for told in found.values() for t in told]
         cells["ended below its start"] = f"{sum(below)} of {len(below)}"

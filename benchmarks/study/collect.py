@@ -43,7 +43,7 @@ _KEPT = re.compile("|".join(f"(?:{pattern})" for pattern in KEPT))
 
 EVERY = 5
 """Rows that are kept of the steps after ``SHORT``."""
-SHORT = 60
+SHORT = 40
 
 
 def plain(value: Any, folder: Path) -> Any:
