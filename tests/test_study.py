@@ -225,10 +225,10 @@ def test_the_report_is_written_from_the_collected_data_alone(load, study, read, 
 
 def test_the_best_learning_rate_is_not_at_an_end_of_the_grid(load):
     beyond = load("run").beyond
-    assert beyond({"1e-4": 0.5, "3e-4": 0.7, "1e-3": 0.6}) is None
-    assert beyond({"1e-4": 0.8, "3e-4": 0.7, "1e-3": 0.6}) == "3e-5"
-    assert beyond({"1e-4": 0.5, "3e-4": 0.7, "1e-3": 0.9}) == "3e-3"
-    assert beyond({"1e-2": 0.9, "3e-3": 0.8}) is None
+    assert beyond({"0.0001": 0.5, "0.0003": 0.7, "0.001": 0.6}) is None
+    assert beyond({"0.0001": 0.8, "0.0003": 0.7, "0.001": 0.6}) == "3e-05"
+    assert beyond({"0.0001": 0.5, "0.0003": 0.7, "0.001": 0.9}) == "0.003"
+    assert beyond({"0.01": 0.9, "0.003": 0.8}) is None
 
 
 def test_questions_of_tuning_and_judging_are_apart_and_as_hard(load):
@@ -242,12 +242,12 @@ def test_tuning_reads_what_its_runs_found(load, study):
     run = load("run")
     half = dict.fromkeys(QUESTIONS, 0.5)
     study("tune", "grpo", 101, {20: half, 40: ALL, 200: START}, **{LR: 3e-4, "grpo.kl_coef": 0.04})
-    study("tune", "disco", 101, {20: half, 40: ALL}, **{LR: 1e-4, "disco.delta": 1e-3})
-    study("tune", "disco", 101, {20: half, 40: half}, **{LR: 1e-4, "disco.delta": 3e-3})
-    study("tune", "disco", 101, {20: half}, failed=True, **{LR: 1e-3, "disco.delta": 1e-3})
+    study("tune", "disco", 101, {20: half, 40: ALL}, **{LR: 1e-4, "disco.delta": 3e-3})
+    study("tune", "disco", 101, {20: half, 40: half}, **{LR: 1e-4, "disco.delta": 1e-2})
+    study("tune", "disco", 101, {20: half}, failed=True, **{LR: 1e-3, "disco.delta": 3e-3})
     made = run.Study("arithmetic", study.folder / "arithmetic", run.PLANS["arithmetic"])
-    assert made.scores() == {("grpo", "3e-4"): 0.75, ("disco", "1e-4"): 0.75}
-    assert made.scores("disco.delta")["disco", "1e-4", "3e-3"] == 0.5
+    assert made.scores() == {("grpo", "0.0003"): 0.75, ("disco", "0.0001"): 0.75}
+    assert made.scores("disco.delta")["disco", "0.0001", "1e-2"] == 0.5
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "countdown"])
@@ -258,7 +258,7 @@ def test_every_method_takes_its_own_learning_rate(load, task, tmp_path):
     run = load("run")
     best = {method: f"{1 + i}e-4" for i, method in enumerate(run.METHODS)}
     made = run.Study(task, tmp_path, run.PLANS[task])
-    made._write(best, {"disco.delta": "3e-3", "grpo.kl_coef": "0.004"})
+    made._write(best, {"disco.delta": "1e-2", "grpo.kl_coef": "0.004"})
     searched = f"hydra.searchpath=[file://{run.CONFIG},file://{tmp_path}/config]"
     with hydra.initialize_config_module("verl.trainer.config", version_base=None):
         for method in ("grpo", "ppo", "disco", "dapo_static", "disco_l_ratio", "grpo_free", "grpo_unclipped"):
@@ -269,7 +269,7 @@ def test_every_method_takes_its_own_learning_rate(load, task, tmp_path):
             assert config.data.train_batch_size == 32 and config.actor_rollout_ref.rollout.n == 8
             assert config.trainer.n_gpus_per_node == 1 and actor.ppo_micro_batch_size_per_gpu == 64
             if "disco" in config and config.disco.constraint == "squared_hinge":
-                assert config.disco.delta == 3e-3
+                assert config.disco.delta == 1e-2
             # The variants without it do not take the tuned weight over.
             assert actor.use_kl_loss is (method == "grpo")
 

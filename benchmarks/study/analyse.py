@@ -18,6 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+from run import LR
 from scipy import stats
 
 from verl_ext.report.__main__ import Tables, find_runs
@@ -54,7 +55,6 @@ LOWEST = 0.3
 
 SHOWN = ("grpo", "dapo", "dapo_static", "disco", "disco_l_ratio", "disco_b")
 """Methods in pictures."""
-LR = "actor_rollout_ref.actor.optim.lr"
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,8 @@ def has_failed(run: Run) -> bool:
 def generated(run: Run) -> pd.Series:
     """Count the response tokens that a run has generated up to each step.
 
-    Those of questions that dynamic sampling replaced or had left over are taken to be as long as the others.
+    A row stands for the steps since the one before, as later rows of long runs are thinned. Tokens of questions that
+    dynamic sampling replaced or had left over are taken to be as many as the others'.
     """
     questions = run.settings["data.train_batch_size"]
     rows = questions * run.settings["actor_rollout_ref.rollout.n"]
@@ -112,7 +113,8 @@ def generated(run: Run) -> pd.Series:
         run.metrics.columns.str.contains(r"filter_groups/(?:evicted|discarded)", regex=True)
     ]:
         extra += run.metrics[name].reindex(length.index).fillna(0.0)
-    tokens = (length * rows * (1 + extra / questions)).cumsum()
+    steps = np.diff(length.index, prepend=0)
+    tokens = (length * steps * rows * (1 + extra / questions)).cumsum()
     return pd.concat([pd.Series({0: 0.0}), tokens])
 
 

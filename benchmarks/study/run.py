@@ -34,17 +34,17 @@ WIDE = ("grpo", "disco", "dapo_static", "disco_b")
 LIKE = {"grpo_free": "grpo", "grpo_unclipped": "grpo"}
 """Variants that are not tuned -> the method whose learning rate they take."""
 
-RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
-"""Half decades, so that a factor of about 3 is a place."""
+RATES = ("1e-05", "3e-05", "0.0001", "0.0003", "0.001", "0.003", "0.01")
+"""Half decades, so that a factor of about 3 is a place; as Hydra writes them, so that a run keeps its name."""
 FIRST = RATES[1:5]
 LR = "actor_rollout_ref.actor.optim.lr"
 KNOBS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "disco": ("disco.delta", ("3e-4", "1e-3", "3e-3")),
+    "disco": ("disco.delta", ("1e-3", "3e-3", "1e-2")),
     "grpo": ("grpo.kl_coef", ("0.04", "0.004", "0")),
 }
-"""A second setting, tuned at the best learning rate; its family takes it over. The first of GRPO's and the middle one
-of DisCO's are the values that the learning rates were tuned with."""
-STANDARD = {"disco.delta": "1e-3", "grpo.kl_coef": "0.04"}
+"""A second setting, tuned at the best learning rate; its family takes it over."""
+STANDARD = {"disco.delta": "3e-3", "grpo.kl_coef": "0.04"}
+"""The values that learning rates are tuned with."""
 
 TUNING, SEEDS, FEW_SEEDS = (101,), (11, 12, 13, 14, 15), 3
 FACTORS = (0, 1, 2)
@@ -52,7 +52,7 @@ FACTORS = (0, 1, 2)
 
 MECHANISMS: tuple[tuple[str, ...], ...] = (
     ("algorithm=grpo_free,grpo_unclipped",),
-    ("algorithm=disco", "disco.delta=1e-4,1e-3,1e-2"),
+    ("algorithm=disco", "disco.delta=1e-4,1e-3,3e-3,1e-2"),
     ("algorithm=disco", "disco.kl_estimator=k3"),
     ("algorithm=disco", "disco.tau=0.1,1,100"),
     ("algorithm=disco", "disco.constraint=none,augmented_lagrangian"),
@@ -174,6 +174,8 @@ class Study:
                 methods = [m for m, r in wanted.items() if tuple(r) == rates]
                 self._tune(f"algorithm={','.join(methods)}", f"{LR}={','.join(rates)}")
             found = self.scores()
+            if none := set(self.methods) - {method for method, _ in found}:
+                raise SystemExit(f"study: no tuning run of {', '.join(sorted(none))} has finished: see their log.txt")
             wanted = {m: [rate] for m in tried if (rate := beyond({r: found.get((m, r), 0.0) for r in tried[m]}))}
             if extension < self.extensions:
                 tried = {m: [*r, *wanted.get(m, [])] for m, r in tried.items()}
