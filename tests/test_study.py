@@ -346,3 +346,48 @@ def test_the_noise_of_a_mini_batch_falls_with_the_root_of_its_tokens(load):
         assert figures[f"k1, {tokens} tokens, noise"].value == pytest.approx(expected, rel=0.5)
     assert figures["k1, 1e3 tokens, fires at 0.001"].value == pytest.approx(0.5, abs=0.05)
     assert figures["k1, 1e4 tokens, fires at 0.01"].value == 0
+
+
+@pytest.mark.parametrize("name", ["run", "collect", "analyse"])
+def test_each_script_says_how_it_is_called(load, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        load(name).main()
+    assert end.value.code == 0 and f"python benchmarks/study/{name}.py" in capsys.readouterr().out
+
+
+def test_a_refused_sweep_is_told_from_failed_runs(load, tmp_path):
+    run = load("run")
+    assert not run.ran(tmp_path, 0)
+    (tmp_path / "grpo,seed=1").mkdir()
+    log = tmp_path / "grpo,seed=1/log.txt"
+    log.write_text("ValueError: it broke\n")
+    assert run.ran(tmp_path, log.stat().st_mtime) and not run.ran(tmp_path, log.stat().st_mtime + 1)
+    log.write_text("verl-disco: settings refused: no\n")
+    assert not run.ran(tmp_path, 0)
+
+
+def test_a_second_start_skips_what_is_done_and_goes_on_with_the_rest(load, tmp_path, monkeypatch):
+    run = load("run")
+    study = run.Study("arithmetic", tmp_path, run.PLANS["arithmetic"], methods=("grpo", "disco"))
+    commands: list[list[str]] = []
+
+    def call(command):
+        commands.append(command)
+        # Killed in the first sweep of the second stage.
+        return 143 if len(commands) == 2 else 0
+
+    monkeypatch.setattr(run, "call", call)
+    monkeypatch.setattr(study, "assets", lambda: None)
+    monkeypatch.setattr(study, "tune", lambda: study.sweep("tune", "seed=101", rates=False))
+    (tmp_path / "chosen.json").write_text(json.dumps({"lr": {"grpo": "0.0001", "disco": "0.003"}}))
+    with pytest.raises(SystemExit):
+        study.run(study.plan.stages)
+    assert not (tmp_path / "main.done").exists() and (tmp_path / "tune.done").exists()
+    study.run(study.plan.stages)
+    # tune, main (killed), main, and the two methods' longer runs, which are the tuning's in the same folder.
+    assert len(commands) == 5
+    assert commands[1] == commands[2] and "algorithm=grpo,disco" in commands[1] and "seed=11,12,13,14,15" in commands[1]
+    assert f"{LR}=0.0001,0.0003,0.001" in commands[3] and f"{LR}=0.003,0.01" in commands[4]
+    assert f"hydra.sweep.dir={tmp_path}/tune" in commands[3] and "trainer.total_training_steps=200" in commands[3]
+    assert len((tmp_path / "commands.txt").read_text().splitlines()) == 4
