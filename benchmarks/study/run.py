@@ -186,7 +186,9 @@ class Study:
                 others = [v for v in values if v != STANDARD[name]]
                 self._tune(f"algorithm={method}", f"{LR}={best[method]}", f"{name}={','.join(others)}")
                 of = self.scores(name)
-                settings[name] = max(values, key=lambda v: of.get((method, best[method], v), 0.0))
+                # The one that rates were tuned with, if none is better.
+                first = [STANDARD[name], *others]
+                settings[name] = max(first, key=lambda v: of.get((method, best[method], v), 0.0))
         self._write(best, settings)
 
     def _tune(self, *overrides: str) -> None:
