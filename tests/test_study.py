@@ -274,24 +274,17 @@ def test_every_method_takes_its_own_learning_rate(load, task, tmp_path):
             assert actor.use_kl_loss is (method == "grpo")
 
 
-def test_every_change_composes(load, tmp_path):
-    import hydra
-    import verl  # noqa: F401  (its plugins add the config groups)
-
-    from recipe.disco.settings import parse
+def test_every_stage_passes_the_checks_of_a_start(load, tmp_path):
+    from verl_ext.preflight.checks import examine
 
     run = load("run")
     made = run.Study("countdown", tmp_path, run.PLANS["countdown"])
-    made._write(dict.fromkeys(run.METHODS, "1e-4"), run.STANDARD)
+    made._write(dict.fromkeys(run.METHODS, "0.0001"), run.STANDARD)
     searched = f"hydra.searchpath=[file://{run.CONFIG},file://{tmp_path}/config]"
-    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
-        for overrides in run.MECHANISMS:
-            first = [o.partition(",")[0] for o in overrides]
-            config = hydra.compose("ppo_trainer", [searched, "+experiment=study_countdown", "+rates=chosen", *first])
-            if "disco" in config:
-                parse(config.disco)
-            else:
-                assert config.actor_rollout_ref.actor.use_kl_loss is False
+    for overrides in (*run.MECHANISMS, ("algorithm=ppo",), ("algorithm=dapo",)):
+        first = [o.partition(",")[0] for o in overrides]
+        found = examine([searched, "+experiment=study_countdown", "+rates=chosen", *first])
+        assert [str(f) for f in found if f.problem and not f.warning] == []
 
 
 # The toy in one process ---------------------------------------------------------------------------------------------

@@ -217,10 +217,10 @@ class Study:
     def _write(self, best: Mapping[str, str], settings: Mapping[str, str]) -> None:
         """Write the group ``rates`` of the other stages' settings."""
         best = dict(best) | {m: best[of] for m, of in LIKE.items() if of in best}
-        lines = ["# @package _global_", "# What the stage tune has chosen", "study:", "  lr:"]
+        lines = ["# @package _global_", "# What the stage tune has chosen", "study:", "  rate:"]
         lines += [f"    {method}: {rate}" for method, rate in best.items()]
         lines += ["actor_rollout_ref:", "  actor:", "    optim:"]
-        lines += ["      lr: ${study.lr.${oc.select:verl_ext.algorithm,ppo}}"]
+        lines += ["      lr: ${study.rate.${oc.select:verl_ext.algorithm,ppo}}"]
         lines += ["verl_ext:", f"  kl_resolution: {settings['disco.delta']}"]
         lines += ["grpo:", f"  kl_coef: {settings['grpo.kl_coef']}"]
         file = self.folder / "config/rates/chosen.yaml"
