@@ -232,7 +232,7 @@ def hypotheses_table(tasks: Mapping[str, list[Run]]) -> pd.DataFrame:
 def order_of_paper(runs: list[Run], budget: float) -> tuple[float, float, int]:
     """Correlate the methods' order here with the paper's: Spearman's rho, its p-value, number of methods."""
     found = {m: float(of_seeds(x).mean()) for m, x in matrices(runs, budget, 1).items() if m in PAPER}
-    if len(found) < 3:
+    if len(found) < 3 or len(set(found.values())) == 1:
         return math.nan, math.nan, len(found)
     rho, p = stats.spearmanr([PAPER[m] for m in found], list(found.values()))
     return float(rho), float(p), len(found)
@@ -265,7 +265,7 @@ def outcome(run: Run) -> dict[str, object]:
         end = 0.0 * end
     apart, half = paired_interval((end - start).to_numpy()[None], start.index.get_level_values(0).to_numpy())
     passed = [float(by_question(run, s, 1).groupby(level=0).mean().mean()) for s in steps]
-    entropy = curve_of(run, "entropy")
+    entropy = entropy_of(run)
     return {
         "best": max(passed),
         "end": 0.0 if has_failed(run) else passed[-1],
@@ -293,7 +293,7 @@ def stability_table(runs: list[Run], best: Mapping[str, str], long: int) -> pd.D
             mark = f", {told[0]['steps']} steps" * (told[0]["steps"] < long) + ", failed" * any(
                 t["failed"] for t in told
             )
-            cells[f"{factor:g} x"] = f"{100 * end:.1f} %, {entropy:.3f} nats{mark}"
+            cells[f"{factor:g} x"] = f"{100 * end:.1f} %, {entropy:.2f}{mark}"
         below = [t["below"] for told in found.values() for t in told]
         cells["ended below its start"] = f"{sum(below)} of {len(below)}"
         rows[algorithm] = cells
@@ -312,14 +312,24 @@ def is_standard(run: Run) -> bool:
 # Mechanisms ---------------------------------------------------------------------------------------------------------
 
 
+def entropy_of(run: Run) -> pd.Series:
+    """Return the entropy in units of the first steps'.
+
+    verl averages it over tokens as the method's loss is averaged, so that methods have different units.
+    """
+    curve = curve_of(run, "entropy")
+    return curve / curve.iloc[0] if len(curve) else curve
+
+
 def entropy_table(runs: list[Run]) -> pd.DataFrame:
-    """Tabulate the entropy at a run's beginning, middle and end, nats per token: mean over runs."""
+    """Tabulate the entropy in the middle and at the end of runs, in units of the first step's: mean and extremes."""
     rows = {}
     for method, own in by_method(runs).items():
-        curves = [c for c in (curve_of(r, "entropy") for r in own) if len(c)]
-        if curves:
-            each = [[c.iloc[0], c.iloc[len(c) // 2], c.iloc[-1]] for c in curves]
-            rows[method] = dict(zip(("first step", "middle", "last step"), np.mean(each, axis=0), strict=True))
+        if curves := [c for c in map(entropy_of, own) if len(c)]:
+            ends = [c.iloc[-1] for c in curves]
+            middle = float(np.mean([c.iloc[len(c) // 2] for c in curves]))
+            row = {"middle": middle, "last step": float(np.mean(ends)), "lowest": min(ends), "highest": max(ends)}
+            rows[method] = row
     return pd.DataFrame(rows).T.rename_axis("method")
 
 
@@ -385,7 +395,8 @@ def draw(runs: list[Run], task: str, out: Path) -> dict[str, str]:
     matplotlib.use("Agg")
     shown = [r for r in runs if r.method in SHOWN]
     panels = {"pass_at_1": ("held-out pass@1 by step", lambda run: run.pass_at_1.mean(axis=1))}
-    for name in ("entropy", "kl", "reward"):
+    panels["entropy"] = ("entropy, in units of the first step's", entropy_of)
+    for name in ("kl", "reward"):
         panels[name] = (CURVES[name][0], lambda run, name=name: curve_of(run, name))
     drawn = {}
     with matplotlib.rc_context(STYLE):
@@ -431,7 +442,8 @@ def of_task(task: str, runs: list[Run], place: Path, data: Path, tables: Tables,
     parts += [tables.add(f"{task}-learning", learning_table(runs, budget))]
     parts += ["At the end of the runs:", tables.add(f"{task}-end", learning_table(runs, math.inf))]
     rho, p, methods = order_of_paper(runs, budget)
-    parts += [f"Order of {methods} methods against the paper's at 1.5B: Spearman's rho {rho:.2f} (p = {p:.2g})."]
+    if not math.isnan(rho):
+        parts += [f"Order of {methods} methods against the paper's at 1.5B: Spearman's rho {rho:.2f} (p = {p:.2g})."]
     for k in KS:
         parts += [f"Gain of pass@{k} by pass rate at the start (number of questions), points:"]
         parts += [tables.add(f"{task}-bands-{k}", bands_table(runs, budget, k), "+.1f")]
@@ -444,13 +456,16 @@ def of_task(task: str, runs: list[Run], place: Path, data: Path, tables: Tables,
     if tuned and best.exists():
         lengths = [int(r.metrics.index.max()) for r in tuned]
         table = stability_table(tuned, json.loads(best.read_text())["lr"], max(lengths))
-        if len(table):
-            parts += [f"## {task}: stability"]
-            parts += [f"Pass@1 on the tuning questions and entropy after {max(lengths)} steps, by learning rate."]
+        if len(table) and max(lengths) > max(int(r.metrics.index.max()) for r in runs):
+            parts += [
+                f"## {task}: stability",
+                f"After {max(lengths)} steps, by learning rate: pass@1 on the tuning questions,",
+            ]
+            parts[-1] += " and the entropy in units of the first step's."
             parts += [tables.add(f"{task}-stability", table)]
     parts += [f"## {task}: mechanisms", "Gradient weight by pass rate in the batch:"]
-    parts += [tables.add(f"{task}-weight", weight_table(runs)), "Entropy, nats per token:"]
-    parts += [tables.add(f"{task}-entropy", entropy_table(runs), ".3f"), "The constraint:"]
+    parts += [tables.add(f"{task}-weight", weight_table(runs)), "Entropy, in units of the first step's:"]
+    parts += [tables.add(f"{task}-entropy", entropy_table(runs), ".2f"), "The constraint:"]
     parts += [tables.add(f"{task}-constraint", constraint_table(runs), ".2e")]
     pairs = {"groups of 8": (runs, "disco", "disco_b"), "groups of 32": (wide, "disco", "disco_b")}
     if len(table := pair_table(pairs, budget)):
@@ -460,7 +475,8 @@ def of_task(task: str, runs: list[Run], place: Path, data: Path, tables: Tables,
     if changed:
         if len(table := pair_table(clipped, budget)):
             parts += ["Without clipping, against with it:", tables.add(f"{task}-clipping", table)]
-        parts += ["One change at a time:", tables.add(f"{task}-changes", changes_table(changed, runs, budget))]
+        if len(table := changes_table(changed, runs, budget)):
+            parts += ["One change at a time:", tables.add(f"{task}-changes", table)]
         parts += [tables.add(f"{task}-changes-constraint", constraint_table(changed), ".2e")]
     return parts
 
