@@ -178,13 +178,19 @@ def test_an_interval_is_judged(load):
 def test_a_run_that_ends_below_its_start_is_counted(load, study, read):
     study("tune", "grpo", 101, {60: ALL, 250: ALL}, **{LR: 1e-4})
     study("tune", "grpo", 101, {60: ALL, 250: dict.fromkeys(QUESTIONS, 0.0)}, **{LR: 1e-3})
+    for delta, end in ((3e-3, ALL), (1e-2, dict.fromkeys(QUESTIONS, 0.0))):
+        study("tune", "disco", 101, {40: ALL, 250: end}, **{LR: 3e-4, "disco.delta": delta})
+    study("tune", "disco", 101, {40: ALL}, **{LR: 1e-4, "disco.delta": 3e-3})
     (study.folder / "arithmetic/stability.done").touch()
     runs, analyse = read("tune"), load("analyse")
-    table = analyse.stability_table(runs, {"grpo": "1e-4"}, 250)
+    table = analyse.stability_table(runs, {"grpo": "1e-4", "disco": "3e-4"}, 250)
+    # The other delta is left out, and the lowest rate is as tuned.
+    assert table.loc["disco", "1 x"].startswith("100.0 %") and table.loc["disco", "0.3 x"].endswith(", 40 steps")
+    assert table.loc["disco", "ended below its start"] == "0 of 2"
     # The questions' own spread is too wide for four of them: it ends at 0, but no interval says so.
     assert table.loc["grpo", "10 x"].startswith("0.0 %, 0.00") and table.loc["grpo", "1 x"].startswith("100.0 %")
     assert table.loc["grpo", "ended below its start"] == "0 of 2"
-    assert analyse.stability_table(runs, {"grpo": "1e-4"}, 251).empty
+    assert "grpo" not in analyse.stability_table(runs, {"grpo": "1e-4", "disco": "3e-4"}, 251).index
 
 
 def test_a_change_is_named_and_compared_with_the_method_as_it_is(load, study, read, tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from run import LR
+from run import LR, STANDARD
 from scipy import stats
 
 from verl_ext.report.__main__ import Tables, find_runs
@@ -303,10 +303,8 @@ def stability_table(runs: list[Run], best: Mapping[str, str], long: int) -> pd.D
 
 
 def is_standard(run: Run) -> bool:
-    """Tell whether a tuning run has the second settings' first values."""
-    return (
-        float(run.settings.get("disco.delta", 1e-3)) == 1e-3 and float(run.settings.get("grpo.kl_coef", 0.04)) == 0.04
-    )
+    """Tell whether a tuning run has the second settings' values that rates were tuned with."""
+    return all(float(run.settings.get(name, value)) == float(value) for name, value in STANDARD.items())
 
 
 # Mechanisms ---------------------------------------------------------------------------------------------------------
@@ -477,7 +475,8 @@ def of_task(task: str, runs: list[Run], place: Path, data: Path, tables: Tables,
             parts += ["Without clipping, against with it:", tables.add(f"{task}-clipping", table)]
         if len(table := changes_table(changed, runs, budget)):
             parts += ["One change at a time:", tables.add(f"{task}-changes", table)]
-        parts += [tables.add(f"{task}-changes-constraint", constraint_table(changed), ".2e")]
+        if len(table := constraint_table(changed)):
+            parts += [tables.add(f"{task}-changes-constraint", table, ".2e")]
     return parts
 
 
