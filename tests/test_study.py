@@ -287,9 +287,13 @@ def test_every_stage_passes_the_checks_of_a_start(load, tmp_path):
     made = run.Study("countdown", tmp_path, run.PLANS["countdown"])
     made._write(dict.fromkeys(run.METHODS, "0.0001"), run.STANDARD)
     searched = f"hydra.searchpath=[file://{run.CONFIG},file://{tmp_path}/config]"
+    judged = tmp_path / "judging.parquet"
+    row = {"prompt": [{"role": "user", "content": "1 2 3=6"}], "data_source": "size_3"}
+    pd.DataFrame([row | {"reward_model": {"ground_truth": {"numbers": [1, 2, 3], "target": 6}}}]).to_parquet(judged)
+    searched = [searched, f"data.val_files={judged}"]
     for overrides in (*run.MECHANISMS, ("algorithm=ppo",), ("algorithm=dapo",)):
         first = [o.partition(",")[0] for o in overrides]
-        found = examine([searched, "+experiment=study_countdown", "+rates=chosen", *first])
+        found = examine([*searched, "+experiment=study_countdown", "+rates=chosen", *first])
         assert [str(f) for f in found if f.problem and not f.warning] == []
 
 
