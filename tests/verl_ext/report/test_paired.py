@@ -30,6 +30,12 @@ def test_by_hand():
     assert paired_interval(rest, one(2)) == (0.0, 0.0)
 
 
+def test_a_higher_confidence_is_a_wider_interval():
+    # Student's 99.5 % point of 2 degrees of freedom.
+    seeds = np.array([[0.0] * 4, [1.0] * 4, [2.0] * 4])
+    assert paired_interval(seeds, one(4), 0.99)[1] == pytest.approx(9.924843 * math.sqrt(1 / 3), rel=1e-5)
+
+
 def test_a_single_seed_has_an_interval_over_questions_and_a_single_question_one_over_seeds():
     assert paired_interval(np.array([[0.0, 1.0, 2.0, 3.0]]), one(4))[1] == pytest.approx(
         T3 * math.sqrt(5 / 12), rel=1e-5

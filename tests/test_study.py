@@ -1,0 +1,396 @@
+"""The study's scripts, on made-up runs of which the right answer is known."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+QUESTIONS = {"a": "level_1", "b": "level_1", "c": "level_2", "d": "level_2"}
+START = {"a": 0.5, "b": 0.25, "c": 0.0, "d": 0.05}
+LR = "actor_rollout_ref.actor.optim.lr"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """``load(name)``: a script of benchmarks/study, as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(BENCHMARKS / "study")
+    before, path = set(sys.modules), list(sys.path)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+    sys.path[:] = path
+
+
+def lines_of(shares: dict[str, float], samples: int) -> str:
+    """Stored responses: of each question the given share is right."""
+    return "".join(
+        json.dumps({"input": q, "output": "secret text", "data_source": QUESTIONS[q], "acc": float(i < s * samples)})
+        + "\n"
+        for q, s in shares.items()
+        for i in range(samples)
+    )
+
+
+def mean_of(shares: dict[str, float]) -> dict[str, float]:
+    by: dict[str, list[float]] = {}
+    for q, s in shares.items():
+        by.setdefault(QUESTIONS[q], []).append(s)
+    return {f"val-core/{b}/acc/mean@1": sum(own) / len(own) for b, own in by.items()}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """``study(stage, algorithm, seed, evaluations, ...)``: a run, as the study leaves it, in ``study.folder``."""
+    folder = tmp_path / "study"
+    task = folder / "arithmetic"
+    (task / "start").mkdir(parents=True)
+    for name in ("tuning", "judging"):
+        (task / f"start/{name}.jsonl").write_text(lines_of(START, 20))
+    (task / "chosen.json").write_text(json.dumps({"lr": {"grpo": "1e-4", "disco": "3e-4"}}))
+    (task / "commands.txt").write_text(f"/usr/bin/python3.11 -m verl.trainer.main_ppo -m hydra.sweep.dir={task}/main\n")
+
+    def run(stage: str, algorithm: str, seed: int, evaluations: dict[int, dict[str, float]], *, failed=False, **more):
+        changed = ",".join(f"{n}={v}" for n, v in more.items() if n in (LR, "disco.delta", "disco.tau"))
+        place = task / stage / f"{algorithm},{changed},seed={seed}"
+        (place / "validation").mkdir(parents=True)
+        settings = {
+            "seed": seed,
+            "verl_ext.algorithm": algorithm,
+            LR: 1e-4,
+            "data.train_batch_size": 32,
+            "data.val_files": f"{task}/judging.parquet",
+            "actor_rollout_ref.rollout.n": 8,
+            "actor_rollout_ref.model.path": f"{task}/assets/model",
+            "trainer.default_local_dir": str(place),
+            "ray_kwargs.ray_init.runtime_env.env_vars.TOKEN": "hunter2",
+            "reward.api_key": "hunter2",
+        }
+        config = OmegaConf.create()
+        for name, value in (settings | {k: v for k, v in more.items() if k != "evicted"}).items():
+            OmegaConf.update(config, name, value, force_add=True)
+        OmegaConf.save(config, place / "config.yaml")
+        rows = []
+        for step in range(1, max(evaluations) + 1):
+            row = {"step": step, "response_length/mean": 10.0, "actor/entropy": 1 / step, "actor/loss": 0.1}
+            if "evicted" in more:
+                row["training/filter_groups/evicted_samples"] = more["evicted"]
+            rows.append(row | mean_of(evaluations.get(step, {})))
+        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for step, shares in evaluations.items():
+            (place / f"validation/{step}.jsonl").write_text(lines_of(shares, 8))
+        if failed:
+            (place / "log.txt").write_text(f"a line\nValueError: nothing is mixed in {place}\nthe end\n")
+        else:
+            (place / "finished").touch()
+        return place
+
+    run.folder = folder
+    return run
+
+
+@pytest.fixture
+def read(load, study, tmp_path):
+    """``read(stage)``: the stage's runs, collected, unpacked and read."""
+
+    def stage(name: str):
+        analyse = load("analyse")
+        load("collect").collect(study.folder, tmp_path / "data")
+        place = tmp_path / "place"
+        analyse.unpack(tmp_path / "data", place)
+        return analyse.load(place / "arithmetic" / name)
+
+    return stage
+
+
+ALL = dict.fromkeys(QUESTIONS, 1.0)
+
+
+def test_the_difference_of_two_methods_is_found_at_the_budget_and_at_the_end(load, study, read):
+    for seed in (1, 2):
+        study("main", "grpo", seed, {60: {"a": 0.5, "b": 0.25, "c": 0.0, "d": 0.0}})
+        study("main", "disco", seed, {60: ALL})
+    runs, analyse = read("main"), load("analyse")
+    # 256 responses of 10 tokens.
+    assert analyse.generated(runs[0])[60] == 60 * 2560
+    end, half = (analyse.matrices(runs, budget, 1) for budget in (math.inf, 30 * 2560))
+    assert analyse.compare(end["disco"], end["grpo"])[0] == pytest.approx(1 - 0.75 / 4)
+    # Half way, on a straight line from the start.
+    assert half["disco"].loc["1"].to_dict() == pytest.approx({(QUESTIONS[q], q): (START[q] + 1) / 2 for q in QUESTIONS})
+    mean, low, high, seeds = analyse.compare(half["disco"], half["grpo"])
+    assert mean == pytest.approx((0.25 + 0.375 + 0.5 + 0.5) / 4) and low < mean < high and seeds == 2
+    table = analyse.learning_table(runs, math.inf)
+    assert list(table.index) == ["disco", "grpo"] and table.loc["disco", "pass@1, %"] == "100.0 ± 0.0"
+    assert table.loc["grpo", "points to grpo, pass@8"] == "baseline"
+    assert table.loc["disco", "tokens of a run"] == "153,600"
+
+
+def test_pass_at_8_is_unbiased_and_gains_are_by_the_starts_band(load, study, read):
+    study("main", "grpo", 1, {60: {"a": 0.5, "b": 0.125, "c": 0.0, "d": 0.0}})
+    runs, analyse = read("main"), load("analyse")
+    # One of eight is right: the eight hold it. One of twenty: with 8 / 20.
+    assert analyse.by_question(runs[0], 60, 8)["level_1", "b"] == 1.0
+    assert analyse.by_question(runs[0], 0, 8)["level_2", "d"] == pytest.approx(8 / 20)
+    assert analyse.bands_table(runs, math.inf, 1).loc["grpo"].to_dict() == pytest.approx(
+        {"0 (1)": 0.0, "(0, 0.25] (2)": 100 * (-0.125 - 0.05) / 2, "(0.25, 0.5] (1)": 0.0}
+    )
+
+
+def test_a_failed_run_counts_0_after_its_failure_and_an_unfinished_one_is_left_out(load, study, read):
+    study("main", "disco", 1, {20: ALL}, failed=True)
+    (study.folder / "arithmetic/main.done").touch()
+    runs, analyse = read("main"), load("analyse")
+    assert (runs[0].folder / "failed").read_text() == "ValueError: nothing is mixed in ...\n"
+    assert analyse.at_budget(runs[0], 20 * 2560, 1).tolist() == [1.0] * 4
+    assert analyse.at_budget(runs[0], 21 * 2560, 1).tolist() == [0.0] * 4
+    assert analyse.learning_table(runs, math.inf).loc["disco", "failed"] == "1"
+
+
+def test_a_run_that_may_go_on_is_not_collected(study, read):
+    study("main", "disco", 1, {20: ALL}, failed=True)
+    assert read("main") == []
+
+
+def test_replaced_questions_cost_tokens(load, study, read):
+    study("main", "dapo", 1, {60: ALL}, evicted=32)
+    (run,), analyse = read("main"), load("analyse")
+    assert analyse.generated(run)[60] == 2 * 60 * 2560
+    # So the budget is spent at half of the steps.
+    assert analyse.at_budget(run, 60 * 2560, 1).mean() == pytest.approx(np.mean([(s + 1) / 2 for s in START.values()]))
+
+
+def test_an_interval_is_judged(load):
+    analyse = load("analyse")
+    assert analyse.verdict(0.01, 0.1) == "better" and analyse.verdict(-0.1, -0.01) == "worse"
+    assert analyse.verdict(-0.01, 0.01) == "no difference of practical size"
+    assert analyse.verdict(-0.01, 0.03) == "undecided" and analyse.verdict(math.nan, math.nan) == "too few runs"
+    assert analyse.CONFIDENCE == 0.9875
+
+
+def test_a_run_that_ends_below_its_start_is_counted(load, study, read):
+    study("tune", "grpo", 101, {60: ALL, 250: ALL}, **{LR: 1e-4})
+    study("tune", "grpo", 101, {60: ALL, 250: dict.fromkeys(QUESTIONS, 0.0)}, **{LR: 1e-3})
+    for delta, end in ((3e-3, ALL), (1e-2, dict.fromkeys(QUESTIONS, 0.0))):
+        study("tune", "disco", 101, {40: ALL, 250: end}, **{LR: 3e-4, "disco.delta": delta})
+    study("tune", "disco", 101, {40: ALL}, **{LR: 1e-4, "disco.delta": 3e-3})
+    (study.folder / "arithmetic/stability.done").touch()
+    runs, analyse = read("tune"), load("analyse")
+    table = analyse.stability_table(runs, {"grpo": "1e-4", "disco": "3e-4"}, 250)
+    # The other delta is left out, and the lowest rate is as tuned.
+    assert table.loc["disco", "1 x"].startswith("100.0 %") and table.loc["disco", "0.3 x"].endswith(", 40 steps")
+    assert table.loc["disco", "ended below its start"] == "0 of 2"
+    # The questions' own spread is too wide for four of them: it ends at 0, but no interval says so.
+    assert table.loc["grpo", "10 x"].startswith("0.0 %, 0.00") and table.loc["grpo", "1 x"].startswith("100.0 %")
+    assert table.loc["grpo", "ended below its start"] == "0 of 2"
+    assert "grpo" not in analyse.stability_table(runs, {"grpo": "1e-4", "disco": "3e-4"}, 251).index
+
+
+def test_a_change_is_named_and_compared_with_the_method_as_it_is(load, study, read, tmp_path):
+    standard = {"disco.delta": 0.001, "disco.tau": None}
+    for seed in (1, 2):
+        study("main", "disco", seed, {60: START}, **standard)
+        study("mechanisms", "disco", seed, {60: ALL}, **standard | {"disco.tau": 0.1})
+    analyse = load("analyse")
+    main = read("main")
+    changed = analyse.load(tmp_path / "place/arithmetic/mechanisms")
+    table = analyse.changes_table(changed, main, math.inf)
+    assert table.index.tolist() == [("disco", "tau=0.1")]
+    # Of eight responses to "d" at least one is right.
+    assert table.loc[("disco", "tau=0.1"), "points to the standard"].startswith("+78.1 ")
+
+
+def test_nothing_of_this_machine_is_collected_and_the_same_runs_give_the_same_files(load, study, read, tmp_path):
+    study("main", "disco", 1, {60: ALL})
+    (run,) = read("main")
+    text = "".join(f.read_text() for f in run.folder.rglob("*") if f.is_file())
+    text += (tmp_path / "data/arithmetic-commands.txt").read_text()
+    assert "hunter2" not in text and str(study.folder) not in text and "secret text" not in text
+    assert "hydra.sweep.dir=outputs/study/arithmetic/main" in text and "actor/loss" not in text
+    first = (tmp_path / "data/arithmetic-main.tar.xz").read_bytes()
+    load("collect").collect(study.folder, tmp_path / "again")
+    assert (tmp_path / "again/arithmetic-main.tar.xz").read_bytes() == first
+
+
+def test_the_report_is_written_from_the_collected_data_alone(load, study, read, tmp_path):
+    for seed in (1, 2, 3):
+        study("main", "grpo", seed, {60: START})
+        study("main", "disco", seed, {60: ALL})
+    read("main")
+    text = load("analyse").write(tmp_path / "data", tmp_path / "report")
+    assert "| arithmetic | disco - grpo |" in text and "arithmetic-entropy.svg" in text
+    assert (tmp_path / "report/tables/arithmetic-learning.csv").exists()
+
+
+def test_the_best_learning_rate_is_not_at_an_end_of_the_grid(load):
+    beyond = load("run").beyond
+    assert beyond({"0.0001": 0.5, "0.0003": 0.7, "0.001": 0.6}) is None
+    assert beyond({"0.0001": 0.8, "0.0003": 0.7, "0.001": 0.6}) == "3e-05"
+    assert beyond({"0.0001": 0.5, "0.0003": 0.7, "0.001": 0.9}) == "0.003"
+    assert beyond({"0.01": 0.9, "0.003": 0.8}) is None
+
+
+def test_questions_of_tuning_and_judging_are_apart_and_as_hard(load):
+    questions = pd.DataFrame({"data_source": ["x", "y"] * 6, "number": range(12)})
+    parts = load("run").split(questions)
+    assert set(parts["tuning"].number) | set(parts["judging"].number) == set(range(12))
+    assert parts["tuning"].data_source.tolist() == ["x", "y"] * 2 and len(parts["judging"]) == 8
+
+
+def test_tuning_reads_what_its_runs_found(load, study):
+    run = load("run")
+    half = dict.fromkeys(QUESTIONS, 0.5)
+    study("tune", "grpo", 101, {20: half, 40: ALL, 200: START}, **{LR: 3e-4, "grpo.kl_coef": 0.04})
+    study("tune", "disco", 101, {20: half, 40: ALL}, **{LR: 1e-4, "disco.delta": 3e-3})
+    study("tune", "disco", 101, {20: half, 40: half}, **{LR: 1e-4, "disco.delta": 1e-2})
+    study("tune", "disco", 101, {20: half}, failed=True, **{LR: 1e-3, "disco.delta": 3e-3})
+    made = run.Study("arithmetic", study.folder / "arithmetic", run.PLANS["arithmetic"])
+    assert made.scores() == {("grpo", "0.0003"): 0.75, ("disco", "0.0001"): 0.75}
+    assert made.scores("disco.delta")["disco", "0.0001", "1e-2"] == 0.5
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "countdown"])
+def test_every_method_takes_its_own_learning_rate(load, task, tmp_path):
+    import hydra
+    import verl  # noqa: F401  (its plugins add the config groups)
+
+    run = load("run")
+    best = {method: f"{1 + i}e-4" for i, method in enumerate(run.METHODS)}
+    made = run.Study(task, tmp_path, run.PLANS[task])
+    made._write(best, {"disco.delta": "1e-2", "grpo.kl_coef": "0.004"})
+    searched = f"hydra.searchpath=[file://{run.CONFIG},file://{tmp_path}/config]"
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        for method in ("grpo", "ppo", "disco", "dapo_static", "disco_l_ratio", "grpo_free", "grpo_unclipped"):
+            given = [searched, f"algorithm={method}", f"+experiment=study_{task}", "+rates=chosen"]
+            config = hydra.compose("ppo_trainer", given)
+            actor = config.actor_rollout_ref.actor
+            assert actor.optim.lr == float(best[run.LIKE.get(method, method)])
+            assert config.data.train_batch_size == 32 and config.actor_rollout_ref.rollout.n == 8
+            assert config.trainer.n_gpus_per_node == 1 and actor.ppo_micro_batch_size_per_gpu == 64
+            if "disco" in config and config.disco.constraint == "squared_hinge":
+                assert config.disco.delta == 1e-2
+            # The variants without it do not take the tuned weight over.
+            assert actor.use_kl_loss is (method == "grpo")
+
+
+def test_every_stage_passes_the_checks_of_a_start(load, tmp_path):
+    from verl_ext.preflight.checks import examine
+
+    run = load("run")
+    made = run.Study("countdown", tmp_path, run.PLANS["countdown"])
+    made._write(dict.fromkeys(run.METHODS, "0.0001"), run.STANDARD)
+    searched = f"hydra.searchpath=[file://{run.CONFIG},file://{tmp_path}/config]"
+    judged = tmp_path / "judging.parquet"
+    row = {"prompt": [{"role": "user", "content": "1 2 3=6"}], "data_source": "size_3"}
+    pd.DataFrame([row | {"reward_model": {"ground_truth": {"numbers": [1, 2, 3], "target": 6}}}]).to_parquet(judged)
+    searched = [searched, f"data.val_files={judged}"]
+    for overrides in (*run.MECHANISMS, ("algorithm=ppo",), ("algorithm=dapo",)):
+        first = [o.partition(",")[0] for o in overrides]
+        found = examine([*searched, "+experiment=study_countdown", "+rates=chosen", *first])
+        assert [str(f) for f in found if f.problem and not f.warning] == []
+
+
+# The toy in one process ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    from verl_ext.tasks.arithmetic.assets import build_assets
+
+    folder = tmp_path_factory.mktemp("toy") / "assets"
+    return build_assets(folder, iterations=30, train_size=64, test_size=12, seed=1)
+
+
+def test_gradients_that_must_agree_do(load, assets):
+    import torch
+
+    gradients, toy_module = load("gradients"), load("toy")
+    from recipe.disco import DiscoConfig
+
+    toy, config = toy_module.Toy.load(assets), DiscoConfig(delta=1e-6)
+    kl, seen = 0.0, 0
+    # A model that is hardly trained answers nothing: rewards by length make groups mixed.
+    toy.grade = lambda question, text: float(len(text) % 2)
+    for mini in toy_module.train(toy, 2, lr=1e-3, batch_size=8, n=4, mini_batches=2, **config.chosen()):
+        lagged, kl = gradients.lagged_gradient(toy, mini, config, kl if mini.number else 0.0)
+        whole = gradients.by_micro_batch(toy, mini, config, 4)
+        single = gradients.by_micro_batch(toy, mini, config, 1)
+        assert mini.exact.norm() > 0
+        torch.testing.assert_close(whole, mini.exact, rtol=1e-3, atol=1e-6)
+        if mini.number == 0:
+            torch.testing.assert_close(lagged, mini.exact, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(single, mini.exact, rtol=1e-3, atol=1e-6)
+        else:
+            # The hinge of a mean is not the mean of hinges.
+            assert (single - mini.exact).norm() > 1e-3 * mini.exact.norm()
+        seen += 1
+    assert seen == 4
+
+
+def test_the_noise_of_a_mini_batch_falls_with_the_root_of_its_tokens(load):
+    import torch
+
+    noise = load("kl_noise")
+    generator = torch.Generator().manual_seed(1)
+    # 10 tokens a response, whose KL is known to have a standard deviation of 1e-2 per token.
+    length = torch.full((100_000,), 10)
+    kl = 10 * (1e-3 + 1e-2 * torch.randn(100_000, generator=generator, dtype=torch.double))
+    assert noise.by_size(kl, length, 1000).shape == (1000,)
+    figures = noise.figures_of({"k1": kl, "k3": kl}, length, 10**6)
+    assert figures["truth, KL"].value == pytest.approx(1e-3, abs=1e-4)
+    for tokens, expected in (("1e3", 1e-3), ("1e4", 10**-3.5), ("1e5", 1e-4), ("1e6", 10**-4.5)):
+        assert figures[f"k1, {tokens} tokens, noise"].value == pytest.approx(expected, rel=0.5)
+    assert figures["k1, 1e3 tokens, fires at 0.001"].value == pytest.approx(0.5, abs=0.05)
+    assert figures["k1, 1e4 tokens, fires at 0.01"].value == 0
+
+
+@pytest.mark.parametrize("name", ["run", "collect", "analyse"])
+def test_each_script_says_how_it_is_called(load, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        load(name).main()
+    assert end.value.code == 0 and f"python benchmarks/study/{name}.py" in capsys.readouterr().out
+
+
+def test_a_refused_sweep_is_told_from_failed_runs(load, tmp_path):
+    run = load("run")
+    assert not run.ran(tmp_path, 0)
+    (tmp_path / "grpo,seed=1").mkdir()
+    log = tmp_path / "grpo,seed=1/log.txt"
+    log.write_text("ValueError: it broke\n")
+    assert run.ran(tmp_path, log.stat().st_mtime) and not run.ran(tmp_path, log.stat().st_mtime + 1)
+    log.write_text("verl-disco: settings refused: no\n")
+    assert not run.ran(tmp_path, 0)
+
+
+def test_a_second_start_skips_what_is_done_and_goes_on_with_the_rest(load, tmp_path, monkeypatch):
+    run = load("run")
+    study = run.Study("arithmetic", tmp_path, run.PLANS["arithmetic"], methods=("grpo", "disco"))
+    commands: list[list[str]] = []
+
+    def call(command):
+        commands.append(command)
+        # Killed in the first sweep of the second stage.
+        return 143 if len(commands) == 2 else 0
+
+    monkeypatch.setattr(run, "call", call)
+    monkeypatch.setattr(study, "assets", lambda: None)
+    monkeypatch.setattr(study, "tune", lambda: study.sweep("tune", "seed=101", rates=False))
+    (tmp_path / "chosen.json").write_text(json.dumps({"lr": {"grpo": "0.0001", "disco": "0.003"}}))
+    with pytest.raises(SystemExit):
+        study.run(study.plan.stages)
+    assert not (tmp_path / "main.done").exists() and (tmp_path / "tune.done").exists()
+    study.run(study.plan.stages)
+    # tune, main (killed), main, and the two methods' longer runs, which are the tuning's in the same folder.
+    assert len(commands) == 5
+    assert commands[1] == commands[2] and "algorithm=grpo,disco" in commands[1] and "seed=11,12,13,14,15" in commands[1]
+    assert f"{LR}=0.0001,0.0003,0.001" in commands[3] and f"{LR}=0.003,0.01" in commands[4]
+    assert f"hydra.sweep.dir={tmp_path}/tune" in commands[3] and "trainer.total_training_steps=200" in commands[3]
+    assert len((tmp_path / "commands.txt").read_text().splitlines()) == 4
