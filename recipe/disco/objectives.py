@@ -279,7 +279,7 @@ def compatible(objective: str, questions: str | None, pairs: str) -> str:
             f"disco.questions={questions} does not go with disco.objective={objective}, which is {cls.questions} by "
             "definition; leave it at null, or use disco.objective=disco_b"
         )
-    if pairs not in PAIRS:
+    if pairs not in list(PAIRS):
         raise ValueError(f"disco.pairs={pairs!r} is unknown; choose from {sorted(PAIRS)}")
     if pairs == "graded" and not cls.graded:
         able = sorted(name for name in OBJECTIVES if OBJECTIVES[name].graded)

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.disco.constraint import CONTROLLERS, KL_ESTIMATORS, Controller, build_controller
 from recipe.disco.objectives import OBJECTIVES, Objective, compatible
-from recipe.disco.questions import PAIRS, QUESTIONS, QuestionWeight
+from recipe.disco.questions import QUESTIONS, QuestionWeight
 from recipe.disco.registry import check, require_finite, settings_of
 from recipe.disco.scores import SCORES, Score
 
@@ -86,7 +86,6 @@ class DiscoConfig:
         for name, choices in (
             ("objective", OBJECTIVES),
             ("score", SCORES),
-            ("pairs", PAIRS),
             ("kl_estimator", KL_ESTIMATORS),
             ("constraint", CONTROLLERS),
             ("measure", MEASURES),

@@ -206,12 +206,8 @@ def by_session(table: ScoreTable) -> tuple[ScoreTable, Tensor]:
                 f"samples {int(table.index[first[member[row]]])} and {int(table.index[row])} are of one session, but "
                 f"their {name}s are {x[first[member[row]]]:g} and {x[row]:g}; a session is one response"
             )
-
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(len(ids)).index_add(0, member, x)
-
-    length = total(table.length)
-    score = total(table.length * table.score) / length.clamp(min=1)
+    length = totals(table.length, member, len(ids))
+    score = totals(table.length * table.score, member, len(ids)) / length.clamp(min=1)
     question = table.question[first]
     return ScoreTable(
         question=question,
@@ -221,10 +217,15 @@ def by_session(table: ScoreTable) -> tuple[ScoreTable, Tensor]:
         reward=table.reward[first],
         length=length,
         score=score,
-        kl=total(table.kl),
-        measured=total(table.measured.long()) > 0,
-        entropy=total(table.entropy),
+        kl=totals(table.kl, member, len(ids)),
+        measured=totals(table.measured.long(), member, len(ids)) > 0,
+        entropy=totals(table.entropy, member, len(ids)),
     ), member
+
+
+def totals(x: Tensor, member: Tensor, count: int) -> Tensor:
+    """Sums of x, (B,), over the rows of each of ``count`` responses; ``member``, (B,), says of which a row is."""
+    return x.new_zeros(count).index_add(0, member, x)
 
 
 def occurrences(x: Tensor) -> Tensor:

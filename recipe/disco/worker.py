@@ -37,7 +37,16 @@ from recipe.disco.constraint import Controller, kl_estimate
 from recipe.disco.loss import micro_batch_loss
 from recipe.disco.scores import Score, compute_score, masked
 from recipe.disco.settings import DiscoConfig
-from recipe.disco.update import ScoreTable, UpdatePlan, kl_metrics, kl_noise, labelled, plan_update, require_numbers
+from recipe.disco.update import (
+    ScoreTable,
+    UpdatePlan,
+    kl_metrics,
+    kl_noise,
+    labelled,
+    plan_update,
+    require_numbers,
+    totals,
+)
 from verl_ext.runs.checkpoints import read_json
 from verl_ext.runs.files import write_whole
 from verl_ext.training.rows import BatchFacts, Rows
@@ -61,12 +70,6 @@ WEIGHT = "disco_weight"
 def padded(x: Tensor) -> Tensor:
     """verl's rows are jagged in its V1 trainer; (B, T), padded with 0."""
     return x.to_padded_tensor(0) if x.is_nested else x
-
-
-def by_value(keys: Tensor, x: Tensor) -> Tensor:
-    """Sums of x over entries with the same key."""
-    ids, member = keys.unique(return_inverse=True)
-    return x.new_zeros(len(ids)).index_add(0, member, x)
 
 
 def of_whole_questions(plan: UpdatePlan, table: ScoreTable) -> Tensor:
@@ -283,7 +286,8 @@ class DiscoTrainingWorker(TrainingWorker):
         if loss.sums:
             found = {}
             session, *sums = gathered(torch.cat(loss.sums), self._group()).unbind(-1)
-            kl_sum, length, entropy = (by_value(session, x) for x in sums)
+            ids, member = session.unique(return_inverse=True)
+            kl_sum, length, entropy = (totals(x, member, len(ids)) for x in sums)
             if (tokens := length.sum()) > 0:
                 kl = float(kl_sum.sum() / tokens)
                 found = kl_metrics(self.controller, kl) | kl_noise(kl_sum, length)

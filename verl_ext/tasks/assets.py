@@ -1,23 +1,28 @@
 """Build a task's folder once: data, and a model where the task has one of its own."""
 
+import argparse
 import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from filelock import FileLock
+from omegaconf import ListConfig, OmegaConf
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from verl_ext.tasks.arithmetic.model import build_model, build_tokenizer
 
 STAMP = "assets.json"
-BUILT = {STAMP, "model", "train.parquet", "test.parquet"}
+DATA = ("train.parquet", "test.parquet")
+MODEL = "model"
+BUILT = {STAMP, MODEL, *DATA}
 
 
 def build(folder: str | Path, task: str, stamp: dict[str, Any], make: Callable[[Path], None]) -> Path:
@@ -53,6 +58,29 @@ def build(folder: str | Path, task: str, stamp: dict[str, Any], make: Callable[[
                 set_aside(folder, task, stamp)
             os.replace(partial, folder)
     return folder
+
+
+def built_files(folder: str | Path, model: bool = True) -> list[str]:
+    """Name what :func:`build` makes for a run: the data, and the model where the task has one."""
+    return [f"{folder}/{name}" for name in (*DATA, *[MODEL] * model)]
+
+
+def from_command_line(task: str, description: str | None, build_assets: Callable[..., Path]) -> None:
+    """Call a task's ``build_assets`` with a flag per parameter, whose defaults are those of the task's YAML file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    yaml = files("verl_ext") / f"config/task/{task}.yaml"
+    for name, value in OmegaConf.create(yaml.read_text())[task].items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, ListConfig):
+            parser.add_argument(flag, type=int, nargs="+", default=[*value])
+        elif isinstance(value, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(flag, type=type(value), default=value)
+    try:
+        build_assets(**vars(parser.parse_args()))
+    except ValueError as e:
+        raise SystemExit(f"not built: {e}") from None
 
 
 def save_rows(folder: Path, split: str, rows: list[dict]) -> None:

@@ -5,16 +5,14 @@
 ``+task=arithmetic`` calls :func:`ensure_assets` before Ray starts. Its YAML file has the defaults.
 """
 
-import argparse
 import random
-from importlib.resources import files
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_ext.tasks.arithmetic.pretrain import pretrain
 from verl_ext.tasks.arithmetic.task import LEVELS, Question, draw_many
-from verl_ext.tasks.assets import build, save_pretrained, save_rows
+from verl_ext.tasks.assets import build, built_files, from_command_line, save_pretrained, save_rows
 
 VERSION = 7
 """Increase it when the same parameters build different files."""
@@ -75,18 +73,11 @@ def ensure_assets(config: DictConfig) -> None:
 
 def builds(config: DictConfig) -> list[str]:
     """Name what :func:`ensure_assets` builds."""
-    return [f"{config.arithmetic.folder}/{name}" for name in ("train.parquet", "test.parquet", "model")]
+    return built_files(config.arithmetic.folder)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = files("verl_ext") / "config/task/arithmetic.yaml"
-    for name, value in OmegaConf.create(task.read_text()).arithmetic.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    try:
-        build_assets(**vars(parser.parse_args()))
-    except ValueError as e:
-        raise SystemExit(f"not built: {e}") from None
+    from_command_line("arithmetic", __doc__, build_assets)
 
 
 if __name__ == "__main__":

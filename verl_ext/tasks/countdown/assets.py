@@ -5,17 +5,15 @@
 ``+task=countdown`` calls :func:`ensure_assets` before Ray starts. Its YAML file has the defaults.
 """
 
-import argparse
 import random
 from collections.abc import Collection, Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from verl_ext.tasks.arithmetic.pretrain import BATCH, fit
-from verl_ext.tasks.assets import build, save_pretrained, save_rows
+from verl_ext.tasks.assets import build, built_files, from_command_line, save_pretrained, save_rows
 from verl_ext.tasks.countdown.expression import MOST_DIGITS
 from verl_ext.tasks.countdown.reward import STYLES
 from verl_ext.tasks.countdown.task import SIZES, Limits, Question, draw_many, draw_splits
@@ -122,8 +120,7 @@ def refuse(config: DictConfig) -> None:
 
 def builds(config: DictConfig) -> list[str]:
     """Name what :func:`ensure_assets` builds; the model only where it is pre-trained."""
-    names = ["train.parquet", "test.parquet", *["model"] * bool(config.countdown.iterations)]
-    return [f"{config.countdown.folder}/{name}" for name in names]
+    return built_files(config.countdown.folder, model=config.countdown.iterations > 0)
 
 
 def pretrain(
@@ -151,20 +148,7 @@ def ensure_assets(config: DictConfig) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = files("verl_ext") / "config/task/countdown.yaml"
-    for name, value in OmegaConf.create(task.read_text()).countdown.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, ListConfig):
-            parser.add_argument(flag, type=int, nargs="+", default=[*value])
-        elif isinstance(value, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
-        else:
-            parser.add_argument(flag, type=type(value), default=value)
-    try:
-        build_assets(**vars(parser.parse_args()))
-    except ValueError as e:
-        raise SystemExit(f"not built: {e}") from None
+    from_command_line("countdown", __doc__, build_assets)
 
 
 if __name__ == "__main__":
