@@ -227,6 +227,8 @@ def test_the_report_is_written_from_the_collected_data_alone(load, study, read, 
     text = load("analyse").write(tmp_path / "data", tmp_path / "report")
     assert "| arithmetic | disco - grpo |" in text and "arithmetic-entropy.svg" in text
     assert (tmp_path / "report/tables/arithmetic-learning.csv").exists()
+    picture = (tmp_path / "report/methods.svg").read_text()
+    assert picture.index(">grpo<") < picture.index(">disco<") and "pass@1 after 85,000 generated tokens" in picture
 
 
 def test_the_best_learning_rate_is_not_at_an_end_of_the_grid(load):

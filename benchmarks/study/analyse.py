@@ -18,6 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+from picture import draw_methods
 from run import LR, STANDARD
 from scipy import stats
 
@@ -406,6 +407,15 @@ def draw(runs: list[Run], task: str, out: Path) -> dict[str, str]:
     return drawn
 
 
+def draw_headline(tasks: Mapping[str, list[Run]], path: Path) -> None:
+    """Draw every method's pass@1 at the budget, all tasks side by side."""
+    found = {task: matrices(runs, BUDGETS[task], 1) for task, runs in tasks.items()}
+    passed = {task: pd.DataFrame({m: of_seeds(x) for m, x in own.items()}) for task, own in found.items()}
+    starts = {task: float(start_rates(runs).groupby(level="benchmark").mean().mean()) for task, runs in tasks.items()}
+    labels = {task: f"pass@1 after {BUDGETS[task]:,} generated tokens, %" for task in tasks}
+    draw_methods(passed, starts, labels, path)
+
+
 def write(data: Path, out: Path) -> str:
     """Write tables and pictures into ``out`` and return the report as Markdown."""
     out.mkdir(parents=True, exist_ok=True)
@@ -425,6 +435,10 @@ def write(data: Path, out: Path) -> str:
                 f"Intervals of {100 * CONFIDENCE:.4g} %, which hold together in 95 % of studies.",
             ]
             parts.append(tables.add("hypotheses", table))
+        if tasks:
+            draw_headline(tasks, out / "methods.svg")
+            parts += ["![pass@1 of each method](methods.svg)"]
+            parts += ["A dot is a seed, a diamond their mean with its 95 % interval; dashed: where all runs began."]
         for task, runs in tasks.items():
             parts += of_task(task, runs, Path(place, task), data, tables, out)
     return "\n\n".join(parts) + "\n"
