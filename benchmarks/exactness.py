@@ -1,7 +1,8 @@
 """Worst error of an update per engine, from the engine matrix of `tests/recipe/disco/test_worker.py`.
 
-EXACTNESS_FILE=$PWD/exactness.jsonl pytest -n 0 tests/recipe/disco/test_worker.py
-python benchmarks/exactness.py exactness.jsonl
+rm -f benchmarks/raw/exactness.jsonl
+EXACTNESS_FILE=$PWD/benchmarks/raw/exactness.jsonl pytest -n 0 tests/recipe/disco/test_worker.py
+python benchmarks/exactness.py benchmarks/raw/exactness.jsonl
 
 A line per case: ``name`` of the engine, ``error`` relative to the update itself.
 """

@@ -11,6 +11,7 @@ import importlib.metadata as metadata
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ class Figure:
         high: 90th percentile, or the maximum of few repeats.
         target: upper bound; lower bound with ``better="higher"``.
         better: ``neither`` for a figure that is told, but cannot get worse.
+        repeats: the raw data, where there are several; no part of a comparison.
     """
 
     value: float
@@ -44,6 +46,7 @@ class Figure:
     high: float | None = None
     target: float | None = None
     better: Literal["lower", "higher", "neither"] = "lower"
+    repeats: Sequence[float] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.better not in ("lower", "higher", "neither"):
@@ -56,11 +59,11 @@ class Figure:
     @classmethod
     def of(cls, values: Sequence[float], unit: str = "ratio", **more: Any) -> "Figure":
         """Summarise repeats: median, and 10th and 90th percentile (of fewer than 10, minimum and maximum)."""
-        values = sorted(values)
         if len(values) == 1:
             return cls(values[0], unit, **more)
-        tenth = len(values) // 10
-        return cls(statistics.median(values), unit, values[tenth], values[-1 - tenth], **more)
+        ordered, tenth = sorted(values), len(values) // 10
+        bounds = ordered[tenth], ordered[-1 - tenth]
+        return cls(statistics.median(values), unit, *bounds, repeats=[float(v) for v in values], **more)
 
     @property
     def missed(self) -> bool:
@@ -100,12 +103,15 @@ class Result:
         return cls(**{**values, "figures": {name: Figure(**f) for name, f in values["figures"].items()}})
 
     def dump(self) -> str:
-        """Write as JSON: six digits, without what a figure does not have."""
+        """Write as JSON: six digits, without what a figure does not have, lists of numbers on one line."""
         values = asdict(self)
         for name, figure in values["figures"].items():
             rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figure.items()}
+            if figure["repeats"]:
+                rounded["repeats"] = [float(f"{v:.6g}") for v in figure["repeats"]]
             values["figures"][name] = {k: v for k, v in rounded.items() if v is not None}
-        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+        return re.sub(r"\[[\s\d.,e+-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text) + "\n"
 
 
 def read_folder(folder: Path = RESULTS) -> dict[str, Result]:

@@ -16,6 +16,7 @@ from verl_ext.runs.folder import read_metrics, read_settings
 from verl_ext.tasks.arithmetic.summary import overall, pass_at_1
 
 MEASURING = "disco/measure_seconds"
+MEMORY, STANDARD_ERROR = "actor/perf/cpu_memory_used_gb", "disco/kl_standard_error"
 TENTH = 1.2816
 """Standard errors from the mean to the 10th and the 90th percentile."""
 IN_TRAINING = {
@@ -39,6 +40,11 @@ def phases(steps: list[dict]) -> dict[str, Figure]:
         figures["measuring passes, in update_actor"] = Figure.of([s[MEASURING] for s in measured], "s")
         shares = [s[MEASURING] / s["timing_s/update_actor"] for s in measured]
         figures["measuring passes, share of update_actor"] = Figure.of(shares, "ratio")
+    if used := [s[MEMORY] for s in steps if MEMORY in s]:
+        # All processes of the machine together; the README asks for 8 GB.
+        figures["memory in use on the machine"] = Figure(max(used), "GiB", target=7)
+    if errors := [s[STANDARD_ERROR] for s in steps if STANDARD_ERROR in s]:
+        figures["standard error of a mini-batch's KL"] = Figure.of(errors, "nats per token", better="neither")
     return figures
 
 

@@ -1,16 +1,21 @@
 """Benchmarks that guard: results as files, their comparison, and the page that is made from them."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+RECORDS = sorted(file.stem for file in (BENCHMARKS / "results").glob("*.json"))
 SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py") if "__main__" in file.read_text())
 
 
@@ -68,6 +73,15 @@ def test_what_is_recorded_is_read_again(load, tmp_path, monkeypatch, capsys):
     assert file.name == "x.json" and result.settings == {"rows": 8}
     assert result.figures["exact, all"] == r.Figure(1.23457, low=1.2, high=1.3, target=1.2)
     assert [f.missed for f in result.figures.values()] == [True, False]
+    # Repeats are raw data: in their order, on one line, and no part of a comparison.
+    f = r.Figure.of([3.0, 1.0, 2.0], "s")
+    assert r.Figure(**{**dataclasses.asdict(f), "repeats": None}) == f and f.repeats == [3, 1, 2]
+    again = dataclasses.replace(result, figures={"x": f})
+    assert '"repeats": [3.0, 1.0, 2.0]\n' in again.dump() and r.Result.load(again.dump()).figures["x"].repeats == [
+        3,
+        1,
+        2,
+    ]
     # Nothing that names this machine's user or folders.
     assert result.command == "python benchmarks/x.py --data=b.parquet x,seed=1 3"
     assert "home" not in file.read_text()
@@ -204,6 +218,70 @@ def test_the_committed_page_is_what_the_files_give(load):
     assert (BENCHMARKS / "RESULTS.md").read_text() == made, "run python benchmarks/results.py"
 
 
+def test_the_text_of_the_page_says_what_its_figures_say(load):
+    page, results = " ".join((BENCHMARKS / "RESULTS.in.md").read_text().split()), load("record").read_folder()
+    plain, checkpointing, fits, published = (
+        {key: f.value for key, f in results[name].figures.items()}
+        for name in (
+            "update_time_1_rank",
+            "update_time_1_rank_checkpointing",
+            "update_fits_1_rank",
+            "published_schedule_measured",
+        )
+    )
+    all_mixed = "exact, 100% mixed"
+    missed = [r[all_mixed] - t for r, t in ((checkpointing, 1.2), (plain, 1.25))]
+    assert f"misses its targets by {missed[0]:.2f} and {missed[1]:.2f}" in page
+    # Of three of four mini-batches
+    measuring = [r[f"measuring, of {all_mixed}"] * r[all_mixed] for r in (checkpointing, plain)]
+    a, b = (m * 4 / 3 for m in measuring)
+    assert f"takes {a:.2f} of a GRPO mini-batch with gradient checkpointing and {b:.2f} without" in page
+    assert "All else that is ours takes less than a hundredth." in page
+    assert all(r[all_mixed] - 1 - m < 0.01 for r, m in zip((checkpointing, plain), measuring, strict=True))
+    per_token = {tokens: fits[f"{tokens} tokens"] / tokens for tokens in (64509, 262370)}
+    assert f"262k tokens take {per_token[262370] / per_token[64509]:.1f} times as long per token as 64k" in page
+    assert "is faster than ours where all groups are mixed, and slower where half are" in page
+    assert published["padding removed / exact, 100% mixed"] < 1 < published["padding removed / exact, 50% mixed"]
+
+
+ROOT = BENCHMARKS.parent
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipe/disco/README.md")]
+DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
+STATED = re.compile(r'\[([^\]]+)\]\(([^)\s]+)\s"(\w+): ([^"]+)"\)')
+
+
+def test_a_figure_in_a_document_is_the_recorded_one(load):
+    """[39 %](benchmarks/RESULTS.md "quickstart: pass@1, all levels, before"): the title says which figure it is."""
+    r, unitless = load("record"), load("results").UNITLESS
+    results, found = r.read_folder(), 0
+    for document in DOCUMENTS:
+        for shown, link, name, key in STATED.findall(document.read_text()):
+            figure = results[name].figures[" ".join(key.split())]
+            unit = "" if figure.unit in (*unitless, "nats per token") else f" {figure.unit}"
+            assert shown == r.number(figure.value) + unit, f"{document.name}: {name}: {key}"
+            assert (document.parent / link).resolve() == BENCHMARKS / "RESULTS.md"
+            found += 1
+    assert found > 5
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_recorded_command_can_be_given_again(load, name, monkeypatch):
+    python, script, *arguments = shlex.split(load("record").read_folder()[name].command)
+    assert python == "python" and (ROOT / script).exists()
+    parse, seen = argparse.ArgumentParser.parse_args, []
+
+    def stop(self, *given):
+        seen.append(parse(self, *given))
+        raise InterruptedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(InterruptedError):
+        load(Path(script).stem).main()
+    # Raw data is committed.
+    assert seen and all((ROOT / a).exists() for a in arguments if a.startswith("benchmarks/"))
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_benchmark_says_how_it_is_called(load, name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
@@ -254,6 +332,17 @@ def test_a_runs_steps_and_what_it_learned(recorded, tmp_path):
     )
     assert learned["pass@1, level 2, before"].value == 10
     assert learned["entropy, after"].value == pytest.approx(sum(1 / n for n in range(8, 13)) / 5, rel=1e-5)
+
+
+def test_raw_data_give_the_recorded_figures(recorded, load, tmp_path):
+    with tarfile.open(BENCHMARKS / "raw/quickstart.tar.xz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    recorded("step_time", tmp_path / "disco,seed=1", "--seconds", "141")
+    found = recorded("exactness", BENCHMARKS / "raw/exactness.jsonl")
+    committed = load("record").read_folder()
+    assert sorted(found) == ["exactness", "quickstart", "quickstart_steps"]
+    for name, result in found.items():
+        assert (result.figures, result.settings) == (committed[name].figures, committed[name].settings), name
 
 
 def test_exactness_is_the_worst_of_an_engines_cases(recorded, tmp_path):
