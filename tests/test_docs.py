@@ -51,7 +51,7 @@ def test_the_index_tells_paper_config_command_page_and_every_deviation(name):
     assert re.findall(r"\[Paper\]\(https://arxiv.org/abs/([\d.]+)\)", section) == papers[-1:]
     assert f"](../{config.relative_to(ROOT)})" in section
     assert f"python -m verl.trainer.main_ppo algorithm={name} ..." in section
-    for link in re.findall(r"\]\((?!http)([^)#]+)", section):
+    for link in re.findall(r"\]\((?!http)([^)#\s]+)", section):
         assert (ROOT / "docs" / link).is_file(), link
     if (ROOT / f"docs/algorithms/{name}.md").is_file():
         assert f"[page](algorithms/{name}.md)" in section
@@ -131,5 +131,104 @@ def test_what_a_document_names_is_there(document):
     names = set(re.findall(r"(?<![\w/.])((?:tests|recipe|verl_ext|benchmarks|docs|examples)/[\w/.]*\w)", text))
     assert len(names) > 1
     assert not [name for name in names if "NAME" not in name and not (ROOT / name).exists()]
-    links = re.findall(r"\]\((?!http)([^)#]+)", text)
+    links = re.findall(r"\]\((?!http)([^)#\s]+)", text)
     assert not [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
+
+
+QUANTITY = re.compile(
+    r"(?<![\w.^-])\d[\d.,]*(?:e-?\d+)?\s(?:%|s|ms|min|minutes?|hours?|[kKMGT]i?B|tok(?:ens)?/s|times|points)(?![\w/])"
+)
+SOURCED = {
+    "README.md": {
+        "by about 7 and 6 points": "the paper's abstract",
+        "8 GB of memory": "quickstart_steps: memory in use on the machine, of all its processes",
+        "3 GB of disk": "du -sh .venv",
+    },
+    "CHANGELOG.md": {"one GPU of 24 GB": "tests/verl_ext/preflight/test_checks.py, the estimate"},
+    "docs/algorithms/dgpo.md": {"exp(1/2) = 1.65 times": "arithmetic"},
+    "docs/first-hour.md": {
+        "one GPU of 24 GB": "the estimate of memory",
+        "at most 18 of 24 GiB": "tests/verl_ext/preflight/test_memory.py",
+        "36 to 50 %": "verl's table",
+        "above 50 %": "verl's table",
+        "above 70 %": "verl's table",
+        "100 steps of 30 s": "our guess, as it says",
+        "On 16 GB": "the estimate of memory",
+    },
+    "docs/index.md": {"beta 0.1 times 2.5": "TRPA's script"},
+    "docs/algorithms/trpa.md": {"beta 0.1, times 2.5": "TRPA's script"},
+    "docs/running-at-scale.md": {
+        "GPUs of 80 GB": "the estimate of memory",
+        "1 of 24 GB": "the estimate of memory",
+        "some 0.5 GB per evaluation (20 kB each": "our estimate, as it says",
+        "4 bytes of memory per parameter, and 5 GB": "verl_ext/export/model.py",
+        "5 s and 1 GiB per answer": "verl_ext/tasks/math/reward.py",
+    },
+    "recipe/disco/README.md": {"0 to 25 %, ..., 100 %": "bounds of a metric"},
+}
+"""Quantities that no benchmark records, and what backs them."""
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        str(file.relative_to(ROOT))
+        for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "recipe/disco/README.md")
+        # These stand beside their data.
+        if not {"study", "results"} & set(file.relative_to(ROOT).parts)
+    ],
+)
+def test_a_quantity_is_a_recorded_figure_or_has_a_source(document):
+    text = (ROOT / document).read_text()
+    # Commands, examples of output, and links that name a figure, which tests/test_benchmarks.py compares
+    text = re.sub(
+        r"```.*?```|^ {4}[^\n]*|`[^`]*`|\[[^\]]+\]\([^)\s]+RESULTS\.md\s\"[^\"]+\"\)", "", text, flags=re.S | re.M
+    )
+    text = " ".join(text.split())
+    for words in SOURCED.get(document, ()):
+        assert words in text, f"{document} does not say {words!r} any more: take it out of SOURCED"
+        text = text.replace(words, "")
+    found = [text[max(m.start() - 40, 0) : m.end()] for m in QUANTITY.finditer(text)]
+    assert not found, (
+        f"{document}: {found}: link it to a recorded figure, [39 %](benchmarks/RESULTS.md "
+        '"quickstart: pass@1, all levels, before"), or name its source in SOURCED'
+    )
+
+
+def test_documents_state_what_the_settings_are(compose):
+    def holds(document: str, words: str) -> bool:
+        return words in " ".join((ROOT / document).read_text().split())
+
+    small = yaml.safe_load((ROOT / "verl_ext/config/setting/small.yaml").read_text())
+    questions, n = small["data"]["train_batch_size"], small["actor_rollout_ref"]["rollout"]["n"]
+    longest = small["data"]["max_response_length"]
+    assert holds("README.md", f"`setting=small`: {questions} questions, {n} responses of up to {longest} tokens")
+    one = compose("algorithm=disco", "+experiment=gsm8k_qwen2_5_0_5b")
+    batch = f"{one.data.train_batch_size} questions x {one.actor_rollout_ref.rollout.n} responses"
+    assert holds("docs/first-hour.md", f"{one.trainer.total_training_steps} steps of {batch}")
+    paper = compose("algorithm=disco", "+experiment=deepseek_qwen_1_5b")
+    rollout = paper.actor_rollout_ref.rollout
+    batch = f"{rollout.val_kwargs.n}, against {paper.data.train_batch_size} x {rollout.n}"
+    assert holds("docs/running-at-scale.md", f"1590 questions x {batch}")
+    assert round(1590 * rollout.val_kwargs.n / paper.data.train_batch_size / rollout.n) == 25
+
+
+def test_the_published_averages_are_those_of_the_published_figures():
+    published = yaml.safe_load((ROOT / "recipe/disco/config/published.yaml").read_text())
+    figures = published["DeepSeek-R1-Distill-Qwen-1.5B"]
+    page = (ROOT / "recipe/disco/README.md").read_text()
+    (row,) = re.findall(r"^\| DS-Distill-Qwen-1.5B \|(.*)\|$", page, re.M)
+    order = ("base", "grpo", "dr_grpo", "dapo", "trpa", "disco (score=l_ratio)", "disco")
+    means = [sum(figures[method].values()) / 6 for method in order]
+    # Ours are means of rounded figures.
+    assert [float(cell.strip(" *")) for cell in row.split("|")] == pytest.approx(means, abs=1e-3)
+
+
+def test_the_gpu_requirements_are_verls_pins():
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+); extra == .vllm.", "\n".join(metadata.requires("verl")), re.M))
+    ours = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "requirements-gpu.txt").read_text(), re.M))
+    assert {name: ours[name] for name in ("torch", "vllm", "transformers")} == {
+        name: pins[name] for name in ("torch", "vllm", "transformers")
+    }
+    said = f"torch {pins['torch'][:4]}, vLLM {pins['vllm'][:4]}, transformers {pins['transformers'][:3]}"
+    assert said in (ROOT / "docs/running-at-scale.md").read_text()

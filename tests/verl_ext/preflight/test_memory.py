@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
@@ -10,6 +11,7 @@ from verl_ext.preflight import composition
 from verl_ext.preflight.memory import ASLEEP, CONTEXT, GIB, SERVER, Memory, Shape, estimate, lora_parameters
 from verl_ext.preflight.model import find_shape, memory_findings
 
+ROOT = Path(__file__).resolve().parents[3]
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 OFFLOAD = [f"{ACTOR}.fsdp_config.{what}_offload=true" for what in ("param", "optimizer")]
 ULYSSES = [f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2"]
@@ -240,3 +242,60 @@ def test_the_published_run_fits(gpu, chunking):
 def test_runs_that_are_too_large_do_not(overrides, problem):
     _, wrong = of_7b(*PUBLISHED, *overrides)
     assert any(w.startswith(problem) for w in wrong), wrong
+
+
+STATED = {
+    "gsm8k_qwen2_5_0_5b": [
+        "Beside {states:.0f} GiB of training states",
+        "a KV cache for {sequences:.0f} of the longest",
+    ],
+    "gsm8k_qwen2_5_1_5b_lora": [
+        "Beside {states:.0f} GiB of training states: {weights:.1f} GiB of weights",
+        "a KV cache for {sequences:.0f} of the longest",
+    ],
+    "deepseek_qwen_1_5b_lora": [
+        "Beside {states:.0f} GiB of training states: {weights:.1f} GiB of weights",
+        "a KV cache for {tokens:.0f}k tokens",
+    ],
+    "deepseek_qwen_7b": ["Weights, gradients and optimizer take {trained:.0f} GiB per GPU"],
+    "qwen3_30b_a3b": [
+        "Weights, gradients and optimizer take {trained:.0f} GiB per GPU",
+        "the weights are {weights:.0f} GiB",
+    ],
+}
+"""What the comments of an experiment say, with the estimate's figures."""
+
+
+def stated(algorithm: str, experiment: str) -> dict[str, float]:
+    """The figures that documents and comments take from the estimate, in GiB and tokens."""
+    config = run_of(algorithm=algorithm, experiment=experiment)
+    shape, _ = find_shape(config.actor_rollout_ref.model.path)
+    memory = estimate(config, shape, config.verl_ext.gpu_memory * GIB)
+    training = memory.phases["training"]
+    return dict(
+        most=math.ceil(max(map(memory.total, memory.phases)) / GIB),
+        states=memory.phases["generation"]["training states"] / GIB,
+        trained=sum(training[part] for part in ("weights", "gradients", "optimizer")) / GIB,
+        weights=2 * shape.parameters / GIB,
+        tokens=memory.cache_tokens / 1000,
+        sequences=memory.cache_tokens / (config.data.max_prompt_length + config.data.max_response_length) // 10 * 10,
+    )
+
+
+def holds(file: str, words: str) -> bool:
+    return words in " ".join((ROOT / file).read_text().replace("#", "").split())
+
+
+@pytest.mark.parametrize("experiment", STATED)
+def test_comments_state_the_estimate(experiment):
+    figures = stated("disco", experiment)
+    folder = "verl_ext" if experiment.startswith("gsm8k") else "recipe/disco"
+    for words in STATED[experiment]:
+        words = words.format_map(figures)
+        assert holds(f"{folder}/config/experiment/{experiment}.yaml", words), words
+
+
+def test_the_first_hour_states_the_estimate():
+    disco, ppo = (stated(algorithm, "gsm8k_qwen2_5_0_5b") for algorithm in ("disco", "ppo"))
+    assert holds("docs/first-hour.md", f"at most {disco['most']} of 24 GiB")
+    assert holds("verl_ext/config/experiment/gsm8k_qwen2_5_0_5b.yaml", f"{ppo['states']:.0f} with a critic")

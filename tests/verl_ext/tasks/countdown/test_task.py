@@ -1,5 +1,6 @@
 """Questions that are solvable, different and within their limits; responses that are what they should be."""
 
+import itertools
 import random
 import re
 
@@ -68,6 +69,19 @@ def test_splits_are_disjoint_different_and_even():
         assert [sum(q.size == size for q in split) for size in SIZES] == [len(split) // 4] * 4
     assert draw_splits(800, 80, SIZES, TOY, seed=1) == (train, test)
     assert draw_splits(800, 80, SIZES, TOY, seed=2) != (train, test)
+
+
+def test_the_toy_task_has_1840_questions_of_size_3():
+    """As verl_ext/config/experiment/countdown_cpu.yaml says: numbers in any order, every chain, worked out again."""
+    found = set()
+    for order in itertools.product(range(1, 10), repeat=3):
+        totals = {order[0]}
+        for b in order[1:]:
+            results = {v for a in totals for v in (a + b, a - b, a * b, a // b if a % b == 0 else 0)}
+            totals = {v for v in results if 0 < v <= 99}
+        found |= {(target, *sorted(order)) for target in totals - set(order)}
+    assert len(found) == 1840
+    assert {q.key for q in draw_many(random.Random(0), [3] * 500, TOY)} <= found
 
 
 def test_limits_that_leave_too_few_questions_are_an_error():
