@@ -16,6 +16,7 @@ from verl_ext.runs.folder import read_metrics, read_settings
 from verl_ext.tasks.arithmetic.summary import overall, pass_at_1
 
 MEASURING = "disco/measure_seconds"
+RIGHT, WRONG = "disco/score_positive", "disco/score_negative"
 MEMORY, STANDARD_ERROR = "actor/perf/cpu_memory_used_gb", "disco/kl_standard_error"
 TENTH = 1.2816
 """Standard errors from the mean to the 10th and the 90th percentile."""
@@ -45,6 +46,8 @@ def phases(steps: list[dict]) -> dict[str, Figure]:
         figures["memory in use on the machine"] = Figure(max(used), "GiB", target=7)
     if errors := [s[STANDARD_ERROR] for s in steps if STANDARD_ERROR in s]:
         figures["standard error of a mini-batch's KL"] = Figure.of(errors, "nats per token", better="neither")
+    if gaps := [s[RIGHT] - s[WRONG] for s in steps if {RIGHT, WRONG} <= s.keys()]:
+        figures["scores, right minus wrong"] = Figure.of(gaps, "nats per token", better="neither")
     return figures
 
 
