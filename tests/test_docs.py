@@ -232,3 +232,18 @@ def test_the_gpu_requirements_are_verls_pins():
     }
     said = f"torch {pins['torch'][:4]}, vLLM {pins['vllm'][:4]}, transformers {pins['transformers'][:3]}"
     assert said in (ROOT / "docs/running-at-scale.md").read_text()
+
+
+def test_the_readme_has_every_method_and_task_and_each_task_runs_on_a_cpu(compose):
+    text = (ROOT / "README.md").read_text()
+
+    def first_cells(header: str) -> list[str]:
+        rows = text.partition(f"| `{header}` |")[2].partition("\n\n")[0].splitlines()[2:]
+        return [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+
+    assert sorted(first_cells("algorithm=")) == sorted(METHODS)
+    tasks = sorted(file.stem for file in (ROOT / "verl_ext/config/task").glob("*.yaml"))
+    assert sorted(first_cells("+task=")) == tasks
+    for task in tasks:
+        config = compose("algorithm=disco", f"+task={task}", "+backend=cpu", "model=mine")
+        assert config.trainer.device == "cpu" and config.reward.custom_reward_function.path
