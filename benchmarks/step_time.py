@@ -1,18 +1,19 @@
 """Where the seconds of a step go, and what a run learned, from its metrics.jsonl.
 
-python benchmarks/step_time.py RUN_DIR [--name quickstart] [--seconds 354] [--skip 5]
+python benchmarks/step_time.py RUN_DIR [--name quickstart] [--seconds 354] [--skip 5] [--raw]
 
-Writes NAME_steps, medians over the run's steps; of an arithmetic run also NAME, before and after.
+Writes NAME_steps, medians over the run's steps; of an arithmetic run also NAME, before and after; with --raw also
+`raw/NAME.tar.xz`, the run's metrics and settings, which tests/test_benchmarks.py makes the committed figures from.
 """
 
 import argparse
 import statistics
 from pathlib import Path
 
-from record import Figure, record
+from record import ROOT, Figure, record
 
 from verl_ext.report.tables import PHASES
-from verl_ext.runs.folder import read_metrics, read_settings
+from verl_ext.runs.folder import CONFIG_FILE, METRICS_FILE, read_metrics, read_settings
 from verl_ext.tasks.arithmetic.summary import overall, pass_at_1
 
 MEASURING = "disco/measure_seconds"
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--name", default="quickstart", help="of the files in benchmarks/results")
     parser.add_argument("--seconds", type=float, help="of the whole training, as examples/quickstart.sh prints them")
     parser.add_argument("--skip", type=int, default=5, help="first steps to leave out of the times (warm-up)")
+    parser.add_argument("--raw", action="store_true", help="keep what the figures are made from")
     args = parser.parse_args()
     rows = read_metrics(args.run)
     steps = [r for r in rows if "timing_s/step" in r]
@@ -91,6 +93,15 @@ def main() -> None:
     if questions and (figures := learned(rows, steps, questions)):
         shown = ("trainer.total_training_steps", "data.train_batch_size", "actor_rollout_ref.rollout.n")
         record(args.name, figures, {"held-out questions": questions} | {name: settings.get(name) for name in shown})
+    if args.raw:
+        from study.collect import pack
+        from study.collect import settings as plain_settings
+
+        texts = {
+            METRICS_FILE: (args.run / METRICS_FILE).read_text(),
+            CONFIG_FILE: plain_settings(args.run, ROOT / "outputs/study"),
+        }
+        pack(ROOT / f"benchmarks/raw/{args.name}.tar.xz", {f"{args.run.name}/{n}": text for n, text in texts.items()})
 
 
 if __name__ == "__main__":
