@@ -18,7 +18,7 @@ from verl_ext.tasks.arithmetic import reward as arithmetic
 from verl_ext.tasks.arithmetic.task import draw as draw_sum
 from verl_ext.tasks.countdown import reward as countdown
 from verl_ext.tasks.countdown.expression import Malformed, evaluate
-from verl_ext.tasks.countdown.task import Limits, draw
+from verl_ext.tasks.countdown.task import Limits, draw_many
 from verl_ext.tasks.math import reward as mathematics
 from verl_ext.tasks.math.grader import BY_WEIGHT, Grader, plainly_equal
 from verl_ext.tasks.math.layouts import Unusable, answers_of, question_of, shorten
@@ -212,7 +212,7 @@ def test_a_shortened_text_is_a_line(text):
 @given(st.integers(0, 2**32), st.integers(3, 6), st.booleans(), st.sampled_from(["tags", "bare"]), texts)
 def test_a_solution_is_right_and_a_change_is_not(seed, size, chain, style, noise):
     rng = randoms.Random(seed)
-    question = draw(rng, size, Limits(largest_number=20, largest_target=99, chain=chain))
+    (question,) = draw_many(rng, [size], Limits(largest_number=20, largest_target=99, chain=chain))
     text = question.solution.text
     assert evaluate(text) == (question.target, evaluate(text)[1])
     assert Counter(evaluate(text)[1]) == Counter(question.numbers)
