@@ -108,17 +108,23 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
+LONGEST = 1e9
+"""Seconds. Waiting for a thread raises OverflowError from nine times as much on."""
+
+
 def reward_timeout(config: DictConfig) -> float | None:
     """Read the seconds after which a reward has failed; None in a run of stock verl.
 
     Raises:
-        ValueError: it is not a number above 0.
+        ValueError: it is not a number above 0, or longer than a thread can wait.
     """
     if "verl_ext" not in config:
         return None
     seconds = OmegaConf.select(config, "verl_ext.reward_timeout", default=300)
-    if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
-        raise ValueError(f"verl_ext.reward_timeout={seconds} must be a number of seconds above 0")
+    if type(seconds) not in (int, float) or not 0 < seconds <= LONGEST:
+        raise ValueError(
+            f"verl_ext.reward_timeout={seconds} must be a number of seconds above 0, at most {LONGEST:.0e}"
+        )
     return seconds
 
 
@@ -178,6 +184,7 @@ class CountingRewardWorker(RewardLoopWorker):
     def __init__(self, config: DictConfig, reward_router_address: str | None = None):
         super().__init__(config, reward_router_address)
         self._tally, self._running, self._seconds = Tally(), 0, reward_timeout(config)
+        self._beating: asyncio.Future | None = None
         if score := getattr(self.reward_manager, "compute_score", None):
             self.reward_manager.compute_score = bounded(score, self._seconds)
 
@@ -196,7 +203,8 @@ class CountingRewardWorker(RewardLoopWorker):
         """
         self._tally.asked += 1
         self._running += 1
-        if self._running == 1 and self._seconds is not None:
+        # One at a time: the last one may still wait for its next beat.
+        if self._seconds is not None and (self._beating is None or self._beating.done()):
             self._beating = asyncio.ensure_future(self._beat(self._seconds + GRACE))
         try:
             result = await super().compute_score(data)
