@@ -162,14 +162,14 @@ def before_job(run: Run, given: Collection[str] = ()) -> BaseFileLock | None:
         refuse(run, Needs.CLUSTER)
         if run.folder is not None:
             take_folder(config, run.folder, given)
-            if not run.is_stock:
-                check_data(config, run.folder)
+            data = {} if run.is_stock else check_data(config, run.folder)
             (run.folder / FINISHED_FILE).unlink(missing_ok=True)
             write_whole(run.folder / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True).encode())
         if prepare:
             get_method(prepare)(config)
             refuse(run, Needs.FILES)
         if run.folder is not None and not run.is_stock:
-            save_data(config, run.folder)
+            # What was built only now is compared now.
+            save_data(check_data(config, run.folder) if prepare else data, run.folder)
         undo.pop_all()
     return lock

@@ -33,37 +33,47 @@ def _digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def check_data(config: DictConfig, folder: Path) -> None:
+def check_data(config: DictConfig, folder: Path) -> dict[str, list[str]]:
     """Compare the data files with those that the run in ``folder`` began with; changed test data is only told.
 
     Files that were moved are the same files.
 
+    Returns:
+        The digests to remember for the next start.
+
     Raises:
         ValueError: the training data has changed.
     """
+    now = digests(config)
     if not (holds_run(folder) and (folder / INPUTS_FILE).exists()) or OmegaConf.select(config, "verl_ext.same_run"):
-        return
+        return now
     try:
         before = read_json(folder / INPUTS_FILE)
     except ValueError as e:
         print(f"verl-disco: warning: {folder}: {e}; the data cannot be compared with the run's", flush=True)
-        return
-    now = digests(config)
+        return now
     for split in SPLITS:
-        # Without a file there is nothing to compare: it is named elsewhere, or built when the run starts.
-        if not now[split] or before.get(split) == now[split]:
+        earlier = before.get(split)
+        if not (now[split] and earlier):
+            # Nothing to compare: a file is named elsewhere, or built when the run starts.
+            now[split] = now[split] or earlier or []
             continue
-        found = (
-            f"data.{split}_files={OmegaConf.select(config, f'data.{split}_files')} changed since the run in {folder}"
-        )
-        if split == "train" and not OmegaConf.select(config, "trainer.val_only"):
-            raise ValueError(
-                f"{found} began, which would go on with other questions; restore the data, choose another "
-                "trainer.default_local_dir, or go on with ++verl_ext.same_run=true"
-            )
-        print(f"verl-disco: warning: {found} began", flush=True)
+        if earlier == now[split]:
+            continue
+        names = OmegaConf.select(config, f"data.{split}_files")
+        found = f"data.{split}_files={names} changed since the run in {folder} began"
+        if split == "train":
+            if not OmegaConf.select(config, "trainer.val_only"):
+                raise ValueError(
+                    f"{found}, which would go on with other questions; restore the data, choose another "
+                    "trainer.default_local_dir, or go on with ++verl_ext.same_run=true"
+                )
+            # An evaluation does not read it. Training will ask for the old data again.
+            now[split] = earlier
+        print(f"verl-disco: warning: {found}", flush=True)
+    return now
 
 
-def save_data(config: DictConfig, folder: Path) -> None:
+def save_data(found: dict[str, list[str]], folder: Path) -> None:
     """Save the digests of the data files that the run in ``folder`` starts or goes on with."""
-    write_whole(folder / INPUTS_FILE, json.dumps(digests(config), indent=1).encode())
+    write_whole(folder / INPUTS_FILE, json.dumps(found, indent=1).encode())

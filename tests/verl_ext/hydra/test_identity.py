@@ -12,7 +12,7 @@ import verl  # noqa: F401  (loads the plugin)
 import yaml
 from omegaconf import OmegaConf
 
-from verl_ext.hydra import identity
+from verl_ext.hydra import identity, inputs
 from verl_ext.hydra.callbacks import before_job
 from verl_ext.hydra.identity import changes_results, differences, take_folder
 from verl_ext.hydra.lock import hold
@@ -399,6 +399,49 @@ def test_changed_training_data_is_refused_and_changed_test_data_is_told(start, d
     assert content(run) == before
     start(*data, "verl_ext.same_run=true")
     start(*data)
+
+
+def test_an_evaluation_on_changed_training_data_does_not_make_it_the_runs(start, data, tmp_path):
+    start(*data)
+    logged(tmp_path / "run")
+    (tmp_path / "train.parquet").write_bytes(b"other")
+    assert f"warning: {data[0]} changed" in start(*data, "trainer.val_only=true")
+    with pytest.raises(ValueError, match="train.parquet changed since"):
+        start(*data)
+
+
+def test_data_that_is_built_anew_is_compared(start, data, tmp_path, monkeypatch):
+    file, name = tmp_path / "train.parquet", "verl_ext.tasks.arithmetic.assets.ensure_assets"
+
+    def build(content):
+        file.unlink()
+        monkeypatch.setattr(name, lambda config: file.write_bytes(content))
+        start(*data, f"verl_ext.prepare={name}")
+
+    build(b"one")
+    logged(tmp_path / "run")
+    build(b"one")
+    with pytest.raises(ValueError, match="train.parquet changed since"):
+        build(b"another")
+
+
+def test_a_run_that_began_without_a_local_file_takes_it(start, data, tmp_path):
+    start(*data)
+    run = tmp_path / "run"
+    logged(run)
+    (run / runs.INPUTS_FILE).write_text('{"train": [], "val": []}')
+    assert "changed" not in start(*data)
+    assert json.loads((run / runs.INPUTS_FILE).read_text())["train"]
+
+
+def test_each_data_file_is_read_once_at_a_start(start, data, tmp_path, monkeypatch):
+    read = []
+    digest = inputs._digest
+    monkeypatch.setattr(inputs, "_digest", lambda path: read.append(path) or digest(path))
+    start(*data)
+    logged(tmp_path / "run")
+    start(*data)
+    assert sorted(read) == sorted([f"{tmp_path}/train.parquet", f"{tmp_path}/val.parquet"] * 2)
 
 
 def test_data_that_cannot_be_compared_is_told_and_a_new_run_takes_any(start, data, tmp_path):
