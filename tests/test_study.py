@@ -59,7 +59,7 @@ def study(tmp_path):
     (task / "commands.txt").write_text(f"/usr/bin/python3.11 -m verl.trainer.main_ppo -m hydra.sweep.dir={task}/main\n")
 
     def run(stage: str, algorithm: str, seed: int, evaluations: dict[int, dict[str, float]], *, failed=False, **more):
-        changed = ",".join(f"{n}={v}" for n, v in more.items() if n in (LR, "disco.delta", "disco.tau"))
+        changed = ",".join(f"{n}={v}" for n, v in more.items() if n == LR or n.startswith("disco."))
         place = task / stage / f"{algorithm},{changed},seed={seed}"
         (place / "validation").mkdir(parents=True)
         settings = {
@@ -167,11 +167,49 @@ def test_replaced_questions_cost_tokens(load, study, read):
     assert analyse.at_budget(run, 60 * 2560, 1).mean() == pytest.approx(np.mean([(s + 1) / 2 for s in START.values()]))
 
 
+def test_a_run_that_failed_at_once_is_not_left_out(load, study, read):
+    place = study("main", "disco", 1, {20: ALL}, failed=True)
+    (place / "metrics.jsonl").unlink()
+    (place / "validation/20.jsonl").unlink()
+    (study.folder / "arithmetic/main.done").touch()
+    (run,), analyse = read("main"), load("analyse")
+    assert analyse.at_budget(run, 1, 1).tolist() == [0.0] * 4
+    assert analyse.learning_table([run], math.inf).loc["disco", "failed"] == "1"
+
+
+def test_what_cannot_be_compared_is_refused(load, study, read, tmp_path):
+    place = study("main", "disco", 1, {60: {q: 1.0 for q in "abc"}})
+    (run,), analyse = read("main"), load("analyse")
+    with pytest.raises(ValueError, match="steps 0 and 60 are of different questions"):
+        analyse.at_budget(run, 60 * 2560, 1)
+    (run.folder / "validation/60.jsonl").write_text("{")
+    (run,) = analyse.load(run.folder.parent)
+    with pytest.raises(ValueError, match="step 60: .*60.jsonl holds no responses"):
+        analyse.at_budget(run, 60 * 2560, 1)
+    text = (place / "config.yaml").read_text()
+    for name, setting, fault in (("again", "", "several runs of disco, seed 1"), ("other", "x: 1\n", "other settings")):
+        other = place.with_name(name)
+        other.mkdir()
+        (other / "config.yaml").write_text(text + setting)
+        (place / "config.yaml").write_text(text + setting.replace("1", "2"))
+        (other / "metrics.jsonl").write_bytes((place / "metrics.jsonl").read_bytes())
+        with pytest.raises(ValueError, match=f"main: .*{fault}"):
+            analyse.load(place.parent)
+        (other / "config.yaml").unlink(), (other / "metrics.jsonl").unlink()
+
+
+def test_methods_that_are_not_tested_give_no_table(load, study, read):
+    study("main", "maxrl", 1, {60: ALL})
+    assert len(load("analyse").hypotheses_table({"arithmetic": read("main")})) == 0
+
+
 def test_an_interval_is_judged(load):
     analyse = load("analyse")
-    assert analyse.verdict(0.01, 0.1) == "better" and analyse.verdict(-0.1, -0.01) == "worse"
-    assert analyse.verdict(-0.01, 0.01) == "no difference of practical size"
-    assert analyse.verdict(-0.01, 0.03) == "undecided" and analyse.verdict(math.nan, math.nan) == "too few runs"
+    assert analyse.verdict(0.01, 0.1, 5) == "better" and analyse.verdict(-0.1, -0.01, 5) == "worse"
+    assert analyse.verdict(-0.01, 0.01, 5) == "no difference of practical size"
+    assert analyse.verdict(-0.01, 0.03, 5) == "undecided" and analyse.verdict(math.nan, math.nan, 0) == "too few runs"
+    # One seed's interval is over questions alone.
+    assert analyse.verdict(0.01, 0.1, 1) == "too few runs"
     assert analyse.CONFIDENCE == 0.9875
 
 
@@ -193,18 +231,45 @@ def test_a_run_that_ends_below_its_start_is_counted(load, study, read):
     assert "grpo" not in analyse.stability_table(runs, {"grpo": "1e-4", "disco": "3e-4"}, 251).index
 
 
+def test_a_failed_run_ends_below_its_start_at_the_four_rates_alone(load, study, read):
+    for rate in (1e-4, 1e-3, 3e-3, 3e-2):
+        study("tune", "grpo", 101, {20: ALL}, failed=True, **{LR: rate})
+    for stage in ("tune", "stability"):
+        (study.folder / f"arithmetic/{stage}.done").touch()
+    runs, analyse = read("tune"), load("analyse")
+    table = analyse.stability_table(runs, {"grpo": "1e-3"}, 200)
+    # A tenth of the best rate and thirty times it were tried in tuning only.
+    assert [c for c in table if c.endswith(" x")] == ["1 x", "3 x"]
+    assert table.loc["grpo", "ended below its start"] == "2 of 2"
+
+
 def test_a_change_is_named_and_compared_with_the_method_as_it_is(load, study, read, tmp_path):
-    standard = {"disco.delta": 0.001, "disco.tau": None}
+    standard = {
+        "disco.delta": 0.001,
+        "disco.tau": None,
+        "disco.kl_estimator": "k1",
+        "disco.constraint": "squared_hinge",
+    }
+    standard |= {"disco.measure": "exact", "disco.questions": "null"}
+    changes = {"disco.tau": 0.1, "disco.kl_estimator": "k3", "disco.constraint": "augmented_lagrangian"}
+    changes |= {"disco.measure": "lagged", "disco.questions": "grpo"}
     for seed in (1, 2):
         study("main", "disco", seed, {60: START}, **standard)
-        study("mechanisms", "disco", seed, {60: ALL}, **standard | {"disco.tau": 0.1})
+        for name, value in changes.items():
+            study("mechanisms", "disco", seed, {60: ALL}, **standard | {name: value})
     analyse = load("analyse")
     main = read("main")
-    changed = analyse.load(tmp_path / "place/arithmetic/mechanisms")
-    table = analyse.changes_table(changed, main, math.inf)
-    assert table.index.tolist() == [("disco", "tau=0.1")]
+    groups = analyse.by_change(analyse.load(tmp_path / "place/arithmetic/mechanisms"), main)
+    names = {f"{name.removeprefix('disco.')}={value}" for name, value in changes.items()}
+    table = analyse.changes_table(groups, main, math.inf)
+    assert set(table.index) == {("disco", name) for name in names}
     # Of eight responses to "d" at least one is right.
     assert table.loc[("disco", "tau=0.1"), "points to the standard"].startswith("+78.1 ")
+    # The constraint's table names them alike, however many settings differ among them.
+    for own in groups.values():
+        for run in own:
+            run.metrics["disco/kl"] = 0.5
+    assert set(analyse.constraint_table(groups).index) == set(table.index)
 
 
 def test_nothing_of_this_machine_is_collected_and_the_same_runs_give_the_same_files(load, study, read, tmp_path):

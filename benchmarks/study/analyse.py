@@ -25,8 +25,8 @@ from scipy import stats
 from verl_ext.report.__main__ import Tables, find_runs
 from verl_ext.report.paired import paired_interval
 from verl_ext.report.plots import CURVES, STYLE, curve_of, draw_curves, draw_weights
-from verl_ext.report.read import Run, differences, read_runs
-from verl_ext.report.tables import by_method, mean_and_interval, pass_at_k, percent, weight_table
+from verl_ext.report.read import Run, differences, read_runs, repeated_seeds
+from verl_ext.report.tables import by_method, mean_and_interval, named, pass_at_k, percent, weight_table
 from verl_ext.runs.evaluations import BAND_NAMES, band_of
 from verl_ext.runs.folder import METRICS_FILE, read_json_lines
 
@@ -35,6 +35,9 @@ FAILED_FILE = "failed"
 
 BUDGETS = {"arithmetic": 85_000, "countdown": 450_000}
 """Generated tokens at which methods are compared."""
+
+COMPARED = ("main", "wide")
+"""Stages in which a method has one run per seed."""
 
 BASELINE = "grpo"
 HYPOTHESES = (("disco", "grpo"), ("disco", "dapo_static"))
@@ -51,8 +54,8 @@ PAPER = {"grpo": 0.457, "grpo_er": 0.460, "dr_grpo": 0.443, "dapo_static": 0.473
 PAPER |= {"disco_l_ratio": 0.524, "disco": 0.533}
 """Average pass@1 at 1.5B in arXiv 2505.12366."""
 
-LOWEST = 0.3
-"""Times the best learning rate: runs that are as long as tuning's."""
+FACTORS = (0.3, 1.0, 3.0, 10.0)
+"""Learning rates that tell of stability, in units of the best; those at the first are as long as tuning's."""
 
 SHOWN = ("grpo", "dapo", "dapo_static", "disco", "disco_l_ratio", "disco_b")
 """Methods in pictures."""
@@ -85,11 +88,16 @@ def load(stage: Path) -> list[Run]:
     """Read a stage's runs; none if there are none.
 
     Raises:
-        ValueError: a run is damaged.
+        ValueError: a run is damaged, or two are the same, or in a stage that compares methods, runs of one method
+            differ by more than their seed.
     """
     runs, damaged = read_runs(find_runs([stage])[0] if stage.is_dir() else [])
     if damaged:
         raise ValueError("; ".join(damaged.values()))
+    if repeated := repeated_seeds(runs):
+        raise ValueError(f"{stage.name}: several runs of {'; '.join(repeated)}")
+    if stage.name in COMPARED and (odd := sorted({r.method for r in runs if r.method != r.algorithm})):
+        raise ValueError(f"{stage.name}: runs of one method have other settings: {'; '.join(odd)}")
     return runs
 
 
@@ -120,8 +128,14 @@ def generated(run: Run) -> pd.Series:
 
 
 def by_question(run: Run, step: int, k: int) -> pd.Series:
-    """Compute pass@k of each question at an evaluated step, by benchmark and question."""
-    answers = run.answers(step).set_index(["benchmark", "question"]).sort_index()
+    """Compute pass@k of each question at an evaluated step, by benchmark and question.
+
+    Raises:
+        ValueError: the responses are damaged.
+    """
+    if not len(found := run.answers(step)):
+        raise ValueError(f"{run.folder.name}, step {step}: {'; '.join(run.faults)}")
+    answers = found.set_index(["benchmark", "question"]).sort_index()
     values = [pass_at_k(n, int(c), k) for n, c in zip(answers["samples"], answers["right"], strict=True)]
     return pd.Series(values, answers.index, dtype=float)
 
@@ -130,6 +144,9 @@ def at_budget(run: Run, budget: float, k: int) -> pd.Series:
     """Compute pass@k of each question after ``budget`` generated tokens, between evaluations on a straight line.
 
     A run that ends before keeps its last evaluation; one that failed before has 0.
+
+    Raises:
+        ValueError: the two evaluations are of different questions.
     """
     steps, tokens = sorted(run.dumps), generated(run)
     places = [float(tokens[tokens.index <= step].iloc[-1]) for step in steps]
@@ -140,6 +157,8 @@ def at_budget(run: Run, budget: float, k: int) -> pd.Series:
     gap = places[after] - places[before]
     share = min((budget - places[before]) / gap, 1.0) if gap else 1.0
     first, second = (by_question(run, steps[i], k) for i in (before, after))
+    if not first.index.equals(second.index):
+        raise ValueError(f"{run.folder.name}: steps {steps[before]} and {steps[after]} are of different questions")
     return (1 - share) * first + share * second
 
 
@@ -173,9 +192,9 @@ def compare(
     return mean, mean - half, mean + half, len(seeds)
 
 
-def verdict(low: float, high: float) -> str:
-    """Say what an interval of a difference says."""
-    if math.isnan(low):
+def verdict(low: float, high: float, seeds: int) -> str:
+    """Say what an interval of a difference says; that of one seed, over questions alone, says nothing of others."""
+    if seeds < 2 or math.isnan(low):
         return "too few runs"
     if low > 0:
         return "better"
@@ -225,9 +244,9 @@ def hypotheses_table(tasks: Mapping[str, list[Run]]) -> pd.DataFrame:
         for ours, theirs in HYPOTHESES:
             if ours in found and theirs in found:
                 *interval, seeds = compare(found[ours], found[theirs], CONFIDENCE)
-                said = {"points of pass@1": points(*interval), "seeds": str(seeds), "verdict": verdict(*interval[1:])}
-                rows[task, f"{ours} - {theirs}"] = said
-    return pd.DataFrame(rows).T.rename_axis(["task", "difference"])
+                said = {"points of pass@1": points(*interval), "seeds": str(seeds)}
+                rows[task, f"{ours} - {theirs}"] = said | {"verdict": verdict(*interval[1:], seeds)}
+    return pd.DataFrame(rows).T.rename_axis(["task", "difference"]) if rows else pd.DataFrame()
 
 
 def order_of_paper(runs: list[Run], budget: float) -> tuple[float, float, int]:
@@ -270,7 +289,7 @@ def outcome(run: Run) -> dict[str, object]:
     return {
         "best": max(passed),
         "end": 0.0 if has_failed(run) else passed[-1],
-        "below": apart + half < 0,
+        "below": has_failed(run) or apart + half < 0,
         "entropy": float(entropy.iloc[-1]) if len(entropy) else math.nan,
         "steps": int(run.metrics.index.max()),
         "failed": has_failed(run),
@@ -284,7 +303,7 @@ def stability_table(runs: list[Run], best: Mapping[str, str], long: int) -> pd.D
         found: dict[float, list[dict]] = {}
         for run in (r for r in runs if r.algorithm == algorithm and is_standard(r)):
             told, factor = outcome(run), float(f"{run.settings[LR] / float(best[algorithm]):.1g}")
-            if told["steps"] >= long or told["failed"] or factor == LOWEST:
+            if factor in FACTORS and (told["steps"] >= long or told["failed"] or factor == FACTORS[0]):
                 found.setdefault(factor, []).append(told)
         if not found:
             continue
@@ -332,24 +351,24 @@ def entropy_table(runs: list[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("method")
 
 
-def constraint_table(runs: list[Run]) -> pd.DataFrame:
-    """Tabulate how the constraint worked: KL, its standard error, share of mini-batches above delta, coefficient."""
+def constraint_table(groups: Mapping[object, list[Run]]) -> pd.DataFrame:
+    """Tabulate how the constraint worked in groups of runs: KL and its standard error, share of mini-batches above
+    delta, coefficient."""
     names = {"KL": "disco/kl", "its standard error": "disco/kl_standard_error"}
     names |= {"share above delta": "disco/over_delta", "coefficient": "disco/coefficient"}
     names |= {"gradient norm": "actor/grad_norm"}
     rows = {}
-    for method, own in by_method(runs).items():
+    for name, own in groups.items():
         if any("disco/kl" in r.metrics for r in own):
-            rows[method] = {
+            rows[name] = {
                 k: np.mean([c.mean() for r in own if len(c := r.column(n))] or [np.nan]) for k, n in names.items()
             }
-    return pd.DataFrame(rows).T.rename_axis("method")
+    table = pd.DataFrame(rows).T
+    return table.rename_axis(["method", "change"] if table.index.nlevels == 2 else "method")
 
 
-def changes_table(runs: list[Run], standard: list[Run], budget: float) -> pd.DataFrame:
-    """Tabulate variants against the method that they change, paired by seed."""
-    base = matrices(standard, budget, 1)
-    rows = {}
+def by_change(runs: list[Run], standard: list[Run]) -> dict[tuple[str, str], list[Run]]:
+    """Group variants by the method that they change and by the settings that differ from its run of the same seed."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         like = next((r for r in standard if r.algorithm == run.algorithm and r.seed == run.seed), None)
@@ -357,6 +376,12 @@ def changes_table(runs: list[Run], standard: list[Run], budget: float) -> pd.Dat
             found = [n for n in differences([like.settings, run.settings]) if n.startswith("disco.")]
             change = ", ".join(f"{n.removeprefix('disco.')}={run.settings[n]}" for n in found)
             groups.setdefault((run.algorithm, change or "as it is"), []).append(run)
+    return groups
+
+
+def changes_table(groups: Mapping[tuple[str, str], list[Run]], standard: list[Run], budget: float) -> pd.DataFrame:
+    """Tabulate variants against the method that they change, paired by seed."""
+    base, rows = matrices(standard, budget, 1), {}
     for (algorithm, change), own in groups.items():
         matrix = pd.DataFrame({r.seed: at_budget(r, budget, 1) for r in own}).T
         mean, low, high, seeds = compare(matrix, base[algorithm])
@@ -366,7 +391,7 @@ def changes_table(runs: list[Run], standard: list[Run], budget: float) -> pd.Dat
             "seeds": str(seeds),
             "failed": str(sum(map(has_failed, own))),
         }
-    return pd.DataFrame(rows).T.rename_axis(["method", "change"]) if rows else pd.DataFrame()
+    return named(rows, "change")
 
 
 def pair_table(pairs: Mapping[str, tuple[list[Run], str, str]], budget: float) -> pd.DataFrame:
@@ -478,18 +503,19 @@ def of_task(task: str, runs: list[Run], place: Path, data: Path, tables: Tables,
     parts += [f"## {task}: mechanisms", "Gradient weight by pass rate in the batch:"]
     parts += [tables.add(f"{task}-weight", weight_table(runs)), "Entropy, in units of the first step's:"]
     parts += [tables.add(f"{task}-entropy", entropy_table(runs), ".2f"), "The constraint:"]
-    parts += [tables.add(f"{task}-constraint", constraint_table(runs), ".2e")]
+    parts += [tables.add(f"{task}-constraint", constraint_table(by_method(runs)), ".2e")]
     pairs = {"groups of 8": (runs, "disco", "disco_b"), "groups of 32": (wide, "disco", "disco_b")}
     if len(table := pair_table(pairs, budget)):
         parts += [f"Hard: a pass rate below {HARD} at the start.", tables.add(f"{task}-hard", table)]
     changed = load(place / "mechanisms")
     clipped = {"groups of 8": (changed, "grpo_unclipped", "grpo_free")}
     if changed:
+        groups = by_change(changed, runs)
         if len(table := pair_table(clipped, budget)):
             parts += ["Without clipping, against with it:", tables.add(f"{task}-clipping", table)]
-        if len(table := changes_table(changed, runs, budget)):
+        if len(table := changes_table(groups, runs, budget)):
             parts += ["One change at a time:", tables.add(f"{task}-changes", table)]
-        if len(table := constraint_table(changed)):
+        if len(table := constraint_table(groups)):
             parts += [tables.add(f"{task}-changes-constraint", table, ".2e")]
     return parts
 
