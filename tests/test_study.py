@@ -203,6 +203,16 @@ def test_methods_that_are_not_tested_give_no_table(load, study, read):
     assert len(load("analyse").hypotheses_table({"arithmetic": read("main")})) == 0
 
 
+def test_a_failed_rate_of_a_task_without_longer_runs_is_collected(load, study, read, tmp_path):
+    study("tune", "grpo", 101, {20: ALL}, failed=True)
+    (study.folder / "arithmetic").rename(study.folder / "countdown")
+    (study.folder / "countdown/tune.done").touch()
+    load("collect").collect(study.folder, tmp_path / "data")
+    load("analyse").unpack(tmp_path / "data", tmp_path / "place")
+    (run,) = load("analyse").load(tmp_path / "place/countdown/tune")
+    assert load("analyse").has_failed(run)
+
+
 def test_an_interval_is_judged(load):
     analyse = load("analyse")
     assert analyse.verdict(0.01, 0.1, 5) == "better" and analyse.verdict(-0.1, -0.01, 5) == "worse"

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import OmegaConf  # noqa: E402
 from record import ROOT, machine, versions  # noqa: E402
+from run import PLANS  # noqa: E402
 
 from verl_ext.hydra.identity import SECRET  # noqa: E402
 from verl_ext.report.__main__ import find_runs  # noqa: E402
@@ -121,8 +122,9 @@ def stages(task: Path) -> Iterator[tuple[str, list[Path], bool]]:
     for stage in ("tune", "main", "wide", "mechanisms"):
         if (task / stage).is_dir():
             done = task / f"{stage}.done"
-            # The stage "stability" goes on with the runs of "tune".
-            later = stage == "tune" and not (task / "stability.done").exists()
+            # Where there is a stage "stability", it goes on with the runs of "tune".
+            goes_on = stage == "tune" and task.name in PLANS and "stability" in PLANS[task.name].stages
+            later = goes_on and not (task / "stability.done").exists()
             yield stage, find_runs([task / stage])[0], done.exists() and not later
 
 
