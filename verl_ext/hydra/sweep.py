@@ -141,12 +141,16 @@ def run(command: list[str], log: Path) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with open(log, "ab", buffering=0) as file:
+            whole = True
             while chunk := process.stdout.read1(1 << 16):
                 try:
                     append_whole(file.fileno(), chunk)
+                    whole = True
                 except OSError as e:
                     # The job goes on, and says itself what it cannot write.
-                    print(f"sweep: warning: {log} lacks the next {len(chunk)} bytes: {e.strerror}", flush=True)
+                    if whole:
+                        print(f"sweep: warning: {log} lacks what follows, until it fits: {e.strerror}", flush=True)
+                    whole = False
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
         return process.wait()

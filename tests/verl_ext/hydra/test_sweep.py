@@ -291,16 +291,17 @@ def test_a_run_is_finished_only_with_the_same_settings(tmp_path):
 
 
 def test_a_full_disk_does_not_end_a_job_whose_output_no_longer_fits(tmp_path):
-    (tmp_path / "job.py").write_text("for i in range(300): print(str(i).zfill(99), flush=True)")
+    (tmp_path / "job.py").write_text("import os\nfor i in range(300): os.write(1, b'%099d\\n' % i)")
     program = "import resource, signal, sys; from pathlib import Path; from verl_ext.hydra.sweep import run\n"
     program += (
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1050, 1050))\n"
     )
     program += "sys.exit(run([sys.executable, 'job.py'], Path('log')))"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, timeout=60)
     assert done.returncode == 0
     # All of it on the terminal, whole pieces in the file.
     assert all(str(i).zfill(99).encode() in done.stdout for i in range(300))
-    assert b"log lacks the next" in done.stdout and b"File too large" in done.stdout
+    # Told once, or after each piece that still fits, not at each line.
+    assert 1 <= done.stdout.count(b"log lacks what follows, until it fits: File too large") <= 11
     log = (tmp_path / "log").read_bytes()
-    assert len(log) <= 1000 and done.stdout.startswith(log)
+    assert len(log) <= 1000 and done.stdout.startswith(log) and (not log or log.endswith(b"\n"))
