@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.utils import tensordict_utils as tu
@@ -13,6 +14,7 @@ from verl.utils import tensordict_utils as tu
 from verl_ext.training import trainer
 from verl_ext.training.metrics_log import as_line
 from verl_ext.training.reward_loop import CountingRewardManager, Tally
+from verl_ext.training.skipping import SkippingWorker
 from verl_ext.training.trainer import ExtendedTrainerSync
 from verl_ext.training.watch import Watch
 
@@ -21,6 +23,25 @@ def test_trainers_stand_in_verls_registry_under_verls_names():
     trainer.register()
     found = {name: cls.__name__ for name, cls in TRAINER_REGISTRY.items() if name in ("sync", "colocate_async")}
     assert found == {"sync": "ExtendedTrainerSync", "colocate_async": "ExtendedTrainerColocateAsync"}
+
+
+def test_actors_and_critics_draw_from_the_runs_seed(bare, monkeypatch):
+    def fill(self):
+        self.role_worker_mapping = dict.fromkeys((Role.ActorRollout, Role.Critic, Role.RefPolicy), "verl's")
+
+    monkeypatch.setattr(trainer.ray, "remote", lambda worker: worker)
+    monkeypatch.setattr(trainer, "seeded", lambda worker, seed: (worker.__name__, seed))
+    this, found = bare(_init_resource_pool_mgr=fill), {}
+    for seed, skips in ((None, False), (None, True), (3, False), (3, True)):
+        this.config.seed, this._skip_rows = seed, skips
+        this._init_resource_pool_mgr()
+        found[seed, skips] = [*this.role_worker_mapping.values()]
+    assert found == {
+        (None, False): ["verl's", "verl's", "verl's"],
+        (None, True): [SkippingWorker, "verl's", "verl's"],
+        (3, False): [("ActorRolloutRefWorker", 3), ("TrainingWorker", 3), "verl's"],
+        (3, True): [("SkippingWorker", 3), ("TrainingWorker", 3), "verl's"],
+    }
 
 
 def test_a_renamed_verl_trainer_is_reported(monkeypatch):
