@@ -31,7 +31,7 @@ from verl_ext.preflight import composition
 from verl_ext.preflight.checks import Needs, refuse
 from verl_ext.preflight.composition import Run
 from verl_ext.runs.files import write_whole
-from verl_ext.runs.folder import CONFIG_FILE, FINISHED_FILE, latest_checkpoint, what_is_left
+from verl_ext.runs.folder import CONFIG_FILE, FINISHED_FILE, how_to_continue, what_is_left
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
@@ -85,12 +85,9 @@ class JobCallback(Callback):
         try:
             if folder and job_return.status == JobStatus.COMPLETED:
                 mark_finished(config, Path(folder))
-            elif folder and "verl_ext" in config and (checkpoint := latest_checkpoint(Path(folder))):
-                print(
-                    f"verl-disco: the run in {folder} ended early, by the error below; the same command continues from "
-                    f"{checkpoint.name}",
-                    flush=True,
-                )
+            elif folder and "verl_ext" in config:
+                if how := how_to_continue(Path(folder), config.trainer.resume_mode):
+                    print(f"verl-disco: the run in {folder} ended early, by the error below; {how}", flush=True)
         finally:
             if self._lock is not None:
                 self._lock.release()

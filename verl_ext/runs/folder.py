@@ -137,6 +137,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
         return None
 
 
+def how_to_continue(folder: Path, resume_mode: str) -> str:
+    """Say by which command a run goes on from its latest checkpoint; empty without one."""
+    checkpoint = latest_checkpoint(folder)
+    # Any other mode begins anew, or at the checkpoint that it names.
+    more = "" if resume_mode == "auto" else " with trainer.resume_mode=auto"
+    return f"the same command{more} continues from {checkpoint.name}" if checkpoint else ""
+
+
 def is_finished(run: Path, config: DictConfig) -> bool:
     """Tell whether a run with these settings has finished in this folder.
 

@@ -32,7 +32,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from verl_ext.recipes import installed
 from verl_ext.runs.files import write_whole
-from verl_ext.runs.folder import METRICS_FILE, latest_checkpoint
+from verl_ext.runs.folder import METRICS_FILE, how_to_continue
 from verl_ext.training.advantages import estimating
 from verl_ext.training.bands import weight_by_pass_rate
 from verl_ext.training.detached import DetachedWorker
@@ -220,11 +220,10 @@ class ExtendedTrainer:
         step, free = self.global_steps, ""
         with suppress(OSError):
             free = f" (free on this node: {shutil.disk_usage(self._folder).free / 2**30:.1f} GiB)"
-        earlier = latest_checkpoint(self._folder)
-        rest = f"the run continues from {earlier.name}" if earlier else "there is no earlier one"
+        how = how_to_continue(self._folder, self.config.trainer.resume_mode) or "the same command begins anew"
         return (
             f"the checkpoint of step {step} in {self._folder} could not be written: see the error above; is the disk "
-            f"full{free}? Once it can be, {rest}, by the same command"
+            f"full{free}? Once it can be, {how}"
         )
 
     @contextmanager

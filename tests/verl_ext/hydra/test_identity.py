@@ -65,7 +65,7 @@ def test_what_changes_results(name):
     data.val_files data.val_max_samples actor_rollout_ref.rollout.val_kwargs.n
     actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size actor_rollout_ref.rollout.engine_kwargs.vllm.x
     actor_rollout_ref.ref.megatron.tensor_model_parallel_size verl_ext.same_run
-    verl_ext.gpu_memory verl_ext.prepare arithmetic.folder math.folder
+    verl_ext.reward_timeout verl_ext.gpu_memory verl_ext.prepare arithmetic.folder math.folder
     countdown.folder gsm8k.folder critic.ppo_micro_batch_size_per_gpu
     """.split(),
 )

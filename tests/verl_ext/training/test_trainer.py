@@ -322,16 +322,22 @@ def test_a_step_is_in_its_checkpoint_before_verl_names_it_and_old_ones_go_after(
 
 
 @pytest.mark.parametrize(
-    "tracker, rest", [("2", "the run continues from global_step_2"), (None, "there is no earlier")]
+    "tracker, mode, rest",
+    [
+        ("2", "auto", "can be, the same command continues from global_step_2"),
+        ("2", "disable", "the same command with trainer.resume_mode=auto continues from global_step_2"),
+        (None, "auto", "the same command begins anew"),
+    ],
 )
-def test_a_checkpoint_that_cannot_be_written_says_what_is_left(bare, tmp_path, tracker, rest):
+def test_a_checkpoint_that_cannot_be_written_says_what_is_left(bare, tmp_path, tracker, mode, rest):
     def fail(self):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0")
 
     (tmp_path / "global_step_2/actor").mkdir(parents=True)
     if tracker:
         (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
-    this = bare(default_local_dir=str(tmp_path), max_actor_ckpt_to_keep=1, _save_checkpoint=fail)
+    options = {"default_local_dir": str(tmp_path), "max_actor_ckpt_to_keep": 1, "resume_mode": mode}
+    this = bare(**options, _save_checkpoint=fail)
     this._keep_row = lambda: None
     with pytest.raises(RuntimeError, match=f"of step 7 in .* could not be written.*disk full.* GiB.*{rest}"):
         this._save_checkpoint()
