@@ -139,11 +139,14 @@ def bounded(score: Callable[..., Any], seconds: float | None) -> Callable[..., A
 
         async def awaited(*args: Any, **kwargs: Any) -> Any:
             call = asyncio.ensure_future(score(*args, **kwargs))
-            if not (await asyncio.wait([call], timeout=seconds))[0]:
-                # A function that catches its cancellation is left behind.
+            try:
+                await asyncio.wait([call], timeout=seconds)
+                if not call.done():
+                    raise TimeoutError(late)
+                return call.result()
+            finally:
+                # Also if verl's rate-limited manager gives up first. One that catches it is left behind.
                 call.cancel()
-                raise TimeoutError(late)
-            return call.result()
 
         return awaited
 

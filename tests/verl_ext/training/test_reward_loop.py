@@ -197,6 +197,13 @@ def test_failures_that_verls_rate_limited_manager_grades_0_are_counted(worker):
     assert (tally.asked, tally.failed) == (3, 2) and "no answer in x" in tally.first
 
 
+def test_a_call_that_verls_rate_limited_manager_gives_up_does_not_go_on(worker):
+    made = worker("asyncio.sleep(60)", name="compute_score_async", manager="rate_limited")
+    assert made.run(made.compute_score(row(0)))["reward_score"] == 0.0
+    made.run(asyncio.sleep(0))
+    assert asyncio.all_tasks(made.loop) == {made._beating}
+
+
 @pytest.mark.parametrize(
     "name, hang", [("compute_score", "time.sleep(60)"), ("compute_score_async", "asyncio.sleep(60)")]
 )
