@@ -68,7 +68,7 @@ def worker(tmp_path, monkeypatch):
                     "custom_reward_function": {"path": f"{tmp_path}/reward.py", "name": name},
                     "reward_manager": {"source": "register", "name": manager},
                     "reward_model": {"enable": False},
-                    "timeout": 0.2,
+                    "timeout": 1.0,
                 },
                 "verl_ext": {"reward_timeout": timeout},
             }
@@ -190,7 +190,7 @@ def test_a_batch_has_an_answer_per_response(worker):
 
 
 def test_failures_that_verls_rate_limited_manager_grades_0_are_counted(worker):
-    answers = ("grade('x')", "time.sleep(0.5)", "{'score': 1, 'error': 'of the user', 'acc': 1}")
+    answers = ("grade('x')", "time.sleep(2)", "{'score': 1, 'error': 'of the user', 'acc': 1}")
     made = worker(*answers, manager="rate_limited")
     assert [made.run(made.compute_score(row(i)))["reward_score"] for i in range(3)] == [0.0, 0.0, 1.0]
     tally = made.run(made.take_tally())
