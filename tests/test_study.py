@@ -198,6 +198,28 @@ def test_what_cannot_be_compared_is_refused(load, study, read, tmp_path):
         (other / "config.yaml").unlink(), (other / "metrics.jsonl").unlink()
 
 
+def test_the_order_of_methods_is_compared_with_the_papers(load, study, read):
+    for method, share in {"disco": 1.0, "dapo_static": 0.5, "grpo": 0.25, "maxrl": 0.75}.items():
+        study("main", method, 1, {60: dict.fromkeys(QUESTIONS, share)})
+    runs, analyse = read("main"), load("analyse")
+    # maxrl is not in it.
+    rho, _, methods = analyse.order_of_paper(runs, math.inf)
+    assert (rho, methods) == (pytest.approx(1), 3)
+    study("main", "dr_grpo", 1, {60: ALL})
+    # The paper's last is second here, in a tie with the first: ranks 4, 3, 2, 1 against 3.5, 2, 1, 3.5.
+    rho, _, methods = analyse.order_of_paper(read("main"), math.inf)
+    assert (rho, methods) == (pytest.approx(np.corrcoef([4, 3, 2, 1], [3.5, 2, 1, 3.5])[0, 1]), 4)
+
+
+def test_two_methods_are_compared_on_hard_questions(load, study, read):
+    for seed in (1, 2):
+        study("main", "disco_b", seed, {60: dict.fromkeys(QUESTIONS, 0.5)})
+        study("main", "disco", seed, {60: {"a": 0.5, "b": 0.25, "c": 1.0, "d": 0.75}})
+    table = load("analyse").pair_table({"here": (read("main"), "disco", "disco_b")}, math.inf)
+    row = table.loc["disco - disco_b, here"]
+    assert row["pass@1, all"].startswith("+12.5 ") and row["pass@1, 2 hard"].startswith("+37.5 ")
+
+
 def test_methods_that_are_not_tested_give_no_table(load, study, read):
     study("main", "maxrl", 1, {60: ALL})
     assert len(load("analyse").hypotheses_table({"arithmetic": read("main")})) == 0
