@@ -31,7 +31,7 @@ def require_finite(
     bounds = [f" {sign} {x}" for sign, x in ((">=", minimum), (">", above), ("<=", most)) if x is not None]
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     inside = (
         (minimum is None or found >= minimum) and (above is None or found > above) and (most is None or found <= most)
@@ -56,7 +56,8 @@ def check(f: Field, value: Any) -> None:
     """Refuse a value that :func:`number` or :func:`choice` does not allow."""
     if "bounds" in f.metadata:
         require_finite(f"disco.{f.name}", value, **f.metadata["bounds"])
-    if value not in f.metadata.get("choices", (value,)):
+    # A list in YAML is no key of a dict.
+    if "choices" in f.metadata and value not in list(f.metadata["choices"]):
         raise ValueError(f"disco.{f.name}={value!r} is unknown; choose from {sorted(f.metadata['choices'])}")
 
 

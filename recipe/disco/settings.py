@@ -82,6 +82,10 @@ class DiscoConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        if not isinstance(self.module, str | None):
+            raise ValueError(f"disco.module={self.module!r} is not a file or pkg://a.module")
+        if not isinstance(self.options, dict):
+            raise ValueError(f"disco.options={self.options!r} is not a group of settings; use disco.options.NAME=VALUE")
         load_once(self.module)
         for name, choices in (
             ("objective", OBJECTIVES),
@@ -226,6 +230,6 @@ def parse(node: DictConfig | dict[str, Any]) -> DiscoConfig:
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     values.pop("_target_", None)
     known = {f.name for f in fields(DiscoConfig)}
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(set(values) - known, key=str):
         raise ValueError(f"disco.{unknown[0]} is not a setting; the settings are {sorted(known)}")
     return DiscoConfig(**values)

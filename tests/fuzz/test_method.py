@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 from fuzzing import cases
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from recipe.disco import DiscoConfig, disco_loss
 from recipe.disco.constraint import CONTROLLERS, build_controller, kl_estimate, kl_standard_error, price
 from recipe.disco.loss import micro_batch_loss, question_ids
 from recipe.disco.objectives import OBJECTIVES
-from recipe.disco.questions import QUESTIONS, pair_weights
-from recipe.disco.registry import require_finite, settings_of
+from recipe.disco.questions import QUESTIONS, by_question, factors, pair_weights
+from recipe.disco.registry import Component, Registry, choice, number, require_finite, settings_of
 from recipe.disco.scores import SCORES, compute_score
+from recipe.disco.settings import parse
 from recipe.disco.update import ScoreTable, by_session, plan_update
 
 
@@ -293,14 +294,20 @@ def test_extreme_numbers_give_numbers_or_an_error_that_names_them(batch, method,
     assert not grad[~batch.mask].any()
 
 
-numbers = st.one_of(st.floats(), st.integers(-5, 5), st.none(), st.booleans(), st.text(max_size=3))
+numbers = st.one_of(
+    st.floats(),
+    st.integers(-5, 5),
+    st.none(),
+    st.booleans(),
+    st.text(max_size=3),
+    st.sampled_from([10**400, -(10**400)]),
+)
+anything = st.one_of(numbers, st.lists(numbers, max_size=2), st.dictionaries(st.text(max_size=3), numbers, max_size=2))
 
 
 @cases(300)
 @given(
-    st.dictionaries(
-        st.sampled_from([f.name for f in fields(DiscoConfig) if f.name not in ("module", "options")]), numbers
-    ),
+    st.dictionaries(st.sampled_from([f.name for f in fields(DiscoConfig)]), anything, max_size=3),
     st.fixed_dictionaries(
         {},
         optional={
@@ -312,6 +319,10 @@ numbers = st.one_of(st.floats(), st.integers(-5, 5), st.none(), st.booleans(), s
         },
     ),
 )
+@example({"tau": 10**400}, {})
+@example({"surrogate": ["identity"]}, {})
+@example({"module": ["a"]}, {})
+@example({"options": 5}, {})
 def test_settings_are_built_or_refused_by_name(values, names):
     values |= names
     try:
@@ -319,12 +330,95 @@ def test_settings_are_built_or_refused_by_name(values, names):
     except ValueError as e:
         assert "disco." in str(e)
         return
-    log_prob = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
-    loss, _ = disco_loss(
-        log_prob, log_prob.detach() + 0.1, torch.ones(2, 2), torch.tensor([1.0, 0.0]), [0, 0],
-        ref_log_prob=log_prob.detach(), **config.chosen(),
-    )  # fmt: skip
+    log_prob = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], dtype=torch.float64, requires_grad=True)
+    try:
+        loss, _ = disco_loss(
+            log_prob, log_prob.detach() + 0.1, torch.ones(2, 2), torch.tensor([1.0, 0.0]), [0, 0],
+            ref_log_prob=log_prob.detach(), **config.chosen(),
+        )  # fmt: skip
+    except ValueError as e:
+        # Beyond the numbers that there are.
+        assert "disco." in str(e) and any(isinstance(x, float) and not 1e-9 < abs(x) < 1e9 for x in values.values())
+        return
     assert loss.isfinite()
+
+
+@cases(100)
+@given(
+    st.dictionaries(
+        st.one_of(st.sampled_from(["tau", "beta", "_target_"]), st.text(max_size=3), st.integers()), numbers
+    )
+)
+def test_a_node_has_known_settings_alone(values):
+    unknown = [name for name in values if name not in ("tau", "beta", "_target_")]
+    try:
+        parse(values)
+    except ValueError as e:
+        assert any(f"disco.{name}" in str(e) for name in unknown or values)
+        return
+    assert not unknown
+
+
+@cases(100)
+@given(st.one_of(st.none(), anything), st.one_of(st.none(), anything), st.booleans(), anything)
+def test_a_registered_class_gets_its_own_settings_or_names_what_is_wrong(size, kind, given, name):
+    registry = Registry("thing", Component)
+
+    @registry.register("mine")
+    @dataclass(frozen=True)
+    class Mine(Component):
+        size: float = number(minimum=0, most=3)
+        kind: str = choice("a", {"a": 1, "b": 2})
+
+    settings = {"other": 1} | ({"size": size} if given else {}) | ({} if kind is None else {"kind": kind})
+    try:
+        found = registry.build("mine", settings)
+        assert 0 <= found.size <= 3 and found.kind in ("a", "b") and found.name == "mine"
+    except ValueError as e:
+        assert "disco." in str(e) and any(word in str(e) for word in ("size", "kind"))
+    with pytest.raises(ValueError, match="registered already"):
+        registry.register("mine")(dataclass(frozen=True)(type("Mine", (Component,), {})))
+    with pytest.raises(ValueError, match="disco.thing=.* is unknown; choose from .'mine'"):
+        registry[name]
+    assert list(registry) == ["mine"]
+
+
+@cases(200)
+@given(
+    st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=14),
+    st.booleans(),
+    st.sampled_from(shipped(QUESTIONS)),
+)
+def test_questions_are_counted_by_hand(rows, graded, weight):
+    question, level, length = (torch.tensor(x) for x in zip(*rows, strict=True))
+    reward = level.double() / 4
+    found = by_question(reward >= 1, question, length, reward if graded else None)
+    ids = sorted({q for q, *_ in rows if q >= 0})
+    assert found.ids.tolist() == ids
+    assert found.size.tolist() == [sum(q == other for other, *_ in rows) if q >= 0 else 0 for q, *_ in rows]
+    seen = []
+    for i, q in enumerate(ids):
+        scored = [k for k, (other, _, n) in enumerate(rows) if other == q and n]
+        levels = [rows[k][1] / 4 for k in scored]
+        mean = sum(levels) / max(len(levels), 1)
+        differ = graded and len(set(levels)) > 1
+        right = [k for k, x in zip(scored, levels, strict=True) if (x > mean if differ else x >= 1)]
+        assert (int(found.positives[i]), int(found.negatives[i])) == (len(right), len(scored) - len(right))
+        assert found.rate[i].item() == pytest.approx(mean if graded else len(right) / max(len(scored), 1))
+        if 0 < len(right) < len(scored):
+            stacks = [(s, s.which.tolist().index(i)) for s in found.mixed if i in s.which]
+            ((stack, at),) = stacks
+            assert sorted(stack.positive[at].tolist()) == right
+            assert sorted(stack.negative[at].tolist()) == sorted({*scored} - {*right})
+            assert (stack.reward is not None) == (graded and len(set(levels)) > 2)
+            seen.append(i)
+    assert sum(len(s.which) for s in found.mixed) == len(seen) == int(found.are_mixed.sum())
+    c = factors(QUESTIONS.build(weight, {"question_temperature": 2.0}), found)
+    assert c.shape == found.rate.shape and c.isfinite().all() and (c >= 0).all() and (c[~found.are_mixed] == 1).all()
+    p = found.rate[found.are_mixed]
+    hand = {"uniform": p * 0 + 1, "failure_rate": 1 - p, "grpo": (p * (1 - p)).sqrt()}
+    hand["dgpo"] = len(p) * (-p / 2).exp() / (-p / 2).exp().sum()
+    near(c[found.are_mixed], hand[weight])
 
 
 @cases(300)

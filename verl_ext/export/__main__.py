@@ -27,6 +27,7 @@ import yaml
 
 from verl_ext.export.model import export_model
 from verl_ext.export.push import describe, is_hub_name, plan, push
+from verl_ext.report.read import one_line as printable
 from verl_ext.report.read import read_run
 from verl_ext.runs.checkpoints import DTYPES, Checkpoint, ExportError, find_checkpoints, one_line
 from verl_ext.runs.folder import CHECKPOINT_FILE, CONFIG_FILE, read_settings
@@ -223,6 +224,21 @@ def after_steps(step: int) -> str:
     return f"after {step} {STEPS}"
 
 
+def without_folders(value: Any) -> Any:
+    """Leave out the folders of absolute paths, those with spaces too where a path is all of a value."""
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    whole = re.fullmatch(r"~?/.*?([^/]*)/*", value, re.DOTALL)
+    return f".../{whole[1]}" if whole else FOLDERS.sub(".../", value)
+
+
+def cell(value: Any) -> str:
+    """Write a value as a cell of a Markdown table."""
+    return printable(without_folders(value)).replace("|", "\\|")
+
+
 def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, weights: list[str]) -> str:
     """Write the card in Markdown, with front matter for the hub.
 
@@ -232,7 +248,8 @@ def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, w
         weights: sentences on the exported weights, see :func:`~verl_ext.export.model.export_model`.
     """
     base = str(settings["actor_rollout_ref.model.path"])
-    algorithm = str(settings.get("verl_ext.algorithm", "ppo"))
+    told_base = printable(without_folders(base))
+    algorithm = printable(settings.get("verl_ext.algorithm", "ppo"))
     shown = {name: settings[name] for name in SHOWN if name in settings}
     shown |= {n: v for n, v in settings.items() if n.startswith(f"{algorithm}.") and not n.endswith("_target_")}
     # The hub takes names on it alone.
@@ -240,8 +257,8 @@ def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, w
     facts |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     facts["tags"] = ["reinforcement-learning", "verl", "verl-disco", algorithm]
     lines = ["---", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True) + "---", ""]
-    lines += [f"# {Path(base).name}, trained by {algorithm}", ""]
-    lines += [f"`{FOLDERS.sub('.../', base)}` {after_steps(step)} with the method `{algorithm}`, by", ""]
+    lines += [f"# {Path(told_base).name}, trained by {algorithm}", ""]
+    lines += [f"`{told_base}` {after_steps(step)} with the method `{algorithm}`, by", ""]
     lines += ["    python -m verl.trainer.main_ppo algorithm=" + algorithm + " ...", ""]
     lines += [f"with verl {version('verl')} and verl-disco {version('verl-disco')}.", ""]
     if step in evaluations.index:
@@ -250,14 +267,13 @@ def model_card(settings: dict[str, Any], evaluations: pd.DataFrame, step: int, w
         scores = evaluations.reindex([0, step]).mul(100).round(1)
         for benchmark in scores.columns[scores.loc[step].notna()]:
             before, after = ("" if pd.isna(score) else f"{score:.1f}" for score in scores[benchmark])
-            lines.append(f"| {benchmark} | {before} | {after} |")
+            lines.append(f"| {cell(benchmark)} | {before} | {after} |")
         lines.append("")
-    lines += ["## Weights", "", *(f"- {sentence}" for sentence in weights), ""]
+    # The sentences name the base model, by a path that may have spaces.
+    weights = [sentence.replace(f"`{base}`", f"`{told_base}`") for sentence in weights]
+    lines += ["## Weights", "", *(f"- {FOLDERS.sub('.../', sentence)}" for sentence in weights), ""]
     lines += ["## Settings", "", "| setting | value |", "|---|---|"]
-    cells = {
-        name: " ".join(FOLDERS.sub(".../", str(value)).split()).replace("|", "\\|") for name, value in shown.items()
-    }
-    lines += [f"| {name} | {value} |" for name, value in cells.items()]
+    lines += [f"| {name} | {cell(value)} |" for name, value in shown.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -38,6 +38,7 @@ from verl_ext.runs.checkpoints import (
     floating_dtypes,
     name_of,
     read_json,
+    same_bits,
     widest,
 )
 
@@ -150,7 +151,7 @@ def read_fsdp(
     for names in tied.values():
         first, *others = [n for n in names if n in shards]
         tensor = shards[first]
-        if odd := [n for n in others if not torch.equal(shards[n], tensor)]:
+        if odd := [n for n in others if not same_bits(shards[n], tensor)]:
             raise ExportError(f"config.json ties {odd[0]} to {first}, but they differ in the checkpoint")
         state |= dict.fromkeys(names, hold(tensor, torch.float32, store))
     model.load_state_dict(state, assign=True)

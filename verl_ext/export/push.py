@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from verl_ext.report.read import one_line as printable
 from verl_ext.runs.checkpoints import ExportError, one_line
 
 ALLOWED = re.compile(
@@ -53,8 +54,9 @@ def plan(folder: Path) -> Plan:
     # Links are left out: they may lead anywhere.
     found = [f for f in sorted(folder.rglob("*")) if f.is_symlink() or not f.is_dir()]
     names = {f.relative_to(folder).as_posix(): f for f in found}
-    inside = {name for name, file in names.items() if file.resolve() == folder.resolve() / name and file.is_file()}
-    files = [name for name in names if name in inside and ALLOWED.fullmatch(name)]
+    here = folder.resolve()
+    own = {n for n, f in names.items() if not f.is_symlink() and f.is_file() and f.resolve() == here / n}
+    files = [name for name in names if name in own and ALLOWED.fullmatch(name)]
     if "README.md" not in files or not any(name.endswith(".safetensors") for name in files):
         raise ExportError(f"{folder} is no exported model: it needs README.md and safetensors")
     for name in files:
@@ -76,9 +78,10 @@ def describe(folder: Path, repo: str, private: bool, chosen: Plan) -> str:
     sizes = {name: os.path.getsize(folder / name) for name in chosen.files}
     lines = [f"to https://huggingface.co/{repo}, {'private' if private else 'PUBLIC: everybody can read it'}:"]
     lines += [f"  {size(count):>9}  {name}" for name, count in sizes.items()]
+    left_out = ", ".join(map(printable, chosen.left_out))
     lines += [f"  {size(sum(sizes.values())):>9}  in {len(sizes)} files"]
-    lines += [f"not pushed: {', '.join(chosen.left_out)}"] if chosen.left_out else []
-    card = (folder / "README.md").read_text().splitlines()
+    lines += [f"not pushed: {left_out}"] if chosen.left_out else []
+    card = (folder / "README.md").read_text(errors="replace").splitlines()
     more = len(card) - CARD_LINES
     lines += ["the card:", *(f"  | {line}" for line in card[:CARD_LINES])]
     return "\n".join(lines + ([f"  | ... {more} more lines"] if more > 0 else []))

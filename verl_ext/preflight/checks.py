@@ -92,17 +92,27 @@ def refuse(run: Run, *needs: Needs) -> None:
                 print(f"verl-disco: warning: {finding}", flush=True)
             else:
                 wrong.append(finding)
-        if failed := next((f.error for f in wrong if f.error), None):
-            raise failed
+        if named := [f for f in wrong if not f.error]:
+            raise ValueError("; ".join(map(str, named)))
         if wrong:
-            raise ValueError("; ".join(map(str, wrong)))
+            raise wrong[0].error
 
 
 def examine(overrides: Sequence[str]) -> Iterator[Finding]:
     """Run all checks of the run with these overrides, in the order of the report, without starting it.
 
     Stops at the first error that later checks depend on: settings that do not compose, or values that cannot be right.
+    A check that fails where something is wrong already says nothing more.
     """
+    named = False
+    for finding in _examine(overrides):
+        if finding.error and named:
+            finding = Finding(finding.name, "not checked: fix what is named above first")
+        named |= bool(finding.problem) and not finding.warning
+        yield finding
+
+
+def _examine(overrides: Sequence[str]) -> Iterator[Finding]:
     try:
         run = composition.compose(overrides)
     except Exception as e:
@@ -112,7 +122,7 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
     hint = f"; it may come from {', '.join(values)}" if values else ""
     unread = list(run_checks([check_unread], run, hint=hint))
     others = list(run_checks([c for c in CHECKS[Needs.OVERRIDES] if c is not check_unread], run, hint=hint))
-    yield from unread + others
+    yield from sorted(unread + others, key=lambda f: f.error is not None)
     wrong = any(f.problem and not f.warning for f in others)
     for name in composition.unset(run.composed)[:1]:
         yield Finding("settings", "", f"the settings do not compose: {name} is not set", f"give {name}=...")

@@ -136,7 +136,8 @@ class Setting:
 
 def walk(node: dict[str, Any], owner: type | None = None, prefix: str = "") -> Iterator[Setting]:
     """Yield all settings and nodes of a plain dictionary, nodes before their contents."""
-    owner = _dataclass_named(node.get("_target_")) or owner
+    target = node.get("_target_")
+    owner = (_dataclass_named(target) if isinstance(target, str) else None) or owner
     for key, value in node.items():
         annotation = hints(owner).get(str(key))
         yield Setting(f"{prefix}{key}", value, owner, annotation, node)
@@ -155,11 +156,9 @@ def hints(owner: type | None) -> dict[str, Any]:
 
 
 @cache
-def _dataclass_named(target: str | None) -> type | None:
+def _dataclass_named(target: str) -> type | None:
     from hydra.utils import get_class
 
-    if not isinstance(target, str):
-        return None
     # A wrong _target_ is named where the dataclass is made.
     with suppress(Exception):
         return found if is_dataclass(found := get_class(target)) else None

@@ -31,6 +31,9 @@ CLASSES += ("actor_rollout_ref.rollout.checkpoint_manager_class", "verl_ext.vali
 MODULES = ("actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module", "actor_rollout_ref.model.external_lib")
 """Settings whose value is a module that verl imports, or several."""
 
+OPTIMIZERS = ("actor_rollout_ref.actor.optim.optimizer_impl", "critic.optim.optimizer_impl")
+"""Settings whose value is the module of an optimizer."""
+
 FILES = (
     "actor_rollout_ref.rollout.multi_turn.tool_config_path",
     "actor_rollout_ref.rollout.multi_turn.function_tool_path",
@@ -74,11 +77,11 @@ def objects(config: DictConfig) -> Iterator[Object]:
     for node in OBJECTS:
         found = OmegaConf.select(config, node) or {}
         if path := found.get("path"):
-            yield Object(f"{node}.path={path}", f"{node}.name", path, found.get("name"))
+            yield Object(f"{node}.path={path}", f"{node}.name", str(path), found.get("name"))
     manager = config.reward.reward_manager
     if manager.source == "importlib" and (path := manager.module.path):
         where = f"reward.reward_manager.module.path={path}"
-        yield Object(where, "reward.reward_manager.name", path, manager.name)
+        yield Object(where, "reward.reward_manager.name", str(path), manager.name)
 
 
 def check_code(run: Run) -> Iterator[Finding]:
@@ -88,9 +91,14 @@ def check_code(run: Run) -> Iterator[Finding]:
             yield from _missing(wanted)
     for name in MODULES:
         value = OmegaConf.select(run.config, name)
-        for module in [value] if isinstance(value, str) else value or []:
-            if _find_spec(module) is None and not run.is_elsewhere(module):
+        for module in value if OmegaConf.is_list(value) else [value] if value else []:
+            if _find_spec(str(module)) is None and not run.is_elsewhere(str(module)):
                 yield Finding("modules", "", f"{name}={module}: there is no such module", "install it, or fix the name")
+    for name in OPTIMIZERS:
+        # Another package than the installed ones may be on the nodes that train: the checks of packages name it.
+        module = str(OmegaConf.select(run.config, name) or "")
+        if _find_spec(module.partition(".")[0]) is not None and _find_spec(module) is None:
+            yield Finding("modules", "", f"{name}={module}: there is no such module", "fix the name")
 
 
 def check_imports(run: Run) -> Iterator[Finding]:
@@ -121,12 +129,12 @@ def check_paths(run: Run) -> Iterator[Finding]:
             yield from _wrong_model(name, value, holds)
         seen.add(value)
     for name in FILES:
-        if (file := OmegaConf.select(config, name)) and not _exists(file) and not run.is_elsewhere(file):
+        if (file := str(OmegaConf.select(config, name) or "")) and not _exists(file) and not run.is_elsewhere(file):
             yield Finding("files", "", f"{name}={file}: there is no such file", "give an existing file, or null")
     if not run.is_elsewhere(str(config.trainer.resume_from_path)):
         yield from _wrong_resume(config)
     template = config.actor_rollout_ref.model.get("custom_chat_template")
-    if template and "{" not in template:
+    if template and "{" not in str(template):
         problem = f"actor_rollout_ref.model.custom_chat_template={template} is not a Jinja template"
         yield Finding("template", "", problem, "give the template's text itself, not a path")
 

@@ -71,7 +71,7 @@ def check_verls_own(run: Run) -> Iterator[Finding]:
     local = is_local(model_path(config))
     try:
         validate_config(without_engine(config), need_reference_policy(config), need_critic(config) and local)
-    except (ValueError, AssertionError, KeyError, TypeError) as e:
+    except Exception as e:
         yield Finding("checks", "", f"verl refuses: {first_lines(e)}", "fix the setting that it names")
     else:
         yield Finding("checks", f"verl's own passed for {world(config)} GPU(s)")

@@ -21,15 +21,19 @@ from verl_ext.preflight.composition import Run, Setting, walk
 from verl_ext.preflight.findings import Finding, by_nearness, first_lines, nearest
 from verl_ext.preflight.unread import text_of_users
 
+EXTERNAL_LIB = "actor_rollout_ref.model.external_lib"
+"""Modules of the user's that verl imports."""
+
 
 def check_values(run: Run) -> Iterator[Finding]:
     """Name each setting whose value has the wrong type, is out of range, or is none of a closed list."""
     config = run.composed
     plain = {s.name: s.value for s in walk(OmegaConf.to_container(run.plain, resolve=False))}
     raw = OmegaConf.to_container(config, resolve=False)
+    settings = list(walk(raw))
     # The user's code may register choices of its own.
-    users, external = text_of_users(raw), OmegaConf.select(config, "actor_rollout_ref.model.external_lib")
-    for setting in walk(raw):
+    users, external = text_of_users(raw), any(s.value for s in settings if s.name == EXTERNAL_LIB)
+    for setting in settings:
         value, before = setting.value, plain.get(setting.name)
         interpolated = isinstance(value, str) and "${" in value
         # A copy of another setting, which is checked itself.
@@ -83,8 +87,10 @@ def wrong_type(setting: Setting, value: Any, before: Any) -> str:
         return "" if kinds & {str, list} else _said(kinds)
     if isinstance(value, bool):
         return "" if kinds & {bool, str} else _said(kinds)
-    if math.isnan(value) or not kinds & {int, float, str} and not (bool in kinds and value in (0, 1)):
+    if value != value or not kinds & {int, float, str} and not (bool in kinds and value in (0, 1)):
         return _said(kinds)
+    if isinstance(value, int) and abs(value) >= 2**63 and str not in kinds:
+        return "a number that fits 64 bits"
     return ""
 
 
@@ -234,7 +240,11 @@ def _optimizers(setting: Setting) -> Collection[str]:
 
     if "optimizer_impl" not in setting.siblings:
         return ()
-    module = importlib.import_module(str(setting.siblings["optimizer_impl"]))
+    try:
+        module = importlib.import_module(str(setting.siblings["optimizer_impl"]))
+    except (ImportError, ValueError):
+        # The checks of the code and of packages name it.
+        return ()
     return [n for n, x in vars(module).items() if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)]
 
 

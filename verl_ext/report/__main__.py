@@ -192,7 +192,7 @@ def write_report(
     difficulty, pass_k = difficulty_table(runs), pass_k_tables(runs)
     plots = dict(draw_all(runs, difficulty, out))
     names = short_names([r.folder for r in runs] + waiting + list(damaged))
-    going = [f"{plain(names[r.folder])}: {r.state}" for r in runs if r.state != "finished"]
+    going = [f"{plain(names[r.folder])}: {plain(r.state)}" for r in runs if r.state != "finished"]
     state = f"Not finished: {'; '.join(going)}." if going else "All finished."
     parts = ["# Comparison of runs", *headline_parts(runs, choose_baseline(runs, baseline), to_paste)]
     parts += ["## What is compared", f"{len(runs)} runs. {state}"]

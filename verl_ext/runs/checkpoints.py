@@ -125,6 +125,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Tell whether two tensors are the same, where a NaN equals itself."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
+
+
 class LazyTensors(Mapping[str, torch.Tensor]):
     """Tensors by name, each read when asked for and not before; ``places`` says where each one is."""
 
@@ -178,7 +185,7 @@ class Shards(LazyTensors):
         parts = [shard[name] for shard in self._ranks]
         first = parts[0]
         if not isinstance(first, DTensor):
-            if not all(torch.equal(first, part) for part in parts[1:]):
+            if not all(same_bits(first, part) for part in parts[1:]):
                 raise ValueError(f"{name} is not sharded, but differs between ranks")
             return first
         ranks = first.device_mesh.mesh

@@ -150,11 +150,11 @@ def test_neutral_values_of_what_is_not_there_are_accepted():
         ({"n": 4}, "not support n=4, only n=1 .the number of responses is rollout.n"),
         ({"stop": ["\n"]}, "not support stop="),
         ({"min_p": 0.1}, "not support min_p=0.1, only min_p=0"),
-        ({"temperature": -1}, "temperature=-1 must be >= 0"),
+        ({"temperature": -1}, "temperature=-1 must be 0 .greedy. or from 1e-20"),
         ({"top_p": 0}, "top_p=0 must be in"),
         ({"top_k": -2}, "top_k=-2 must be -1"),
-        ({"max_tokens": 0}, "max_tokens=0 must be >= 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 must be > 0"),
+        ({"max_tokens": 0}, "max_tokens=0 must be a whole number >= 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be from 1e-20"),
     ],
 )
 def test_refusals_name_the_parameter(setting, message):

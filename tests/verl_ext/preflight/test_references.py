@@ -70,6 +70,11 @@ def findings(config: DictConfig, *overrides: str) -> list:
         ([f"{MODEL}.path=plain.py"], "model.path=plain.py: there is no such folder", ""),
         ([f"{MODEL}.tokenizer_path=/nope"], "tokenizer_path=/nope: there is no such folder", ""),
         ([f"{MODEL}.external_lib=nope_lib"], "external_lib=nope_lib: there is no such module", ""),
+        (
+            ["actor_rollout_ref.actor.optim.optimizer_impl=torch.optimm"],
+            "optimizer_impl=torch.optimm: there is no",
+            "fix",
+        ),
         ([f"{MODEL}.custom_chat_template=/x.jinja"], "is not a Jinja template", "give the template's text"),
         ([f"{ROLLOUT}.multi_turn.tool_config_path=/nope.yaml"], "/nope.yaml: there is no such file", ""),
         ([f"{ROLLOUT}.agent.agent_loop_config_path=nope.yaml"], "nope.yaml: there is no such file", ""),

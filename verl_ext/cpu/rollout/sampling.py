@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ NEUTRAL = {"n": 1, "stop": None, "min_p": 0, "min_tokens": 0, "presence_penalty"
 """Sampling parameters that this rollout does not support, with the only value that it accepts."""
 
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
+
+LEAST, MOST = 1e-20, 1e20
+"""Bounds of what logits are multiplied or divided by: float32 holds the results, of any logits that a model gives."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,19 @@ class SamplingParams:
     """With a seed, the response depends on the seed, the prompt and the weights only."""
 
     def __post_init__(self):
-        for name, holds, right in (
-            ("max_tokens", self.max_tokens >= 1, ">= 1"),
-            ("temperature", self.temperature >= 0, ">= 0"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= -1, "-1 (off) or >= 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+        for name, kind, holds, right in (
+            ("max_tokens", Integral, lambda x: x >= 1, "a whole number >= 1"),
+            ("temperature", Real, lambda x: x == 0 or LEAST <= x <= MOST, f"0 (greedy) or from {LEAST} to {MOST}"),
+            ("top_p", Real, lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("top_k", Integral, lambda x: -1 <= x < 2**63, "-1 (off) or a whole number >= 1"),
+            ("repetition_penalty", Real, lambda x: LEAST <= x <= MOST, f"from {LEAST} to {MOST}"),
+            ("ignore_eos", bool, lambda x: True, "true or false"),
+            ("stop_token_ids", tuple, lambda x: all(_is(token, Integral) for token in x), "a list of tokens' numbers"),
+            ("seed", Integral | None, lambda x: True, "a whole number, or null"),
         ):
-            if not holds:
-                raise ValueError(f"sampling parameter {name}={getattr(self, name)} must be {right}")
+            value = getattr(self, name)
+            if not (_is(value, kind) and holds(value)):
+                raise ValueError(f"sampling parameter {name}={value!r} must be {right}")
 
     @classmethod
     def parse(cls, params: dict[str, Any], **defaults: Any) -> "SamplingParams":
@@ -65,8 +73,14 @@ class SamplingParams:
         # vLLM's 0: the sampled token's log-probability only, which is what this rollout returns.
         if "logprobs" in given:
             given["logprobs"] = given["logprobs"] is not False
-        given["stop_token_ids"] = tuple(given.get("stop_token_ids", ()))
+        if isinstance(stop := given.get("stop_token_ids"), Sequence) and not isinstance(stop, str):
+            given["stop_token_ids"] = tuple(stop)
         return cls(**{**defaults, **given})
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Tell whether a value is of this kind, where true and false are no numbers."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def uniforms(key: tuple, count: int) -> np.ndarray:
@@ -131,6 +145,9 @@ class Sampler:
 
         Returns:
             tokens (rows,) int64 and their log-probabilities (rows,) float32.
+
+        Raises:
+            ValueError: a row's logits are no numbers, or none of its tokens is possible.
         """
         logits = logits.float()
         if self.vocab_size < logits.shape[-1]:
@@ -146,6 +163,11 @@ class Sampler:
         logp = logits.log_softmax(-1)
         # float64: the error of a float32 sum over 150 thousand tokens is larger than many of their probabilities.
         cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
+        if (broken := ~cumulative[:, -1].isfinite()).any():
+            raise ValueError(
+                f"the logits of {int(broken.sum())} of {len(broken)} rows give no probabilities (NaN or infinite): the "
+                "model's weights have diverged"
+            )
         # right=True: a token of probability 0 is never drawn.
         token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
         if self._any_greedy:
@@ -159,5 +181,7 @@ class Sampler:
         ordered = ordered.masked_fill((self.top_k > 0) & (rank >= self.top_k), -torch.inf)
         p = ordered.softmax(-1)
         before = p.cumsum(-1) - p
-        ordered = ordered.masked_fill((self.top_p < 1) & (before >= self.top_p), -torch.inf)
+        # float32 has no top_p below 1e-45: it is 0 there.
+        beyond = (self.top_p < 1) & (before >= self.top_p) & (rank > 0)
+        ordered = ordered.masked_fill(beyond, -torch.inf)
         return torch.empty_like(logits).scatter_(-1, index, ordered)

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -168,8 +168,8 @@ class HFServer:
         if params["max_tokens"] is None:
             left = spec.prompt_length + spec.response_length - len(prompt_ids)
             params["max_tokens"] = max(1, min(spec.response_length, left))
-        params["max_tokens"] = min(params["max_tokens"], room)
         parsed = SamplingParams.parse(params, ignore_eos=spec.ignore_eos, repetition_penalty=spec.repetition_penalty)
+        parsed = replace(parsed, max_tokens=min(parsed.max_tokens, room))
         prompt = tuple(prompt_ids)
         if parsed.seed is not None:
             key = ("request", parsed.seed, prompt)
