@@ -80,7 +80,7 @@ def test_a_draw_is_of_a_token_that_the_settings_allow(drawn, mode, random):
         higher = [v for v in x if v > x[token]]
         if p.temperature == 0:
             assert not higher
-        near = 1e-6 * max(1.0, max(abs(v) for v in x if v > -math.inf))
+        near = 1e-6 * max(1.0, max(abs(v) for v in x + row if v > -math.inf))
         clearly = [v for v in higher if v > x[token] + near]
         # No more tokens before it than top-k lets pass, and less mass than top-p asks for.
         assert p.top_k <= 0 or len(clearly) < p.top_k

@@ -111,7 +111,7 @@ def test_each_wrong_value_is_named(drawn):
         assert not finding.problem or finding.fix, finding
 
 
-@cases(40)
+@cases(30)
 @given(changes(2, VALUES + GROUPS))
 @example((RUNS[0], {"actor_rollout_ref.actor.optim._target_": []}))
 @example((RUNS[0], {"actor_rollout_ref.actor.optim.optimizer_impl": "torch.optimm"}))
@@ -305,7 +305,7 @@ path = st.one_of(
 )
 
 
-@cases(100)
+@cases(50)
 @given(
     st.dictionaries(st.sampled_from(PLACES), st.one_of(path, st.lists(path, max_size=2))), st.booleans(), st.booleans()
 )
