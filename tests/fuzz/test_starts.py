@@ -277,19 +277,22 @@ def test_changed_training_data_is_refused_and_moved_data_is_not(train, val, new_
                 found[f"data.{split}_files"] = [*map(str, names), f"{place}/nowhere"]
             return settings(folder, **found)
 
-        save_data(config("old", train=train, val=val), folder)
+        old = check_data(config("old", train=train, val=val), folder)
+        save_data(old, folder)
         if damaged is not None:
             (folder / "inputs.json").write_bytes(damaged)
         # Under other names.
         now = config("new", train=new_train, val=new_val)
-        changed = bool(new_train) and new_train != train
+        changed = bool(train and new_train) and new_train != train
         try:
-            check_data(now, folder)
+            kept = check_data(now, folder)
+            # What training asks for at the next start: an evaluation does not change it, nor do missing files.
+            assert damaged is not None or not train or kept["train"] == old["train"]
             assert damaged is not None or val_only or not changed
         except ValueError as e:
             assert (changed or damaged is not None) and not val_only and "data.train_files" in str(e)
             return
-        told = damaged is None and (bool(new_val) and new_val != val or changed)
+        told = damaged is None and (bool(val and new_val) and new_val != val or changed)
         assert told == ("data." in said.getvalue()) or damaged is not None
 
 
