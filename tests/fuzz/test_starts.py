@@ -22,7 +22,7 @@ from verl_ext.hydra.identity import holds_run, take_folder
 from verl_ext.hydra.inputs import check_data, save_data
 from verl_ext.hydra.paths import settle, settled
 from verl_ext.preflight import checks, composition
-from verl_ext.preflight.checks import CHECKS, Needs, examine
+from verl_ext.preflight.checks import CHECKS, Needs, examine, refuse
 from verl_ext.preflight.composition import Run, walk
 from verl_ext.preflight.findings import run_checks
 from verl_ext.runs.folder import without_hydra
@@ -92,6 +92,7 @@ def shown(value):
 
 @cases(20)
 @given(changes(8, VALUES))
+@example((RUNS[0], {"trainer": "${oc.env:NOPE}", "actor_rollout_ref.actor.optim.lr": "word"}))
 def test_each_wrong_value_is_named(drawn):
     run, held = changed(*drawn)
     findings = list(run_checks(CHECKS[Needs.OVERRIDES], run))
@@ -109,6 +110,12 @@ def test_each_wrong_value_is_named(drawn):
     for finding in findings:
         assert not finding.error or finding.name == "lost_updates", finding
         assert not finding.problem or finding.fix, finding
+    # A start says the same.
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            refuse(run, Needs.OVERRIDES)
+        except ValueError as e:
+            assert said and any(problem in str(e) for problem in said)
 
 
 @cases(30)
@@ -117,6 +124,7 @@ def test_each_wrong_value_is_named(drawn):
 @example((RUNS[0], {"actor_rollout_ref.actor.optim.optimizer_impl": "torch.optimm"}))
 @example((RUNS[0], {"actor_rollout_ref.model.custom_chat_template": math.inf}))
 @example((RUNS[0], {"disco.tau": 0}))
+@example((RUNS[0], {"model": 10**30}))
 @example((RUNS[0], {"reward": "a\nb"}))
 @example((RUNS[0], {"trainer.total_training_steps": 10**400}))
 @example((RUNS[0], {"actor_rollout_ref.model": [1, "a"]}))

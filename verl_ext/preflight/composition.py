@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from verl_ext.preflight.data import Data
 from verl_ext.preflight.nodes import cluster_address, ray_settings
@@ -51,7 +52,12 @@ class Run:
     @property
     def is_stock(self) -> bool:
         """Whether the run uses none of our extensions."""
-        return "verl_ext" not in self.composed and OmegaConf.select(self.composed, "trainer.device") != "cpu"
+        if "verl_ext" in self.composed:
+            return False
+        # The checks name a trainer or a device that does not resolve.
+        with suppress(OmegaConfBaseException, TypeError, ValueError):
+            return OmegaConf.select(self.composed, "trainer.device") != "cpu"
+        return True
 
     def is_elsewhere(self, path: str) -> bool:
         """Whether a path is the cluster's: behind Ray's client, or in the folder that Ray unpacks on each node."""

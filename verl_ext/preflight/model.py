@@ -14,7 +14,8 @@ from verl_ext.preflight.sizes import model_parallel
 
 
 def model_path(config: DictConfig) -> str:
-    return os.path.expanduser(config.actor_rollout_ref.model.path)
+    # A folder of digits is a number in YAML.
+    return os.path.expanduser(str(config.actor_rollout_ref.model.path))
 
 
 def is_local(path: str) -> bool:

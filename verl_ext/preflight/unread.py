@@ -97,10 +97,12 @@ def check_unread(run: Run) -> Iterator[Finding]:
 
 def check_ignored(run: Run) -> Iterator[Finding]:
     """Warn of each user's value that verl accepts and its V1 trainers do not read."""
-    if OmegaConf.select(run.composed, "trainer.use_v1") is False:
+    # Unresolved: what does not resolve is named elsewhere.
+    settings = list(walk(OmegaConf.to_container(run.composed, resolve=False)))
+    if any(s.name == "trainer.use_v1" and s.value is False for s in settings):
         return
     plain = {s.name: s.value for s in walk(OmegaConf.to_container(run.plain, resolve=False))}
-    for setting in walk(OmegaConf.to_container(run.composed, resolve=False)):
+    for setting in settings:
         name, value = setting.name, setting.value
         # The critic's micro-batches are split by tokens in any case.
         if isinstance(value, dict) or value == plain.get(name) or (name, value) == ("critic.use_dynamic_bsz", True):
