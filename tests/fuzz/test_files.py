@@ -504,13 +504,18 @@ def write_run(folder, run):
         (folder / f"validation/{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
+def write_runs(place, drawn):
+    folders = [place / str(i) for i in range(len(drawn))]
+    for folder, run in zip(folders, drawn, strict=True):
+        write_run(folder, run)
+    return folders
+
+
 @cases(60)
 @given(st.lists(one_run, min_size=1, max_size=3))
 def test_tables_of_any_runs(drawn):
     with tempfile.TemporaryDirectory() as place:
-        folders = [Path(place, str(i)) for i in range(len(drawn))]
-        for folder, run in zip(folders, drawn, strict=True):
-            write_run(folder, run)
+        folders = write_runs(Path(place), drawn)
         runs, damaged = read_runs(folders)
         assert all(str(folder) in fault for folder, fault in damaged.items())
         # Each has metrics, or is damaged, or has logged nothing yet.
@@ -548,10 +553,7 @@ def test_tables_of_any_runs(drawn):
 )
 def test_a_report_of_any_runs_loads_and_runs_nothing(drawn):
     with tempfile.TemporaryDirectory() as place:
-        folders = [Path(place, str(i)) for i in range(len(drawn))]
-        for folder, run in zip(folders, drawn, strict=True):
-            write_run(folder, run)
-        runs, damaged = read_runs(folders)
+        runs, damaged = read_runs(write_runs(Path(place), drawn))
         if not runs:
             return
         out = Path(place, "out")
