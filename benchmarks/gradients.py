@@ -1,11 +1,11 @@
 """How far cheaper gradients are from the exact one of L, along a DisCO run of a toy model.
 
-python benchmarks/gradients.py FOLDER [--steps 60] [--lr 1e-4] [--delta 1e-3] [--name gradients_arithmetic]
+python benchmarks/gradients.py FOLDER [--steps 60] [--lr 1e-4] [--delta 3e-3] [--name gradients_arithmetic]
 
 FOLDER is a task's assets. Of each mini-batch, at the policy before its update: cosine with, and distance to, the exact
-gradient, in units of its norm. ``lagged``: weights at old_log_probs, and the KL of the mini-batch before
-(disco.measure=lagged). ``N groups``: the mean gradient of micro-batches of N whole groups, each with a loss of its own,
-as in the published code. The run itself follows the exact gradient.
+gradient, in units of its norm. ``lagged``: weights at old_log_probs, and the KL of the mini-batch before, of its
+questions that were trained on (disco.measure=lagged). ``N groups``: the mean gradient of micro-batches of N whole
+groups, each with a loss of its own, as in the published code. The run itself follows the exact gradient.
 """
 
 import argparse
@@ -22,12 +22,13 @@ from recipe.disco.constraint import kl_estimate
 from recipe.disco.loss import micro_batch_loss
 from recipe.disco.scores import compute_score
 from recipe.disco.update import ScoreTable, plan_update
+from recipe.disco.worker import of_whole_questions
 
 GROUPS = (1, 2, 4)
 
 
 def lagged_gradient(toy: Toy, mini: MiniBatch, config: DiscoConfig, kl: float) -> tuple[Tensor, float]:
-    """Compute the gradient with weights at pi_old and the penalty at ``kl``; return also the KL of this mini-batch."""
+    """Compute the gradient with weights at pi_old and the penalty at ``kl``; return also the next one's KL."""
     batch, score = mini.batch, config.build_score()
     zero = torch.zeros_like(batch.reward)
     table = ScoreTable(
@@ -55,7 +56,9 @@ def lagged_gradient(toy: Toy, mini: MiniBatch, config: DiscoConfig, kl: float) -
         kl_estimator=config.kl_estimator,
     )
     found = kl_estimate(log_prob.detach(), mini.old, batch.mask, config.kl_estimator)
-    return gradient(toy.model, loss), float(found.sum() / batch.mask.sum())
+    trained = of_whole_questions(plan, table)
+    kl = float(found[trained].sum() / batch.mask[trained].sum()) if trained.any() else kl
+    return gradient(toy.model, loss), kl
 
 
 def by_micro_batch(toy: Toy, mini: MiniBatch, config: DiscoConfig, groups: int) -> Tensor:
@@ -95,7 +98,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--delta", type=float, default=1e-3)
+    parser.add_argument("--delta", type=float, default=3e-3)
     parser.add_argument("--estimator", choices=["k1", "k3"], default="k1")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--name", default="gradients")

@@ -1,6 +1,7 @@
 """How noisy the KL of a mini-batch is by its tokens, and how often the constraint fires on noise alone.
 
-python benchmarks/kl_noise.py FOLDER [--steps 20] [--lr 1e-4] [--most 1000000] [--name kl_noise_arithmetic]
+python benchmarks/kl_noise.py FOLDER [--steps 20] [--lr 1e-4] [--delta 3e-3] [--most 1000000]
+                              [--name kl_noise_arithmetic]
 
 FOLDER is a task's assets. A DisCO run of ``--steps`` makes two policies: pi_old of the last rollout, and the policy
 after its updates. pi_old then gives fresh responses, of ``--most`` tokens in all, whose mean k3 counts as the truth.
@@ -20,18 +21,21 @@ from toy import AT_ONCE, Toy, log_probs, old_log_probs, sample, train
 
 from recipe.disco.constraint import KL_ESTIMATORS, kl_estimate, kl_standard_error
 
-DELTAS = (1e-4, 1e-3, 1e-2)
+DELTAS = (1e-4, 1e-3, 3e-3, 1e-2)
 FEWEST = 5
 """Mini-batches whose spread is worth a figure."""
 
 
 @torch.no_grad()
-def divergences(old: Toy, new: Toy, most: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Sample from ``old`` until there are ``most`` tokens: each response's summed KL by estimator, and its tokens."""
+def divergences(old: Toy, new: Toy, most: int, seed: int, turn: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Sample from ``old`` until there are ``most`` tokens: each response's summed KL by estimator, and its tokens.
+
+    ``turn`` and those after it are the seeds that no step of the run had.
+    """
     pool, n = old.questions("train"), 8
     sums: dict[str, list[Tensor]] = {name: [] for name in KL_ESTIMATORS}
     lengths: list[Tensor] = []
-    turn, tokens = 0, 0
+    tokens = 0
     while tokens < most:
         questions = [pool[(turn * AT_ONCE // n + i) % len(pool)] for i in range(AT_ONCE // n)]
         batch = sample(old, questions, n, hash((seed, turn)))
@@ -79,6 +83,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--delta", type=float, default=3e-3)
     parser.add_argument("--most", type=int, default=1_000_000, help="tokens to sample")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--name", default="kl_noise")
@@ -86,12 +91,11 @@ def main() -> None:
     torch.set_num_threads(1)
     new = Toy.load(args.folder)
     old = new
-    # delta as the tasks have it
-    for mini in train(new, args.steps, lr=args.lr, seed=args.seed, delta=1e-3):
+    for mini in train(new, args.steps, lr=args.lr, seed=args.seed, delta=args.delta):
         if mini.number == 0:
             old = copy.copy(new)
             old.model = copy.deepcopy(new.model)
-    sums, length = divergences(old, new, args.most, args.seed)
+    sums, length = divergences(old, new, args.most, args.seed, args.steps + 1)
     settings = {k: v for k, v in vars(args).items() if k not in ("folder", "name")}
     record(args.name, figures_of(sums, length, args.most), settings | {"responses": len(length)})
 

@@ -48,13 +48,13 @@ SHORT = 40
 
 
 def plain(value: Any, folder: Path) -> Any:
-    """Take this machine's folders out of a setting."""
+    """Take this machine's folders out of a setting or an argument."""
     if isinstance(value, list):
         return [plain(v, folder) for v in value]
     if not isinstance(value, str):
         return value
     for root, name in ((folder, "outputs/study"), (ROOT, ".")):
-        value = re.sub(rf"{re.escape(str(root))}(?=/|$)", name, value)
+        value = re.sub(rf"{re.escape(str(root))}(?![\w.-])", name, value)
     return value if value.count("/") < 2 or not value.startswith(("/", "file:///")) else Path(value).name
 
 
@@ -154,7 +154,7 @@ def collect(folder: Path, out: Path) -> None:
         commands = (task / "commands.txt").read_text() if (task / "commands.txt").exists() else ""
         # The interpreter's path, too.
         commands = re.sub(r"^\S*python\S*", "python", commands, flags=re.M)
-        lines = [" ".join(plain_argument(a, folder) for a in line.split(" ")) for line in commands.splitlines()]
+        lines = [" ".join(plain(a, folder) for a in line.split(" ")) for line in commands.splitlines()]
         (out / f"{task.name}-commands.txt").write_text("\n".join(lines) + "\n")
         for file in sorted((task / "start").glob("*.jsonl")):
             pack(out / f"{task.name}-start-{file.stem}.tar.xz", {file.name: answers(file)})
@@ -163,12 +163,6 @@ def collect(folder: Path, out: Path) -> None:
     (out / "machine.json").write_text(json.dumps({"machine": machine(), "versions": versions()}, indent=2) + "\n")
     size = sum(f.stat().st_size for f in out.iterdir())
     print(f"{out}: {size / 2**20:.1f} MiB")
-
-
-def plain_argument(argument: str, folder: Path) -> str:
-    """Take this machine's folders out of an argument."""
-    argument = argument.replace(str(folder), "outputs/study")
-    return argument.replace(f"{ROOT}/", "")
 
 
 def main() -> None:

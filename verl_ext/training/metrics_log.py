@@ -6,7 +6,7 @@ The evaluation of a checkpoint after its step was logged adds a second line for 
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import orjson
 import torch
 
-from verl_ext.runs.files import append_whole, write_new
+from verl_ext.runs.files import append_whole, write_new, write_whole
 from verl_ext.training.progress import Progress
 
 ROW_FILE = "metrics.json"
-"""The step's metrics in its checkpoint's folder, because verl logs a step only after its evaluation."""
+"""In a checkpoint's folder: rows that could not be written, and its step's, which verl logs after the evaluation."""
 
 
 class Row(NamedTuple):
@@ -67,10 +67,9 @@ def _content(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def read_row(checkpoint: Path) -> dict[str, Any] | None:
-    """Read the metrics in a checkpoint's folder, if there are any."""
-    rows, _ = read_rows(_content(checkpoint / ROW_FILE))
-    return rows[0].values if rows else None
+def read_unlogged(checkpoint: Path) -> list[Row]:
+    """Read the metrics in a checkpoint's folder, the step's own last."""
+    return read_rows(_content(checkpoint / ROW_FILE))[0]
 
 
 def is_evaluated(path: Path, step: int) -> bool:
@@ -90,7 +89,7 @@ class MetricsLog:
         path: the metrics file.
         resumed_step: step of the checkpoint that the run starts from; 0 for a new run.
         trains: False if the run only evaluates: no step runs again, so all rows stay.
-        unlogged: metrics of the resumed step, used if the run ended before it logged them.
+        unlogged: rows that the resumed checkpoint has, the step's own last; those that are not in the file are added.
         progress: makes the lines; None for none.
     """
 
@@ -101,7 +100,7 @@ class MetricsLog:
         resumed_step: int,
         *,
         trains: bool = True,
-        unlogged: Mapping[str, Any] | None = None,
+        unlogged: Sequence[Row] = (),
         progress: Progress | None = None,
     ):
         self._tracking, self._path, self._progress = tracking, Path(path), progress
@@ -118,21 +117,24 @@ class MetricsLog:
             counts = {"rows of steps to run again": len(rows) - len(kept), "unreadable lines": damaged}
             found = "".join(f"; {what}: {number}" for what, number in counts.items() if number)
             print(f"verl-disco: the old {self._path.name} is kept as {aside}{found}", flush=True)
+        *lost, own = unlogged or [Row(resumed_step, b"", {})]
+        lost = [row for row in lost if row.line not in {other.line for other in kept}]
         if progress is not None:
-            for row in kept:
+            for row in [*kept, *lost]:
                 progress.note(row.step, row.values)
         is_logged = any(row.step == resumed_step for row in kept)
-        self._unlogged = {} if is_logged or unlogged is None else dict(unlogged) | {"step": resumed_step}
-        self._waiting: list[bytes] = []
+        self._unlogged = {} if is_logged or not own.values else own.values | {"step": resumed_step}
+        self._waiting, self._why = [row.line for row in lost], ""
         self._file = open(self._path, "ab", buffering=0)
+        self.write_waiting()
 
     def _put_aside(self) -> Path:
-        """Give the file a second name with the next free number; where links are impossible, rename it."""
+        """Give the file a second name with the next free number; where links are impossible, copy it."""
         aside = next(p for i in count(1) if not (p := Path(f"{self._path}.{i}")).exists())
         try:
             os.link(self._path, aside)
         except OSError:
-            os.rename(self._path, aside)
+            write_whole(aside, _content(self._path))
         return aside
 
     def log(self, data: dict[str, Any], step: int, **kwargs: Any) -> None:
@@ -146,19 +148,24 @@ class MetricsLog:
         if self._progress is not None:
             print(f"verl-disco: {self._progress.line(step, data)}", flush=True)
 
-    def _write(self, line: bytes = b"") -> None:
-        """Append ``line``, after those that could not be written earlier."""
-        self._waiting += [line] if line else []
+    def _write(self, line: bytes) -> None:
+        self._waiting.append(line)
+        self.write_waiting()
+
+    def write_waiting(self) -> bytes:
+        """Append the lines that could not be written; return those that still cannot."""
         try:
             while self._waiting:
                 append_whole(self._file.fileno(), self._waiting[0])
                 del self._waiting[0]
         except OSError as e:
+            self._why = e.strerror
             print(
                 f"verl-disco: warning: {self._path} cannot be written ({e.strerror}); {len(self._waiting)} rows wait "
                 "for the next attempt",
                 flush=True,
             )
+        return b"".join(self._waiting)
 
     def finish(self, *args: Any, **kwargs: Any) -> Any:
         """Close the file and verl's loggers.
@@ -169,11 +176,11 @@ class MetricsLog:
         if self._unlogged:
             self._write(as_line(self._unlogged["step"], self._unlogged))
             self._unlogged = {}
-        self._write()
+        self.write_waiting()
         self._file.close()
         result = self._tracking.finish(*args, **kwargs)
         if self._waiting:
-            raise OSError(f"{len(self._waiting)} rows could not be written to {self._path}: is the disk full?")
+            raise OSError(f"{len(self._waiting)} rows could not be written to {self._path}: {self._why}")
         return result
 
     def __getattr__(self, name: str) -> Any:

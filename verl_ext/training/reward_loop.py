@@ -13,8 +13,9 @@ import os
 import queue
 import reprlib
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +189,10 @@ class CountingRewardWorker(RewardLoopWorker):
         super().__init__(config, reward_router_address)
         self._tally, self._running, self._seconds = Tally(), 0, reward_timeout(config)
         self._beating: asyncio.Future | None = None
+        self._answered = 0.0
+        reward = config.reward
+        # verl asks its own reward model without the reward manager.
+        self._asks_model = reward.reward_model.enable and reward.custom_reward_function.path is None
         if score := getattr(self.reward_manager, "compute_score", None):
             self.reward_manager.compute_score = bounded(score, self._seconds)
 
@@ -197,6 +202,26 @@ class CountingRewardWorker(RewardLoopWorker):
             faulthandler.dump_traceback_later(seconds, exit=True)
             await asyncio.sleep(BEAT)
         faulthandler.cancel_dump_traceback_later()
+
+    async def _while_answered(self, call: Coroutine) -> Any:
+        """Wait for a reward model as long as it answers some request in time: this one may have to queue.
+
+        Raises:
+            TimeoutError: no request was answered for ``verl_ext.reward_timeout``.
+        """
+        task, began = asyncio.ensure_future(call), time.monotonic()
+        try:
+            while not task.done():
+                if (left := max(began, self._answered) + self._seconds - time.monotonic()) <= 0:
+                    raise TimeoutError(
+                        f"the reward model answered nothing for {self._seconds} s (verl_ext.reward_timeout)"
+                    )
+                await asyncio.wait([task], timeout=left)
+            result = task.result()
+            self._answered = time.monotonic()
+            return result
+        finally:
+            task.cancel()
 
     async def compute_score(self, data: DataProto) -> dict[str, Any]:
         """Grade one response.
@@ -210,7 +235,8 @@ class CountingRewardWorker(RewardLoopWorker):
         if self._seconds is not None and (self._beating is None or self._beating.done()):
             self._beating = asyncio.ensure_future(self._beat(self._seconds + GRACE))
         try:
-            result = await super().compute_score(data)
+            call = super().compute_score(data)
+            result = await (self._while_answered(call) if self._asks_model and self._seconds is not None else call)
             extra = {name: plain(value) for name, value in result.get("reward_extra_info", {}).items()}
             if isinstance(self.reward_manager, RateLimitedRewardManager) and extra.keys() in GIVEN_UP:
                 why = extra.get("error", f"TimeoutError: no answer in {self.reward_manager.timeout} s")

@@ -37,7 +37,7 @@ from verl_ext.training.advantages import estimating
 from verl_ext.training.bands import weight_by_pass_rate
 from verl_ext.training.detached import DetachedWorker
 from verl_ext.training.grouping import deal, values_by_group
-from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_row
+from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_unlogged
 from verl_ext.training.progress import Progress, progress_wanted
 from verl_ext.training.replay import watched
 from verl_ext.training.resume import name_whole_checkpoint, remove_old_checkpoints, resume_fault, step_folder
@@ -144,7 +144,7 @@ class ExtendedTrainer:
             self._folder / METRICS_FILE,
             resumed_step=self.global_steps,
             trains=trains,
-            unlogged=read_row(step_folder(self._folder, self.global_steps)) if self.global_steps else None,
+            unlogged=read_unlogged(step_folder(self._folder, self.global_steps)) if self.global_steps else (),
             progress=Progress(self.config, self.total_training_steps if trains else None)
             if self._shows_progress
             else None,
@@ -202,8 +202,7 @@ class ExtendedTrainer:
             try:
                 super()._save_checkpoint()
             except Exception as e:
-                # torch's error for a full disk is "unexpected pos 128 vs 0".
-                raise RuntimeError(self._why_unsaved()) from e
+                raise RuntimeError(self._why_unsaved(str(e))) from e
         # Without a shared disk the weights are on the workers' nodes.
         self._checkpoints_are_elsewhere = bool(
             resume_fault(
@@ -215,15 +214,17 @@ class ExtendedTrainer:
         if removed := remove_old_checkpoints(self._folder, self.global_steps, keep):
             print(f"verl-disco: removed the checkpoints of steps {', '.join(map(str, removed))}", flush=True)
 
-    def _why_unsaved(self) -> str:
+    def _why_unsaved(self, error: str) -> str:
         """Say what is left of a run whose checkpoint could not be written."""
         step, free = self.global_steps, ""
         with suppress(OSError):
             free = f" (free on this node: {shutil.disk_usage(self._folder).free / 2**30:.1f} GiB)"
+        if "unexpected pos" in error:
+            free += ", by which torch means a full disk"
         how = how_to_continue(self._folder, self.config.trainer.resume_mode) or "the same command begins anew"
         return (
-            f"the checkpoint of step {step} in {self._folder} could not be written: see the error above; is the disk "
-            f"full{free}? Once it can be, {how}"
+            f"the checkpoint of step {step} in {self._folder} could not be written: see the error above{free}. Once it "
+            f"can be, {how}"
         )
 
     @contextmanager
@@ -240,7 +241,10 @@ class ExtendedTrainer:
             trainer.update(before)
 
     def _keep_row(self) -> None:
-        """Save the step's metrics in its checkpoint: verl evaluates before it logs, and the run may end in between."""
+        """Save the step's metrics in its checkpoint: verl evaluates before it logs, and the run may end in between.
+
+        With them are the rows that wait for room on the disk: a resumed run does not make them again.
+        """
         batch, metrics, started = self._done
         metrics, timing = dict(metrics), self.timing_raw | {"step": time.perf_counter() - started}
         accumulator = self._rollout_moe_lb_metrics_accumulator
@@ -253,7 +257,8 @@ class ExtendedTrainer:
         metrics.pop(trainer_base.DAPO_FILTERED_REWARD_COUNTS_KEY, None)
         folder = step_folder(self._folder, self.global_steps)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ROW_FILE, as_line(self.global_steps, metrics))
+        waiting = self._logger.write_waiting()
+        write_whole(folder / ROW_FILE, waiting + as_line(self.global_steps, metrics))
 
     def _validate(self) -> dict[str, float]:
         """Evaluate as verl does, with failed rewards counted apart from those of the training step."""

@@ -11,7 +11,7 @@ import torch
 from verl_ext.runs import files
 from verl_ext.runs.folder import read_metrics
 from verl_ext.training import metrics_log
-from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_row
+from verl_ext.training.metrics_log import ROW_FILE, MetricsLog, as_line, is_evaluated, read_rows, read_unlogged
 
 
 class Recorder:
@@ -108,9 +108,9 @@ def test_a_kill_between_checkpoint_and_logging_leaves_no_hole(path, after, expec
     checkpoint = path.parent / "global_step_2"
     checkpoint.mkdir()
     (checkpoint / ROW_FILE).write_bytes(as_line(2, {"a": 2}))
-    assert logged(path, *after, resumed_step=2, unlogged=read_row(checkpoint)) == expected
+    assert logged(path, *after, resumed_step=2, unlogged=read_unlogged(checkpoint)) == expected
     # Once it is logged the checkpoint's is not needed.
-    assert logged(path, resumed_step=2, unlogged={"a": 7, "step": 2})[:2] == expected[:2]
+    assert logged(path, resumed_step=2, unlogged=read_rows(as_line(2, {"a": 7}))[0])[:2] == expected[:2]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_short_write_leaves_no_half_line_and_the_row_is_written_later(path, fu
         log.log(data={"a": 2}, step=2)
         log.log(data={"a": 3}, step=3)
         assert path.stat().st_size == size
-        with pytest.raises(OSError, match="2 rows could not be written to .*metrics.jsonl: is the disk full"):
+        with pytest.raises(OSError, match="2 rows could not be written to .*metrics.jsonl: File too large"):
             log.finish()
     assert [row["step"] for row in lines(path)] == [1]
     assert (
@@ -173,6 +173,23 @@ def test_rows_that_waited_are_written_in_order(path, monkeypatch):
     log.finish()
 
 
+def test_rows_that_wait_when_a_checkpoint_is_saved_are_in_it(path, full_disk, capsys):
+    """A kill after it, with the disk still full, leaves no hole."""
+    log = MetricsLog(Recorder(), path, resumed_step=0)
+    log.log(data={"a": 1}, step=1)
+    with full_disk(path.stat().st_size):
+        log.log(data={"a": 2}, step=2)
+        log.log(data={"a": 3}, step=3)
+        waiting = log.write_waiting()
+    checkpoint = path.parent / "global_step_4"
+    checkpoint.mkdir()
+    (checkpoint / ROW_FILE).write_bytes(waiting + as_line(4, {"a": 4}))
+    expected = [{"step": step, "a": step} for step in (1, 2, 3, 4)]
+    assert logged(path, resumed_step=4, unlogged=read_unlogged(checkpoint)) == expected
+    # Once they are in the file, not again.
+    assert logged(path, (5, {"a": 5}), resumed_step=4, unlogged=read_unlogged(checkpoint))[:-1] == expected
+
+
 def test_a_restart_on_a_full_disk_leaves_the_file_as_it_was(path, monkeypatch):
     content = as_line(1, {"a": 1}) + as_line(2, {"a": 2})
     path.write_bytes(content)
@@ -186,7 +203,7 @@ def test_a_restart_on_a_full_disk_leaves_the_file_as_it_was(path, monkeypatch):
     assert os.listdir(path.parent) == ["metrics.jsonl"] and path.read_bytes() == content
 
 
-def test_where_there_are_no_hard_links_the_old_file_is_renamed(path, monkeypatch):
+def test_where_there_are_no_hard_links_the_old_file_is_copied(path, monkeypatch):
     def link(*args):
         raise OSError(errno.EPERM, "Operation not permitted")
 

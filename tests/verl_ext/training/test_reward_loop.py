@@ -217,6 +217,52 @@ def test_a_reward_that_hangs_fails_and_the_others_are_graded(worker, name, hang)
     assert (tally.asked, tally.failed) == (41, 40) and time.monotonic() - started < 30
 
 
+@pytest.fixture
+def reward_model(worker):
+    def serve(answer):
+        """A worker that asks the reward model at an address where ``answer`` serves."""
+        made = worker("1", timeout=1)
+        server = made.run(asyncio.start_server(answer, "127.0.0.1", 0))
+        made.reward_router_address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        made._asks_model = made.config.reward.reward_model.enable = True
+        made.config.reward.custom_reward_function.path = None
+
+        async def disrm(data):
+            return {"reward_score": (await made._post_request({}, "classify"))["score"]}
+
+        made.compute_score_disrm = disrm
+        return made
+
+    return serve
+
+
+def test_a_reward_model_that_answers_nothing_fails(reward_model):
+    async def silent(reader, writer):
+        await asyncio.sleep(60)
+
+    made, started = reward_model(silent), time.monotonic()
+    found = made.run(made.compute_scores(rows(3)))
+    assert all("the reward model answered nothing for 1 s (verl_ext.reward_timeout)" in str(e) for e in found)
+    assert time.monotonic() - started < 20 and made.run(made.take_tally()).failed == 3
+
+
+def test_a_reward_model_with_a_long_queue_does_not(reward_model):
+    turn = asyncio.Semaphore(1)
+
+    async def slow(reader, writer):
+        async with turn:
+            await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(0.3)
+            body = b'{"score": 0.5}'
+            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            writer.write(head.encode() + body)
+            await writer.drain()
+            writer.close()
+
+    made = reward_model(slow)
+    assert [found["reward_score"] for found in made.run(made.compute_scores(rows(8)))] == [0.5] * 8
+
+
 def test_time_in_the_queue_is_not_the_rewards(worker):
     made = worker(*["time.sleep(0.1) or 1"] * 30, timeout=2)
     # In turn, so that the last waits for longer than a reward may take.

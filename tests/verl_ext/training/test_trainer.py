@@ -313,7 +313,7 @@ def test_a_step_is_in_its_checkpoint_before_verl_names_it_and_old_ones_go_after(
     )
     this.steps_per_epoch, this.timing_raw, this._rollout_moe_lb_metrics_accumulator = 3, {}, []
     metrics = {"loss": 1.0, trainer_base.DAPO_FILTERED_REWARD_COUNTS_KEY: {0.0: 1}}
-    this._done = "batch", metrics, 0.0
+    this._done, this._logger = ("batch", metrics, 0.0), SimpleNamespace(write_waiting=lambda: b"")
     this._save_checkpoint()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step_4", "global_step_7"]
     assert this.config.trainer.max_actor_ckpt_to_keep == 2
@@ -339,7 +339,9 @@ def test_a_checkpoint_that_cannot_be_written_says_what_is_left(bare, tmp_path, t
     options = {"default_local_dir": str(tmp_path), "max_actor_ckpt_to_keep": 1, "resume_mode": mode}
     this = bare(**options, _save_checkpoint=fail)
     this._keep_row = lambda: None
-    with pytest.raises(RuntimeError, match=f"of step 7 in .* could not be written.*disk full.* GiB.*{rest}"):
+    with pytest.raises(
+        RuntimeError, match=f"of step 7 in .* could not be written.* GiB.*, by which torch means a full disk.*{rest}"
+    ):
         this._save_checkpoint()
     # Older ones stay, and so does the setting.
     assert (tmp_path / "global_step_2/actor").is_dir() and this.config.trainer.max_actor_ckpt_to_keep == 1
