@@ -4,14 +4,20 @@ import pytest
 
 REWARD = """
 import time
+from pathlib import Path
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     total = sum(map(ord, solution_str))
-    if total % 23 == 0:
+    if total % 3:
+        return float(total % 2)
+    # Another fault in each step.
+    logs = Path(__file__).parent.rglob("metrics.jsonl")
+    step = sum(log.read_text().count('"training/failed_rewards"') for log in logs)
+    if step == 0:
         time.sleep(600)
-    if total % 23 == 1:
+    if step == 1:
         raise ArithmeticError("not my day")
-    return {2: None, 3: float("nan"), 4: "right"}.get(total % 23, float(total % 2))
+    return {2: None, 3: float("nan"), 4: "right"}[step]
 """
 
 FULL = """
@@ -61,7 +67,8 @@ def test_it_goes_on_where_it_can_and_says_what_is_wrong_where_not(main_ppo, tmp_
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
     # Their responses are left out, and the others of their questions are trained on.
     assert sum(step["training/failed_rewards"] for step in steps) > 4
-    assert all(step["disco/questions"] == 3 and step["actor/grad_norm"] > 0 for step in steps)
+    assert min(step["disco/questions"] for step in steps) >= 2
+    assert any(step["actor/grad_norm"] > 0 for step in steps)
     output = first.output + second.output
     told = (
         "no answer in 2 s (verl_ext.reward_timeout)",
@@ -70,5 +77,5 @@ def test_it_goes_on_where_it_can_and_says_what_is_wrong_where_not(main_ppo, tmp_
         "returned nan",
         "'right' (str)",
     )
-    assert sum(text in output for text in told) >= 2
+    assert [text for text in told if text not in output] == []
     assert [f.name for f in second.folder.glob("global_step_*")] == ["global_step_5"]
