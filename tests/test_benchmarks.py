@@ -361,3 +361,34 @@ def test_the_suites_time(recorded, tmp_path):
     (tmp_path / "suite.xml").write_text(report.format(1))
     with pytest.raises(SystemExit, match="1 failures"):
         recorded("suite", tmp_path / "suite.xml")
+
+
+def test_what_runs_survived_is_counted(load):
+    usage = {"memory": 10.0, "handles": 5, "threads": 3}
+    lines = [
+        {"kind": "life", "run": "ppo", "killed": True},
+        {"kind": "life", "run": "ppo", "killed": True},
+        # It had all of its steps before the kill.
+        {"kind": "life", "run": "ppo", "killed": False},
+        {"kind": "life", "run": "disco", "killed": True},
+        {"kind": "end", "run": "ppo", "other_rows": [], "other_files": []},
+        {"kind": "end", "run": "disco", "other_rows": [3, 4], "other_files": ["actor/a.pt"]},
+        {"kind": "process", "mode": "", "steps": 300, "name": "a", "before": usage, "after": usage | {"memory": 12.5}},
+        {"kind": "process", "mode": "", "steps": 300, "name": "b", "before": usage, "after": usage | {"handles": 4}},
+        {"kind": "bytes per step", "mode": "", "steps": 300, "name": "output", "before": 100, "after": 90},
+    ]
+    found = {name: figure.value for name, figure in load("survival").figures_of(lines).items()}
+    assert found == {
+        "ppo, kills": 2,
+        "ppo, differences at the end": 0,
+        "disco, kills": 1,
+        "disco, differences at the end": 3,
+        "all, kills": 3,
+        "all, differences at the end": 3,
+        "300 steps: largest gain of a process, memory": 2.5,
+        "300 steps: largest gain of a process, handles": 0,
+        "300 steps: largest gain of a process, threads": 0,
+        "300 steps: processes": 2,
+        "300 steps: bytes per step, output": 90,
+    }
+    assert load("survival").figures_of([]) == {}

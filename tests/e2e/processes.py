@@ -1,5 +1,6 @@
 """A run in the background: its processes by their parts, what they use, and how to kill them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,9 @@ from pathlib import Path
 
 MARK = "VERL_DISCO_TEST_RUN"
 
+SURVIVAL_FILE = "SURVIVAL_FILE"
+"""In the environment: a file that gets what tests have seen of runs, for ``benchmarks/survival.py``."""
+
 PARTS = {
     "worker": lambda name: name.startswith("ray::") and ("WorkerDict" in name or "ActorRolloutRef" in name),
     "rollout server": lambda name: name.startswith("ray::HFServer"),
@@ -22,6 +26,13 @@ PARTS = {
     ),
 }
 """Parts of a run -> whether a process of this command line is one."""
+
+
+def note(kind: str, **seen: object) -> None:
+    """Add a line to the file named by ``SURVIVAL_FILE``, if there is one."""
+    if name := os.environ.get(SURVIVAL_FILE):
+        with open(name, "a") as file:
+            file.write(json.dumps({"kind": kind} | seen) + "\n")
 
 
 class Background:

@@ -10,11 +10,11 @@ import statistics
 import time
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-from processes import Usage, usage
+from processes import Usage, note, usage
 
 STEPS = int(os.environ.get("STEPS", "300"))
 
@@ -73,6 +73,7 @@ def test_nothing_grows(command, background, tmp_path, mode):
             continue
         a, b = (median([u for (u,) in window]) for window in (early, late))
         report.append(f"{name:40} {a} -> {b}")
+        note("process", mode=" ".join(mode[:1]), steps=STEPS, name=name, before=asdict(a), after=asdict(b))
         # Ray keeps what it knows of its last 100,000 tasks.
         tasks = 0.05 * STEPS if "gcs_server" in name else 0
         if b.memory > a.memory * 1.03 + 4 + tasks or b.handles > a.handles + 4 or b.threads > a.threads + 2:
@@ -91,6 +92,8 @@ def test_nothing_grows(command, background, tmp_path, mode):
             continue
         at = {share: sizes[next(i for i, s in enumerate(steps) if s >= share * STEPS)] for share in (0.3, 0.6, 0.9)}
         first, second = at[0.6] - at[0.3], at[0.9] - at[0.6]
-        print(f"{what}: {first / STEPS / 0.3:.0f} and {second / STEPS / 0.3:.0f} bytes per step")
+        each = [round(part / STEPS / 0.3) for part in (first, second)]
+        print(f"{what}: {each[0]} and {each[1]} bytes per step")
+        note("bytes per step", mode=" ".join(mode[:1]), steps=STEPS, name=what, before=each[0], after=each[1])
         assert second <= 1.2 * first + 20_000
     assert len(list(folder.glob("global_step_*"))) == 2

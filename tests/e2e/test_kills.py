@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from processes import note
 
 from verl_ext.runs.folder import FINISHED_FILE, read_metrics
 
@@ -81,9 +82,11 @@ def differences(a: Path, b: Path) -> list[str]:
 
 @pytest.fixture
 def killed(command, background, tmp_path):
-    """``killed(overrides, victims, ranks)``: run, kill it ``KILLS`` times, continue to the end; returns its folder."""
+    """``killed(name, overrides, victims, ranks)``: run, kill it ``KILLS`` times, continue to the end; its folder."""
 
-    def run(overrides: tuple[str, ...], victims: tuple[str, ...], ranks: int = 1, kills: int = KILLS) -> Path:
+    def run(
+        name: str, overrides: tuple[str, ...], victims: tuple[str, ...], ranks: int = 1, kills: int = KILLS
+    ) -> Path:
         print(f"SEED={SEED} KILLS={kills}", flush=True)
         rng, folder = random.Random(f"{SEED} {victims}"), tmp_path / "killed"
         for life in range(kills):
@@ -101,6 +104,7 @@ def killed(command, background, tmp_path):
             steps = len(rows_of(folder)) if (folder / "metrics.jsonl").exists() else 0
             told = f"{victim} {chosen} killed after {wait:.1f} s, status {status}, {steps} rows"
             print(f"life {life}: {told}, ended {one.seconds_to_end:.0f} s later", flush=True)
+            note("life", run=name, victim=victim, after_s=round(wait, 2), killed=not ended, status=status, rows=steps)
             # None ends by itself, but with all of its steps.
             assert (status == 0) if ended else (chosen and status != 0), one.output[-5000:]
             if victim != "driver" and not ended:
@@ -127,10 +131,12 @@ def whole(command, background, tmp_path_factory):
     return run
 
 
-def check(found: Path, expected: Path) -> None:
-    assert rows_of(found) == rows_of(expected)
-    last = f"global_step_{STEPS}"
-    assert differences(found / last, expected / last) == []
+def check(name: str, found: Path, expected: Path) -> None:
+    last, rows = f"global_step_{STEPS}", rows_of(expected)
+    other = [a["step"] for a, b in zip(rows, rows_of(found), strict=True) if a != b]
+    files = differences(found / last, expected / last)
+    note("end", run=name, other_rows=other, other_files=files, rows=len(rows), seed=SEED)
+    assert rows_of(found) == rows and files == []
     assert (found / FINISHED_FILE).exists()
 
 
@@ -138,19 +144,22 @@ def check(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_disco_continues_with_its_controller(killed, whole, victim):
     overrides = (*COMMON, *METHODS["disco"])
-    check(killed(overrides, (victim,)), whole(overrides))
+    name = f"disco, {victim}"
+    check(name, killed(name, overrides, (victim,)), whole(overrides))
 
 
 @pytest.mark.slow
 def test_ppo_continues_with_its_critic(killed, whole):
     overrides = (*COMMON, *METHODS["ppo"])
-    check(killed(overrides, VICTIMS), whole(overrides))
+    check("ppo", killed("ppo", overrides, VICTIMS), whole(overrides))
 
 
 @pytest.mark.slow
 def test_two_ranks_continue(killed, whole):
     overrides = (*COMMON, *METHODS["disco"])
-    check(killed(overrides, ("worker",), ranks=2, kills=min(KILLS, 3)), whole(overrides, ranks=2))
+    name = "disco on two ranks"
+    found = killed(name, overrides, ("worker",), ranks=2, kills=min(KILLS, 3))
+    check(name, found, whole(overrides, ranks=2))
 
 
 RECORD = """
@@ -209,7 +218,7 @@ def test_colocate_async_continues_with_every_question_once(killed, whole, tmp_pa
         f"data.train_files={tmp_path}/train.parquet",
         f"disco.module={tmp_path}/record.py",
     )
-    found, expected = killed(overrides, VICTIMS), whole(overrides)
+    found, expected = killed("colocate_async", overrides, VICTIMS), whole(overrides)
     assert [row["step"] for row in rows_of(found)] == list(range(1, ASYNC_STEPS + 1))
     assert all(row["training/failed_questions"] == 0 for row in rows_of(found))
     assert (found / FINISHED_FILE).exists()
@@ -217,3 +226,4 @@ def test_colocate_async_continues_with_every_question_once(killed, whole, tmp_pa
     assert max(trained.values()) == max(order.values()) == 1 and trained.total() == order.total() == most
     # What one run has trained on and the other has not was in flight at the end: a batch generated ahead.
     assert len(trained - order) <= 12
+    note("end", run="colocate_async", other_rows=[], other_files=[], rows=ASYNC_STEPS, seed=SEED)
