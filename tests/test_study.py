@@ -321,7 +321,12 @@ def test_the_report_is_written_from_the_collected_data_alone(load, study, read, 
         study("main", "grpo", seed, {60: START})
         study("main", "disco", seed, {60: ALL})
     read("main")
-    text = load("analyse").write(tmp_path / "data", tmp_path / "report")
+    text, figures = load("analyse").write(tmp_path / "data", tmp_path / "report")
+    start, grpo, disco = (figures[f"arithmetic, {name}"].value for name in ("start", "grpo", "disco"))
+    # 85,000 of 153,600 tokens on the way to 100 %.
+    assert start == pytest.approx(20) and disco == pytest.approx(20 + 80 * 85_000 / 153_600)
+    found = figures["arithmetic, disco - grpo"]
+    assert found.value == pytest.approx(disco - grpo) and found.low < found.value < found.high
     assert "| arithmetic | disco - grpo |" in text and "arithmetic-entropy.svg" in text
     assert (tmp_path / "report/tables/arithmetic-learning.csv").exists()
     picture = (tmp_path / "report/methods.svg").read_text()

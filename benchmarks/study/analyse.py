@@ -1,6 +1,8 @@
 """Make the study's tables and pictures from docs/study/data alone: docs/study/report.
 
-    python benchmarks/study/analyse.py [--data docs/study/data] [--out docs/study/report]
+    python benchmarks/study/analyse.py [--data docs/study/data] [--out docs/study/report] [--record]
+
+With ``--record`` the figures that other documents quote go to benchmarks/results/study.json.
 
 docs/study/protocol.md says what is computed and how it is judged. The parts are those of ``verl_ext.report``: reading,
 pass@k, paired intervals, tables, curves.
@@ -10,15 +12,19 @@ import argparse
 import json
 import math
 import shutil
+import sys
 import tarfile
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import matplotlib
 import numpy as np
 import pandas as pd
 from picture import draw_methods
+from record import Figure, record
 from run import LR, STANDARD
 from scipy import stats
 
@@ -441,8 +447,29 @@ def draw_headline(tasks: Mapping[str, list[Run]], path: Path) -> None:
     draw_methods(passed, starts, labels, path)
 
 
-def write(data: Path, out: Path) -> str:
-    """Write tables and pictures into ``out`` and return the report as Markdown."""
+def quoted(tasks: Mapping[str, list[Run]]) -> dict[str, Figure]:
+    """Make the figures that other documents quote: the tested differences, and pass@1 of each method, in percent."""
+
+    def figure(unit: str, mean: float, low: float, high: float) -> Figure:
+        bounds = (None, None) if math.isnan(low) else (100 * low, 100 * high)
+        return Figure(100 * mean, unit, *bounds, better="neither")
+
+    found = {}
+    for task, runs in tasks.items():
+        passed = matrices(runs, BUDGETS[task], 1)
+        for ours, theirs in HYPOTHESES:
+            if ours in passed and theirs in passed:
+                interval = compare(passed[ours], passed[theirs], CONFIDENCE)[:3]
+                found[f"{task}, {ours} - {theirs}"] = figure("points", *interval)
+        found[f"{task}, start"] = figure("%", float(start_rates(runs).groupby(level=0).mean().mean()), *[math.nan] * 2)
+        for method, matrix in passed.items():
+            mean, half = mean_and_interval(of_seeds(matrix).tolist())
+            found[f"{task}, {method}"] = figure("%", mean, mean - half, mean + half)
+    return found
+
+
+def write(data: Path, out: Path) -> tuple[str, dict[str, Figure]]:
+    """Write tables and pictures into ``out``; return the report as Markdown, and the figures to quote."""
     out.mkdir(parents=True, exist_ok=True)
     tables = Tables(out / "tables")
     with tempfile.TemporaryDirectory() as place:
@@ -466,7 +493,7 @@ def write(data: Path, out: Path) -> str:
             parts += ["A dot is a seed, a diamond their mean with its 95 % interval; dashed: where all runs began."]
         for task, runs in tasks.items():
             parts += of_task(task, runs, Path(place, task), data, tables, out)
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n", quoted(tasks)
 
 
 def of_task(task: str, runs: list[Run], place: Path, data: Path, tables: Tables, out: Path) -> list[str]:
@@ -525,10 +552,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=docs / "data")
     parser.add_argument("--out", type=Path, default=docs / "report")
+    parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
-    text = write(args.data, args.out)
+    text, figures = write(args.data, args.out)
     (args.out / "README.md").write_text(text)
     print(text)
+    if args.record:
+        record("study", figures)
 
 
 if __name__ == "__main__":
