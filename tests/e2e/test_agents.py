@@ -24,11 +24,18 @@ def agent(name: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", [pytest.param("tool_agent", marks=pytest.mark.slow), "turn_by_turn"])
-def test_two_steps_with_a_calculator(main_ppo, tmp_path, name):
+@pytest.mark.parametrize(
+    "name, algorithms",
+    [
+        ("turn_by_turn", ["disco"]),
+        pytest.param("turn_by_turn", ["grpo"], marks=pytest.mark.slow),
+        pytest.param("tool_agent", ["disco", "grpo"], marks=pytest.mark.slow),
+    ],
+)
+def test_two_steps_with_a_calculator(main_ppo, tmp_path, name, algorithms):
     run = main_ppo(
         "-m",
-        "algorithm=disco,grpo",
+        f"algorithm={','.join(algorithms)}",
         "trainer.default_local_dir=" + str(tmp_path / "jobs") + "/${oc.select:verl_ext.algorithm,ppo}",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
         *agent(name),
@@ -36,7 +43,7 @@ def test_two_steps_with_a_calculator(main_ppo, tmp_path, name):
         ranks=2,
     )
     assert run.returncode == 0, run.output[-5000:]
-    for algorithm in ("disco", "grpo"):
+    for algorithm in algorithms:
         steps = run.metrics(algorithm)
         assert len(steps) == 2
         for step in steps:
