@@ -4,6 +4,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Number
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
@@ -85,12 +86,15 @@ def wrong_prompt(prompt: Any, key: str) -> str:
     for message in prompt:
         if not isinstance(message, dict):
             return f": {key} is not a list of messages: {type(message).__name__} instead of role and content"
-        for part in ("role", "content"):
-            value = message.get(part)
-            if value is None or (part == "role" and not (isinstance(value, str) and value.strip())):
-                return f": a message of {key} has no {part}"
-            if isinstance(value, (bool, int, float)):
-                return f": a message of {key} has a number for its {part}"
+        role, content = message.get("role"), message.get("content")
+        if not (isinstance(role, str) and role.strip()):
+            return f": a message of {key} has no role"
+        if content is None:
+            return f": a message of {key} has no content"
+        # A text, or a list of texts and images.
+        if isinstance(content, (bytes, dict)) or not hasattr(content, "__len__"):
+            kind = "a number" if isinstance(content, Number) else type(content).__name__
+            return f": a message of {key} has {kind} for its content"
     if all(is_empty(message["content"]) for message in prompt):
         return f": {key} is empty"
     return ""

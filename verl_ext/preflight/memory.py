@@ -55,7 +55,10 @@ class Shape:
         """
         heads = config["num_attention_heads"]
         derived = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
-        derived["num_experts"] = config.get("n_routed_experts") or 0
+        # transformers' own name for them, and DeepSeek's.
+        derived["num_experts"] = config.get("num_local_experts") or config.get("n_routed_experts") or 0
+        # Mixtral and others have no other width.
+        derived["moe_intermediate_size"] = config.get("intermediate_size") or 0
         found = {f.name: config.get(f.name) or derived.get(f.name, f.default) for f in fields(cls)}
         if missing := [name for name, value in found.items() if value is MISSING]:
             raise KeyError(missing[0])
@@ -323,11 +326,15 @@ def _compute_size(engine: DictConfig) -> int:
 
 
 def lora_parameters(shape: Shape, rank: int) -> int:
-    """Parameters of adapters of this rank on all linear layers but the output layer."""
-    h = shape.hidden_size
+    """Parameters of adapters of this rank on all linear layers but the output layer, as peft makes them."""
+    h, m = shape.hidden_size, shape.moe_intermediate_size
     q, kv = shape.head_dim * shape.num_attention_heads, shape.head_dim * shape.num_key_value_heads
     sides = (h + q) + 2 * (h + kv) + (q + h)
-    sides += 3 * (h + shape.intermediate_size) if not shape.num_experts else h + shape.num_experts
+    if shape.num_experts:
+        # The router; of each expert, gate and up as one matrix with twice the rank, and down.
+        sides += h + shape.num_experts + shape.num_experts * (2 * (h + 2 * m) + (m + h))
+    else:
+        sides += 3 * (h + shape.intermediate_size)
     return rank * shape.num_hidden_layers * sides
 
 

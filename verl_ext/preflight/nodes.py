@@ -107,6 +107,9 @@ def is_listening(address: str) -> bool:
     """Try to connect, since Ray would wait for minutes for a cluster that is gone."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
+        # Of a larger number the system would take the last 16 bits.
+        if not 0 < int(port) < 2**16:
+            return False
         with socket.create_connection((host, int(port)), timeout=10):
             return True
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
 """Checks that the data files exist and that every row holds a prompt and a ground truth."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -50,7 +50,7 @@ def check_rows(run: Run) -> Iterator[Finding]:
         elif rows.problem:
             yield Finding(label, file.name, f"{name}: {rows.problem}", _prepare(run))
         else:
-            sources = "data_source" in rows.frame and sorted(map(str, rows.frame["data_source"].unique()))
+            sources = "data_source" in rows.frame and sorted(set(map(str, rows.frame["data_source"])))
             yield Finding(label, f"{file.name}: {len(rows.frame)} rows, {', '.join(sources or '?')}")
             if settings.custom_cls.get("path"):
                 problem = f"{file.name} is read by data.custom_cls, so its rows were not checked"
@@ -76,8 +76,10 @@ def wrong_rows(frame: Any, prompt_key: str, accept: Callable[[Any], Any] | None 
     if not len(frame):
         yield " has no rows"
     found: dict[str, list[int]] = {}
-    for i, (prompt, reward_model) in enumerate(zip(frame[prompt_key], frame["reward_model"], strict=True)):
-        for problem in filter(None, (wrong_prompt(prompt, prompt_key), wrong_truth(reward_model, accept))):
+    columns = (frame[name] for name in (prompt_key, "reward_model", "data_source"))
+    for i, (prompt, reward_model, source) in enumerate(zip(*columns, strict=True)):
+        wrong = (wrong_prompt(prompt, prompt_key), wrong_truth(reward_model, accept), wrong_source(source))
+        for problem in filter(None, wrong):
             found.setdefault(problem, []).append(i)
     for problem, rows in found.items():
         others = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
@@ -101,6 +103,11 @@ def wrong_truth(reward_model: Any, accept: Callable[[Any], Any] | None = None) -
     return ""
 
 
+def wrong_source(source: Any) -> str:
+    """Say why ``data_source`` names no benchmark, by which verl sorts its metrics; "" if it does."""
+    return "" if isinstance(source, Hashable) else f": data_source is {type(source).__name__}, not a text"
+
+
 def _unlike(split: str, read: dict[str, Rows]) -> Iterator[Finding]:
     """Name files whose columns differ in type from the first's, since verl joins the files of a split."""
     import datasets
@@ -111,6 +118,8 @@ def _unlike(split: str, read: dict[str, Rows]) -> Iterator[Finding]:
     for name, rows in one.items():
         try:
             datasets.concatenate_datasets([one[first], rows])
-        except ValueError as e:
-            problem = f"data.{split}_files: {name} and {first} cannot be joined: {first_lines(e)}"
+        except Exception as e:
+            # Of a record beside a plain value datasets says only what it failed at.
+            why = first_lines(e) if isinstance(e, ValueError) else "a column is a record in one of them alone"
+            problem = f"data.{split}_files: {name} and {first} cannot be joined: {why}"
             yield Finding(f"{split} data", "", problem, "prepare them alike")

@@ -51,12 +51,23 @@ def numbers_and_target(truth: Any) -> tuple[list[int], int]:
     """Read a ground truth.
 
     Raises:
-        ValueError: it has no numbers or no target.
+        ValueError: it has no list of whole numbers, or no target.
     """
     try:
-        return [int(n) for n in truth["numbers"]], int(truth["target"])
-    except (KeyError, TypeError, ValueError) as e:
+        numbers, target = truth["numbers"], truth["target"]
+        if isinstance(numbers, str | bytes | dict) or not len(numbers):
+            raise TypeError("numbers is no list")
+        return [_whole(n) for n in numbers], _whole(target)
+    except (LookupError, TypeError, ValueError, OverflowError) as e:
         raise ValueError(f"ground_truth must have numbers and a target, got {str(truth)[:80]}") from e
+
+
+def _whole(value: Any) -> int:
+    """Convert a whole number, or its text; ``int`` alone would cut off a fraction."""
+    number = int(value)
+    if not isinstance(value, str) and number != value:
+        raise ValueError(f"{value} is no whole number")
+    return number
 
 
 def compute_score(
