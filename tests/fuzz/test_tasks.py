@@ -1,24 +1,37 @@
 """Random answers through the graders: right ones are right in any spelling, and any text costs bounded time."""
 
+import contextlib
+import itertools
 import json
 import math
 import random as randoms
+import re
 import string
+import tempfile
 import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from fuzzing import cases
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+from verl_ext.preflight.rows import wrong_rows
+from verl_ext.tasks import assets
+from verl_ext.tasks.arithmetic import assets as arithmetic_assets
+from verl_ext.tasks.arithmetic import progress, summary
 from verl_ext.tasks.arithmetic import reward as arithmetic
+from verl_ext.tasks.arithmetic.task import LEVELS, respond
 from verl_ext.tasks.arithmetic.task import draw as draw_sum
+from verl_ext.tasks.countdown import assets as countdown_assets
 from verl_ext.tasks.countdown import reward as countdown
+from verl_ext.tasks.countdown import task as countdown_task
 from verl_ext.tasks.countdown.expression import Malformed, evaluate
-from verl_ext.tasks.countdown.task import Limits, draw_many
+from verl_ext.tasks.countdown.task import SIZES, Limits, draw_many
 from verl_ext.tasks.math import reward as mathematics
 from verl_ext.tasks.math.grader import BY_WEIGHT, Grader, plainly_equal
 from verl_ext.tasks.math.layouts import Unusable, answers_of, question_of, shorten
@@ -247,6 +260,196 @@ def test_arithmetic_takes_one_number_behind_one_mark(seed, text):
     found = arithmetic.compute_score("", text, "7")
     assert found["score"] == float(text.count("#") == 1 and text.partition("#")[2] == "7")
     assert draw_sum(randoms.Random(seed), 3)
+
+
+# Their data -----------------------------------------------------------------------------------------------------------
+
+
+def as_trained_on(rows, accept=None):
+    """Rows as verl's data set reads them from the Parquet file, in which a start's check finds nothing wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        assets.save_rows(Path(folder), "train", rows)
+        frame = pd.read_parquet(Path(folder, "train.parquet"))
+    assert list(wrong_rows(frame, "prompt", accept)) == []
+    return frame.to_dict("records")
+
+
+@cases(30)
+@given(
+    st.integers(0, 2**32), st.integers(1, 20), st.one_of(st.integers(1, 30), st.just(arithmetic_assets.MOST_HELD_OUT))
+)
+def test_arithmetics_questions_are_right_and_none_is_held_out_and_trained_on(seed, train_size, test_size):
+    train, test = arithmetic_assets.draw_splits(train_size, test_size, seed)
+    assert (len(train), len(test)) == (train_size, test_size)
+    held_out = {q.text for q in test}
+    assert len(held_out) == test_size and not held_out & {q.text for q in train}
+    for questions in (train, test):
+        levels = Counter(q.level for q in questions)
+        assert max(levels.values()) - min(levels[n] for n in LEVELS) <= 1
+    questions = [*train, *test[:20]]
+    rows = as_trained_on([arithmetic_assets.to_row(q, i, "train") for i, q in enumerate(questions)])
+    for question, row in zip(questions, rows, strict=True):
+        first, *digits = re.findall(r"[+-]?\d", row["prompt"][0]["content"])
+        totals = list(itertools.accumulate(map(int, digits), initial=int(first)))[1:]
+        assert min(totals) >= 0 and question.solution == f"{' '.join(map(str, totals))}#{totals[-1]}"
+        truth = row["reward_model"]["ground_truth"]
+        assert arithmetic.compute_score("", question.solution, truth)["score"] == 1
+        assert arithmetic.compute_score("", respond([totals[-1] + 1]), truth)["score"] == 0
+        assert row["data_source"] == f"level_{len(totals)}"
+
+
+@cases(40)
+@given(
+    st.integers(0, 2**32),
+    st.sets(st.sampled_from(SIZES), min_size=1).map(sorted),
+    st.builds(Limits, st.integers(1, 12), st.integers(1, 60), st.booleans()),
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.sampled_from(countdown.STYLES),
+    st.booleans(),
+)
+def test_countdowns_questions_are_solvable_and_all_different(
+    seed, sizes, limits, train_size, test_size, style, use_all
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(countdown_task, "MOST_DRAWS", 300)
+        try:
+            train, test = countdown_task.draw_splits(train_size, test_size, sizes, limits, seed)
+        except ValueError as e:
+            assert f"countdown.largest_number={limits.largest_number}" in str(e)
+            return
+    assert (len(train), len(test)) == (train_size, test_size)
+    questions = train + test
+    assert len({(q.target, *sorted(q.numbers)) for q in questions}) == len(questions)
+    for part in (train, test):
+        counts = Counter(len(q.numbers) for q in part)
+        assert set(counts) <= set(sizes) and max(counts.values()) - min(counts[n] for n in sizes) <= 1
+    rows = [countdown_assets.to_row(q, i, "train", style, use_all) for i, q in enumerate(questions)]
+    for question, row in zip(questions, as_trained_on(rows, countdown.numbers_and_target), strict=True):
+        assert all(1 <= n <= limits.largest_number for n in question.numbers)
+        assert 1 <= question.target <= limits.largest_target and question.target not in question.numbers
+        prompt = row["prompt"][0]["content"]
+        shown = [int(n) for n in re.findall(r"\d+", prompt)][: len(question.numbers) + 1]
+        assert shown == [*question.numbers, question.target]
+        assert style == "bare" or ("exactly once" in prompt) == use_all
+        text = question.solution.text
+        response = f"#{text}" if style == "bare" else f"<answer>{text}</answer>"
+        truth = row["reward_model"]["ground_truth"]
+        assert countdown.compute_score("", response, truth, style=style, use_all=use_all)["score"] == 1
+
+
+parameters = st.dictionaries(
+    st.sampled_from(["style", "sizes", "largest_number", "largest_target", "iterations", "train_size", "test_size"]),
+    st.one_of(
+        st.integers(-1, 9),
+        st.sampled_from([None, True, 1.0, 2.5, "3", "tags", [], [3, 3], [3, "4"], [[3]], [7], {3: 4}, 10**30, 751]),
+    ),
+    max_size=2,
+)
+
+
+@cases(200)
+@given(st.sampled_from([arithmetic_assets, countdown_assets]), parameters)
+@example(arithmetic_assets, {"test_size": 751})
+@example(countdown_assets, {"sizes": [[3]]})
+@example(countdown_assets, {"iterations": -1, "style": "bare", "largest_number": 9, "largest_target": 9})
+def test_a_tasks_parameters_are_refused_by_name_or_can_be_drawn(task, changes):
+    right = {"style": "tags", "sizes": [3], "largest_number": 9, "largest_target": 20, "iterations": 0}
+    right |= {"train_size": 2, "test_size": 2} | changes
+    name = "arithmetic" if task is arithmetic_assets else "countdown"
+    try:
+        task.refuse(OmegaConf.create({name: right}))
+    except ValueError as e:
+        assert any(f"{name}.{changed}=" in str(e) for changed in changes)
+        return
+    # What was not tried out is large alone.
+    most = {size: min(right[size], 9) for size in ("train_size", "test_size")}
+    if task is arithmetic_assets:
+        train, test = task.draw_splits(**most, seed=1)
+    else:
+        limits = Limits(right["largest_number"], right["largest_target"], right["style"] == "bare")
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ValueError):
+            patch.setattr(countdown_task, "MOST_DRAWS", 100)
+            train, test = countdown_task.draw_splits(**most, sizes=right["sizes"], limits=limits, seed=1)
+            assert (len(train), len(test)) == tuple(most.values())
+
+
+stamp = st.one_of(
+    st.binary(max_size=9),
+    st.just(b"[" * 10**5),
+    st.sampled_from(
+        [b"null", b"[]", b"{}", b'{"seed": 1}', b'{"seed": 1, "size": [2]}', b'{"seed": 1, "size": NaN, "x": 1}']
+    ),
+)
+
+
+@cases(100)
+@given(stamp)
+def test_any_file_is_a_stamp_of_these_parameters_or_none(content):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, assets.STAMP).write_bytes(content)
+        found = assets.read_stamp(Path(folder), {"seed": 3, "size": 4})
+        assert found is None or (found.keys() == {"seed", "size"} and json.loads(content) == found)
+        # No one's file is removed.
+        if found is None:
+            with pytest.raises(ValueError, match="toy.folder=.* holds assets.json"):
+                assets.build(folder, "toy", {"seed": 3, "size": 4}, lambda partial: None)
+            assert Path(folder, assets.STAMP).read_bytes() == content
+
+
+evaluation = st.dictionaries(
+    st.sampled_from(["val-core/level_1/acc/mean@4", "val-core/level_2/acc/mean@4", "val-core/level_x/acc/mean@4",
+                     "val-core/mine/acc/mean@4", "val-aux/level_1/acc/mean@4", "actor/entropy", "critic/score/mean",
+                     "val-core/level_2/acc/best@4/mean", "timing_s/step", "training/mixed_questions"]),
+    st.one_of(st.none(), st.floats(0, 1)),
+)  # fmt: skip
+
+
+@cases(100)
+@given(
+    st.lists(evaluation, max_size=6), st.lists(st.sampled_from(["global_step_3", "global_step_12", "global_step_x"]))
+)
+def test_a_summary_says_what_any_metrics_hold(rows, folders):
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        for name in folders:
+            (run / name).mkdir(exist_ok=True)
+        (run / "config.yaml").write_text("arithmetic: {test_size: 100}")
+        (run / "metrics.jsonl").write_text("".join(json.dumps(r | {"step": i}) + "\n" for i, r in enumerate(rows)))
+        text = summary.describe(run)
+    levels = [{n: r.get(f"val-core/level_{n}/acc/mean@4") for n in (1, 2)} for r in rows]
+    levels = [found for r in levels if (found := {n: p for n, p in r.items() if p is not None})]
+    if not levels or not any(r.get("timing_s/step") is not None for r in rows):
+        assert "no evaluation followed by a finished step" in text
+        return
+    for n in (1, 2):
+        told = n in levels[0] and n in levels[-1]
+        line = f"level {n}    {levels[0].get(n, 0):6.1%} -> {levels[-1].get(n, 0):6.1%}"
+        assert (line in text) == told and (f"level {n} " in text) == told
+    last = max((f for f in folders if f != "global_step_x"), key=lambda f: int(f[12:]), default="none")
+    assert re.search(rf"^checkpoint .*\b{last}$", text, re.MULTILINE)
+
+
+@cases(100)
+@given(st.dictionaries(st.integers(1, 6), st.floats(0, 1), min_size=1), st.integers(1, 50))
+def test_the_error_of_a_mean_over_levels(levels, each):
+    mean, error = summary.overall(levels, each * len(levels))
+    assert mean == pytest.approx(sum(levels.values()) / len(levels))
+    # Of independent questions, equally many per level.
+    assert error**2 == pytest.approx(sum(p * (1 - p) / each for p in levels.values()) / len(levels) ** 2)
+
+
+@cases(100)
+@given(
+    st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1),
+    st.sampled_from(["TaskRunner", "Worker_1"]),
+    st.integers(0),
+)
+def test_our_own_lines_are_shown_without_rays_prefix(text, actor, pid):
+    for line in (f"verl-disco: {text}", f"({actor} pid={pid}) verl-disco: {text}",
+                 f"\x1b[36m({actor} pid={pid}, ip=10.0.0.1)\x1b[0m verl-disco: {text}\n"):  # fmt: skip
+        assert progress.summarise(line) == f"verl-disco: {text}"
+        assert progress.summarise(line.replace("verl-disco: ", "verl-disco: step ")) == f"step {text}"
 
 
 # A corpus of hostile answers ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from filelock import FileLock
 from omegaconf import ListConfig, OmegaConf
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from verl_ext.runs.checkpoints import read_json
 from verl_ext.tasks.arithmetic.model import build_model, build_tokenizer
 
 STAMP = "assets.json"
@@ -83,6 +84,13 @@ def from_command_line(task: str, description: str | None, build_assets: Callable
         raise SystemExit(f"not built: {e}") from None
 
 
+def require_whole(task: str, least: int, **values: object) -> None:
+    """Raise ValueError unless these parameters of a task are whole numbers, at least ``least``."""
+    for name, value in values.items():
+        if type(value) is not int or value < least:
+            raise ValueError(f"{task}.{name}={value} must be a whole number, at least {least}")
+
+
 def save_rows(folder: Path, split: str, rows: list[dict]) -> None:
     """Write a split, in verl's RL schema."""
     pd.DataFrame(rows).to_parquet(folder / f"{split}.parquet")
@@ -104,11 +112,11 @@ def save_pretrained(folder: Path, seed: int, train: Callable[[Qwen3ForCausalLM, 
 def read_stamp(folder: Path, like: dict[str, Any]) -> dict | None:
     """Read the parameters that ``folder`` was built with; None if it was not built by the task of ``like``."""
     try:
-        stamp = json.loads((folder / STAMP).read_text())
-    except (OSError, ValueError):
+        stamp = read_json(folder / STAMP)
+    except ValueError:
         return None
     # A user's file may have the same name.
-    return stamp if isinstance(stamp, dict) and stamp.keys() == like.keys() else None
+    return stamp if stamp.keys() == like.keys() else None
 
 
 def refuse_foreign(folder: Path, task: str) -> None:

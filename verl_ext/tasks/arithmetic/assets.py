@@ -8,11 +8,14 @@
 import random
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.tasks.arithmetic.pretrain import pretrain
 from verl_ext.tasks.arithmetic.task import LEVELS, Question, draw_many
-from verl_ext.tasks.assets import build, built_files, from_command_line, save_pretrained, save_rows
+from verl_ext.tasks.assets import build, built_files, from_command_line, require_whole, save_pretrained, save_rows
+
+MOST_HELD_OUT = 750
+"""There are 126 questions of level 1, of which one must be left to train on."""
 
 VERSION = 7
 """Increase it when the same parameters build different files."""
@@ -32,7 +35,8 @@ def to_row(question: Question, index: int, split: str) -> dict:
 def draw_splits(train_size: int, test_size: int, seed: int) -> tuple[list[Question], list[Question]]:
     """Draw training and held-out questions, equally many per level; held-out questions are distinct and not trained on.
 
-    Level 1 has 126 questions in all, so ``test_size`` should be well below 6 * 126.
+    Args:
+        test_size: at most ``MOST_HELD_OUT``.
     """
     rng = random.Random(seed)
     test: dict[str, Question] = {}
@@ -48,8 +52,9 @@ def build_assets(folder: str | Path, *, iterations: int, train_size: int, test_s
     """Build model and data in ``folder``, as :func:`verl_ext.tasks.assets.build` does.
 
     Raises:
-        ValueError: ``folder`` holds files that were not built here.
+        ValueError: a wrong parameter, or ``folder`` holds files that were not built here.
     """
+    check_parameters(iterations, train_size, test_size)
     levels = [*LEVELS]
     stamp = dict(
         version=VERSION, iterations=iterations, train_size=train_size, test_size=test_size, seed=seed, levels=levels
@@ -63,6 +68,21 @@ def build_assets(folder: str | Path, *, iterations: int, train_size: int, test_s
         save_pretrained(place / "model", seed, lambda *model: pretrain(*model, iterations, seed, held_out))
 
     return build(folder, "arithmetic", stamp, make)
+
+
+def check_parameters(iterations: int, train_size: int, test_size: int, **others: object) -> None:
+    """Raise ValueError if nothing can be built with these parameters of :func:`build_assets`."""
+    require_whole("arithmetic", 0, iterations=iterations)
+    require_whole("arithmetic", 1, train_size=train_size, test_size=test_size)
+    if test_size > MOST_HELD_OUT:
+        raise ValueError(
+            f"arithmetic.test_size={test_size} must be at most {MOST_HELD_OUT}: there are no more of level 1"
+        )
+
+
+def refuse(config: DictConfig) -> None:
+    """Raise ValueError if :func:`ensure_assets` would, for the checks of a start and of the doctor."""
+    check_parameters(**OmegaConf.to_container(config.arithmetic, resolve=True))
 
 
 def ensure_assets(config: DictConfig) -> None:

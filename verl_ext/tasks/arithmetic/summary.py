@@ -5,22 +5,25 @@ python -m verl_ext.tasks.arithmetic.summary outputs/arithmetic/grpo,seed=1
 
 import argparse
 import math
+import re
 import statistics
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from verl_ext.recipes import metric_names
+from verl_ext.runs import evaluations
 from verl_ext.runs.folder import CONFIG_FILE, METRICS_FILE, read_metrics
+from verl_ext.training.resume import checkpoint_steps, step_folder
+
+LEVEL = re.compile(r"level_(\d{1,9})")
+"""The data source of a level's questions."""
 
 
 def pass_at_1(row: dict) -> dict[int, float]:
     """Read held-out pass@1 per level from a row of metrics; empty without an evaluation."""
-    found = {}
-    for name, value in row.items():
-        if name.startswith("val-core/level_") and "/acc/mean@" in name:
-            found[int(name.split("/")[1].removeprefix("level_"))] = value
-    return found
+    found = ((LEVEL.fullmatch(name), value) for name, value in evaluations.pass_at_1(row).items())
+    return {int(match[1]): value for match, value in found if match}
 
 
 def overall(levels: dict[int, float], questions: int) -> tuple[float, float]:
@@ -37,15 +40,18 @@ def describe(run: Path) -> str:
     """Summarise a run as text."""
     rows, questions = read_metrics(run), OmegaConf.load(run / CONFIG_FILE).arithmetic.test_size
     evaluations = [(r["step"], pass_at_1(r)) for r in rows if pass_at_1(r)]
-    steps = [r for r in rows if "timing_s/step" in r]
+    steps = [r for r in rows if r.get("timing_s/step") is not None]
     if not evaluations or not steps:
         return f"{run}: no evaluation followed by a finished step yet"
     (first, before), (last, after) = evaluations[0], evaluations[-1]
     lines = [f"pass@1 on held-out questions, before (step {first}) and after (step {last}):", ""]
-    for level in sorted(before):
+    levels = sorted(before.keys() & after.keys())
+    for level in levels:
         lines.append(f"  level {level}    {before[level]:6.1%} -> {after[level]:6.1%}")
-    (p, p_error), (q, q_error) = overall(before, questions), overall(after, questions)
-    lines += [f"  all        {p:6.1%} -> {q:6.1%}    (standard error below {max(p_error, q_error):.1%})", ""]
+    if levels:
+        (p, p_error), (q, q_error) = (overall({n: of[n] for n in levels}, questions) for of in (before, after))
+        lines.append(f"  all        {p:6.1%} -> {q:6.1%}    (standard error below {max(p_error, q_error):.1%})")
+    lines.append("")
 
     def span(label: str, *names: str, form: str = ".3f") -> None:
         values = [r[name] for r in steps for name in names if r.get(name) is not None]
@@ -61,9 +67,9 @@ def describe(run: Path) -> str:
     span("share of mixed groups", "training/mixed_questions")
     seconds = statistics.median(r["timing_s/step"] for r in steps)
     lines += ["", f"{len(steps)} steps, median {seconds:.2f} s each"]
-    checkpoints = sorted(run.glob("global_step_*"), key=lambda f: int(f.name.rsplit("_", 1)[1]))
+    checkpoints = checkpoint_steps(run)
     lines += [
-        f"checkpoint   {checkpoints[-1] if checkpoints else 'none'}",
+        f"checkpoint   {step_folder(run, checkpoints[-1]) if checkpoints else 'none'}",
         f"metrics      {run / METRICS_FILE}",
     ]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from verl_ext.tasks.arithmetic.pretrain import BATCH, fit
-from verl_ext.tasks.assets import build, built_files, from_command_line, save_pretrained, save_rows
+from verl_ext.tasks.assets import build, built_files, from_command_line, require_whole, save_pretrained, save_rows
 from verl_ext.tasks.countdown.expression import MOST_DIGITS
 from verl_ext.tasks.countdown.reward import STYLES
 from verl_ext.tasks.countdown.task import SIZES, Limits, Question, draw_many, draw_splits
@@ -98,14 +98,13 @@ def check_parameters(
     """Raise ValueError if nothing can be built with these parameters of :func:`build_assets`."""
     if style not in STYLES:
         raise ValueError(f"countdown.style={style} must be one of {', '.join(STYLES)}")
-    if not sizes or not set(sizes) <= set(SIZES):
-        raise ValueError(f"countdown.sizes={list(sizes)} must be among {', '.join(map(str, SIZES))}")
+    if not isinstance(sizes, list | tuple) or not sizes or not all(size in SIZES for size in sizes):
+        raise ValueError(f"countdown.sizes={sizes} must be among {', '.join(map(str, SIZES))}")
+    require_whole("countdown", 0, iterations=iterations)
+    require_whole("countdown", 1, largest_target=largest_target, train_size=train_size, test_size=test_size)
     # The reward reads no longer numbers.
-    if not 1 <= largest_number < 10**MOST_DIGITS:
+    if type(largest_number) is not int or not 1 <= largest_number < 10**MOST_DIGITS:
         raise ValueError(f"countdown.largest_number={largest_number} must be 1 to {10**MOST_DIGITS - 1}")
-    for name, value in (("largest_target", largest_target), ("train_size", train_size), ("test_size", test_size)):
-        if value < 1:
-            raise ValueError(f"countdown.{name}={value} must be at least 1")
     if iterations and (style != "bare" or largest_number > 9 or largest_target > 99):
         raise ValueError(
             f"countdown.iterations={iterations} pre-trains a toy model, which needs style=bare, largest_number of at "
