@@ -8,16 +8,25 @@ import torch
 from fuzzing import cases
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from tensordict import NonTensorData, TensorDict
+from verl.utils import tensordict_utils as tu
 
 from recipe.disco import DiscoConfig, disco_loss
-from recipe.disco.constraint import CONTROLLERS, build_controller, kl_estimate, kl_standard_error, price
+from recipe.disco.constraint import CONTROLLERS, Controller, build_controller, kl_estimate, kl_standard_error, price
+from recipe.disco.estimator import disco_advantage
 from recipe.disco.loss import micro_batch_loss, question_ids
 from recipe.disco.objectives import OBJECTIVES
+from recipe.disco.plugin import RECIPE
 from recipe.disco.questions import QUESTIONS, by_question, factors, pair_weights
 from recipe.disco.registry import Component, Registry, choice, number, require_finite, settings_of
 from recipe.disco.scores import SCORES, compute_score
 from recipe.disco.settings import parse
 from recipe.disco.update import ScoreTable, by_session, plan_update
+from recipe.disco.worker import keep_mini_batches_whole, of_whole_questions, padded, passes
+from verl_ext.training.advantages import estimating
+from verl_ext.training.rows import BatchFacts
+from verl_ext.training.transfer import RowKey
 
 
 def shipped(registry):
@@ -494,3 +503,138 @@ def test_a_finite_number_within_bounds(value, minimum, above):
         return
     assert np.isfinite(found) and found == value and (minimum is None or found >= minimum)
     assert above is None or found > above
+
+
+# What trainer and worker call -----------------------------------------------------------------------------------------
+
+
+def settings_node(method):
+    """As the run's settings hold them."""
+    return OmegaConf.create({"disco": method})
+
+
+@cases(100)
+@given(batches(), methods(), st.booleans())
+def test_the_loss_under_a_runs_settings_is_the_definitions(batch, method, corrected):
+    tensors = dict(log_prob=batch.log_prob, old_log_prob=batch.old_log_prob, response_mask=batch.mask)
+    tensors |= dict(reward=batch.reward, uid=batch.uid, session=batch.session, ref_log_prob=batch.ref_log_prob)
+    tensors["rollout_is_weights"] = batch.rho if corrected else None
+    assert RECIPE.losses["disco"](settings_node(method), **tensors).item() == defined(batch, method, corrected)[0]
+    bound = RECIPE.kl_bound({f"disco.{name}": value for name, value in method.items()})
+    assert bound == (method["delta"] if "delta" in settings_of(CONTROLLERS[method["constraint"]]) else None)
+
+
+@cases(150)
+@given(batches(parts=(1,)), methods(), st.sampled_from([0.0, 0.5, 1.0]))
+def test_the_advantage_is_the_weight_of_the_update_at_pi_old(batch, method, progress):
+    """Each response's dJ/ds, times the questions over which J is a mean."""
+    at_old = replace(batch, log_prob=batch.old_log_prob)
+    expected = plan_update(
+        table_of(at_old, method, False),
+        OBJECTIVES.build(method["objective"], method).at(progress),
+        build_controller(method["constraint"], method),
+        positive_threshold=1.0,
+        graded=method["pairs"] == "graded",
+        question_weight=QUESTIONS.build(method["questions"], method),
+    )
+    rows = [RowKey(f"q{q}", s, 0) for q, s in zip(batch.uid.tolist(), batch.session.tolist(), strict=True)]
+    rewards = torch.zeros(batch.mask.shape, dtype=torch.float64)
+    rewards[:, 0] = batch.reward
+    columns = {"old_log_probs": batch.old_log_prob, "ref_log_prob": batch.ref_log_prob}
+    with estimating(settings_node(method), columns.__getitem__, rows, progress):
+        found, returns = disco_advantage(rewards, batch.mask, batch.uid.tolist())
+    assert torch.equal(found, returns) and not found[~batch.mask].any()
+    count = len(set(batch.uid.tolist()))
+    near(found, expected.weight[:, None] * count * batch.mask, max(1e-6, rounding(method)))
+    # Any other trainer is told what is missing.
+    with pytest.raises(ValueError, match="algorithm.adv_estimator=disco needs the batch's log-probabilities"):
+        disco_advantage(rewards, batch.mask, batch.uid.tolist())
+
+
+class Reads(Controller):
+    """A controller that reads the KL or not, and learns or not."""
+
+    def __init__(self, reads, state):
+        self.reads_kl, self._state = reads, state
+
+    def penalty(self, kl):
+        return kl
+
+    def state_dict(self):
+        return self._state
+
+
+@cases(200)
+@given(*[st.booleans()] * 7, st.sampled_from([{}, {"multiplier": 1.0}]))
+def test_what_is_left_out_of_a_pass_is_not_needed(local, bypass, skip, first, lagged, needs_all, reads, state):
+    facts = BatchFacts.before(int(local), 2, bypass, skip)
+    run = passes(facts, first, lagged, Reads(reads, state), needs_all)
+    # A KL that is not 0 is measured, or the last one's; where it may act, or be learned from, on all rows.
+    at_pi_old = first and not bypass and not local
+    assert run.free == (lagged or at_pi_old)
+    assert not run.measure_mixed or not (run.free or reads)
+    assert not run.train_some or not (lagged and state)
+    # Entropy is logged once per rollout, by verl or by a pass that runs and sees all rows.
+    assert (run.with_entropy is not None) == (first and bypass)
+    assert run.with_entropy != "measuring" or not (run.free or run.measure_mixed)
+    assert run.with_entropy != "training" or lagged and not run.train_some
+    if needs_all or not skip:
+        assert not run.measure_mixed and not run.train_some
+    elif at_pi_old and not lagged:
+        assert run.train_some
+
+
+@cases(150)
+@given(batches(), methods())
+def test_rows_of_whole_questions(batch, method):
+    table = table_of(batch, method, False)
+    plan = planned(table, method)
+    found = of_whole_questions(plan, table)
+    trained = {q for q, needed in zip(batch.uid.tolist(), plan.needs_gradient.tolist(), strict=True) if needed}
+    tokens = batch.mask.any(-1).tolist()
+    assert found.tolist() == [q in trained and some for q, some in zip(batch.uid.tolist(), tokens, strict=True)]
+    assert not (plan.needs_gradient & ~found).any()
+
+
+@cases(100)
+@given(st.lists(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=5), min_size=1, max_size=5))
+def test_padding_is_zero_and_at_the_end(rows):
+    jagged = torch.nested.nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+    found = padded(jagged)
+    assert found.shape == (len(rows), max(map(len, rows)))
+    assert found.tolist() == [row + [0.0] * (found.shape[1] - len(row)) for row in rows]
+    assert padded(found) is found
+
+
+@cases(150)
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(0, 9),
+    st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_mini_batches_stay_whole_in_any_order(count, rows, ranks, epochs, shuffle, seed, random):
+    size = count * rows
+    mini_batch = torch.arange(count).repeat_interleave(rows)
+
+    def batch(order):
+        data = TensorDict({"mini_batch_id": mini_batch[order], "row": torch.arange(size)}, batch_size=[size])
+        options = {"shuffle": shuffle, "x": 1}
+        tu.assign_non_tensor(data, dataloader_kwargs=NonTensorData(options), epochs=epochs, seed=seed)
+        return data
+
+    found = keep_mini_batches_whole(batch(list(range(size))), ranks)
+    assert tu.get(found, "mini_batch_size") == rows * ranks and tu.get(found, "dataloader_kwargs") == {"x": 1}
+    passes_of_verl = tu.get(found, "epochs")
+    seen = found["row"].view(-1, rows).tolist() * passes_of_verl
+    whole = torch.arange(size).view(count, rows).tolist()
+    assert len(seen) == count * epochs
+    for epoch in range(epochs):
+        now = seen[epoch * count : (epoch + 1) * count]
+        assert sorted(now) == whole and (shuffle or now == whole)
+    # Every rank takes the same order.
+    again = keep_mini_batches_whole(batch(list(range(size))), ranks)
+    assert torch.equal(again["row"], found["row"])
+    order = list(range(size))
+    random.shuffle(order)
+    if mini_batch[order].tolist() != mini_batch.tolist():
+        with pytest.raises(ValueError, match="reordered after verl_ext.training had dealt it"):
+            keep_mini_batches_whole(batch(order), ranks)
