@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import os
 import re
@@ -13,19 +14,21 @@ from pathlib import Path
 import pytest
 from fuzzing import cases
 from hydra.conf import HydraConf, JobConf, RunDir
+from hydra.core.utils import setup_globals
 from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl_ext.hydra import sweep
 from verl_ext.hydra.identity import holds_run, take_folder
 from verl_ext.hydra.inputs import check_data, save_data
-from verl_ext.hydra.paths import settle, settled
+from verl_ext.hydra.paths import settle, settled, unsettled
 from verl_ext.preflight import checks, composition
 from verl_ext.preflight.checks import CHECKS, Needs, examine, refuse
 from verl_ext.preflight.composition import Run, walk
 from verl_ext.preflight.findings import run_checks
-from verl_ext.runs.folder import without_hydra
+from verl_ext.runs.folder import flatten, how_to_continue, is_finished, what_is_left, without_hydra
 
 # Settings -------------------------------------------------------------------------------------------------------------
 
@@ -350,3 +353,165 @@ def test_settled_settings_stay_and_mean_the_same_place(values, client, exists):
         os.chdir("/")
         assert settled(config) == {}
         os.chdir(here)
+
+
+LATER = ["${hydra:runtime.output_dir}/x", "${now:%Y}", "a-${python_version:major}", "${hydra:job.num}"]
+"""What Hydra's own process alone can resolve."""
+
+
+@cases(60)
+@given(
+    st.dictionaries(
+        st.sampled_from(PLACES),
+        st.one_of(
+            st.sampled_from(LATER), st.sampled_from(["a", "/b", "${trainer.nnodes}"]),
+            st.lists(st.sampled_from([*LATER, "a", "/b"]), max_size=2),
+        ),
+    )
+)  # fmt: skip
+def test_settled_settings_can_be_resolved_by_any_process(values):
+    setup_globals()
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        hydra = OmegaConf.structured(HydraConf(run=RunDir("outputs"), job=JobConf(chdir=False, num=3)))
+        config = OmegaConf.create({**settings(Path(place, "run"), **{"data.train_files": []} | values), "hydra": hydra})
+        assert set(unsettled(config)) == {name for name, value in values.items() if any(x in str(value) for x in LATER)}
+        settle(config)
+        assert unsettled(config) == {}
+        # As on another node, without Hydra.
+        assert all("${" not in str(x) for x in flatten(without_hydra(config)).values())
+
+
+word = st.one_of(
+    st.text(max_size=4),
+    st.sampled_from(["1e-6", "yes", "null", "~", "1_000", "0x1", "a: b", "# x", "\u2028", "012", "="]),
+)
+value = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), word.filter(lambda text: "$" not in text), st.just(1e-6),
+    st.lists(word.filter(lambda text: "$" not in text), max_size=2),
+)  # fmt: skip
+
+
+@cases(150)
+@given(
+    st.dictionaries(st.sampled_from(["algorithm.gamma", "disco.tau", "data.train_files", "seed", "trainer.x"]), value),
+    st.sampled_from(["algorithm.gamma", "disco.tau", "trainer.x"]),
+    value,
+    st.booleans(),
+    st.booleans(),
+)
+@example({"disco.tau": math.nan}, "trainer.x", 1, True, True)
+def test_a_run_is_finished_under_its_own_settings_alone(values, name, other, marked, stored):
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        config = settings(folder, **values)
+        if marked:
+            (folder / "finished").touch()
+        if stored:
+            (folder / "config.yaml").write_bytes(OmegaConf.to_yaml(config, resolve=True).encode())
+        assert is_finished(folder, config) == (marked and stored)
+        changed = config.copy()
+        OmegaConf.update(changed, name, other, force_add=True)
+        differ = str(flatten(changed)) != str(flatten(config))
+        assert not differ or not is_finished(folder, changed)
+
+
+@cases(150)
+@given(st.integers(1, 5), st.integers(-1, 3), st.booleans(), st.integers(0, 8), st.booleans(), st.integers(0, 5))
+def test_a_run_that_stopped_anywhere_has_something_left(total, test_freq, before, events, resumed, only):
+    """Rows in the order in which verl logs them; a resumed checkpoint is evaluated in a line of its own."""
+    rows = [{"step": 0, "val-core/x/acc/mean@1": 0.5}] if before else []
+    for step in range(1, total + 1):
+        row = {"step": step, "actor/grad_norm": 1.0, "timing_s/step": 2.0}
+        evaluated = {"val-core/x/acc/mean@1": 0.5} if test_freq > 0 and (step % test_freq == 0 or step == total) else {}
+        if evaluated and resumed:
+            rows += [row, {"step": step} | evaluated]
+        else:
+            rows.append(row | evaluated)
+    trainer = {"total_training_steps": total, "test_freq": test_freq, "val_only": False}
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place, "metrics.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[:events]))
+        left = what_is_left(Path(place), OmegaConf.create({"trainer": trainer}))
+        assert (left == "") == (events >= len(rows)), left
+        assert not left or "metrics.jsonl" in left
+        # An evaluation alone is over with its row.
+        path.write_text(
+            "".join(json.dumps({"step": only} | row) + "\n" for row in [{"val-core/x/acc/mean@1": 0.5}][:events])
+        )
+        left = what_is_left(Path(place), OmegaConf.create({"trainer": trainer | {"val_only": True}}))
+        assert (left == "") == (events > 0)
+        path.unlink()
+        assert what_is_left(Path(place), OmegaConf.create({"trainer": trainer})) == ""
+
+
+@cases(100)
+@given(
+    st.one_of(st.none(), st.integers(0, 20).map(str), st.text(max_size=3), st.just("9" * 5000)),
+    st.sampled_from(["auto", "disable", "resume_path"]),
+)
+def test_how_a_run_goes_on_names_its_checkpoint(text, mode):
+    with tempfile.TemporaryDirectory() as place:
+        if text is not None:
+            Path(place, "latest_checkpointed_iteration.txt").write_text(text)
+        how = how_to_continue(Path(place), mode)
+    if text is None or not text.strip().isdecimal() or len(text) > 4000:
+        assert how == "" or text.strip().lstrip("+-").isdecimal()
+    else:
+        assert how.endswith(f" continues from global_step_{int(text)}")
+        assert ("trainer.resume_mode=auto" in how) == (mode != "auto")
+
+
+# Sweeps ---------------------------------------------------------------------------------------------------------------
+
+TRIED = ["data.train_batch_size", "actor_rollout_ref.rollout.temperature", "actor_rollout_ref.actor.optim.betas"]
+a_job = st.tuples(
+    st.dictionaries(st.sampled_from(TRIED), st.sampled_from([1, 1.0, 0.5, None, math.nan, [0.9, 1], [0.9, 1.0]])),
+    st.sampled_from(["grpo", "dapo"]),
+    st.sets(st.sampled_from(["algorithm=grpo", "algorithm=dapo", "+x=1", "x=2"]), max_size=2),
+)  # fmt: skip
+
+
+def alike(a, b):
+    return a == b or str(a) == str(b) == "nan"
+
+
+@cases(150)
+@given(st.lists(a_job, max_size=4))
+@example([({TRIED[1]: 1}, "grpo", set()), ({TRIED[1]: 1.0}, "dapo", set())])
+def test_an_unequal_comparison_is_told_with_its_numbers(drawn):
+    jobs = []
+    for values, algorithm, swept in drawn:
+        config = OmegaConf.create({"verl_ext": {"algorithm": algorithm}})
+        for name, x in values.items():
+            OmegaConf.update(config, name, x, force_add=True)
+        jobs.append((config, swept))
+    line = sweep.unequal(jobs)
+    pairs = [
+        {name for name in TRIED if not alike(a.get(name), b.get(name))}
+        for a, _, of_a in drawn
+        for b, _, of_b in drawn
+        if {o for o in of_a if "algorithm" not in o} == {o for o in of_b if "algorithm" not in o}
+    ]
+    assert (line == "") == (not any(pairs)) and "\n" not in line
+    told = {name for name in TRIED if f"{name} (" in line}
+    assert not line or told and any(told >= pair for pair in pairs if pair) and told <= set().union(*pairs)
+
+
+@cases(60)
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b/c", "/nowhere/d"]),
+        st.sampled_from(["done, 3 s", "finished before", "FAILED with status 1, 2 s", "FAILED: it ended early, 1 s"]),
+    )
+)
+def test_a_sweep_fails_if_a_job_did(outcome):
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "OUTCOME", {Path.cwd() / name: state for name, state in outcome.items()})
+        failed = [name for name, state in outcome.items() if state.startswith("FAILED")]
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            with pytest.raises(SystemExit, match="1") if failed else contextlib.nullcontext():
+                sweep.sum_up()
+    lines = said.getvalue().splitlines()
+    assert lines[:1] == ["sweep:"] * bool(outcome)
+    assert lines[1 : len(outcome) + 1] == [f"  {state}: {name}" for name, state in outcome.items()]
+    assert not failed or f"{len(failed)} of {len(outcome)} jobs failed" in lines[-1]

@@ -1,10 +1,16 @@
 """Random batches, metrics files, settings and checkpoints through the pure functions of a run."""
 
+import asyncio
+import inspect
+import io
 import json
 import math
+import random as random_numbers
 import re
 import string
 import tempfile
+import threading
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,28 +19,41 @@ import pytest
 import torch
 from fuzzing import cases
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
+from verl.utils import tensordict_utils as tu
 
 from verl_ext.hydra.identity import changes_results, differences
 from verl_ext.hydra.paths import absolute, as_override
 from verl_ext.hydra.sweep import job_name, name_of
 from verl_ext.runs import evaluations
-from verl_ext.runs.checkpoints import fsdp_fault, megatron_fault
+from verl_ext.runs.checkpoints import find_checkpoints, fsdp_fault, megatron_fault
 from verl_ext.runs.evaluations import BAND_NAMES, QUESTIONS, WEIGHT, band_index, band_of
 from verl_ext.runs.folder import CHECKPOINT_FILE, full_names, read_metrics
+from verl_ext.training import trainer
+from verl_ext.training.advantages import current, estimating, responses
 from verl_ext.training.bands import weight_by_pass_rate
 from verl_ext.training.estimators import dgpo, maxrl
 from verl_ext.training.grouping import deal, split_evenly, values_by_group
-from verl_ext.training.metrics_log import MetricsLog, as_line, read_rows
+from verl_ext.training.metrics_log import MetricsLog, as_line, is_evaluated, read_rows, read_unlogged
 from verl_ext.training.progress import duration, step_line
 from verl_ext.training.resume import checkpoint_steps, name_whole_checkpoint, remove_old_checkpoints
-from verl_ext.training.reward_loop import as_number, describe, one_line
+from verl_ext.training.reward_loop import as_number, bounded, describe, one_line, reward_function
 from verl_ext.training.rows import BatchFacts, Rows, last_of_session, of_sessions
-from verl_ext.training.skipping import FILLER, largest_divisor, narrow, of_rows, rows_per_rank, teaching
-from verl_ext.training.trainer import shares
+from verl_ext.training.seeds import seed_of, seeded
+from verl_ext.training.skipping import (
+    FILLER,
+    largest_divisor,
+    narrow,
+    narrowed,
+    of_rows,
+    rows_per_rank,
+    teaching,
+    whole_batch_terms,
+)
+from verl_ext.training.trainer import sequence_rewards, shares
 from verl_ext.training.transfer import RowKey, parse_key
 from verl_ext.training.watch import Stretch
 
@@ -100,6 +119,8 @@ def test_a_pass_rate_has_one_band(share):
     assert name == BAND_NAMES[band_index(share)]
     below, above = (float(x) for x in (name.strip("()[]").split(", ") * 2)[:2])
     assert below == share == above if "," not in name else below < share <= above and share < 1
+    bounds = [float(x) / 100 for x in QUESTIONS[band_index(share)].rpartition("/")[2].split("_")]
+    assert (bounds[0], bounds[-1]) == (below, above) and len(set(QUESTIONS)) == len(BAND_NAMES)
 
 
 @cases(150)
@@ -155,6 +176,72 @@ def test_rows_left_out_keep_ranks_in_step(ranks, rows, micro_batch, data):
 
 
 @cases(100)
+@given(
+    st.integers(1, 3), st.integers(1, 12), st.sampled_from([None, 1, 2, 3, 5]), st.booleans(),
+    st.sampled_from([0, 2, 3]), st.data(),
+)  # fmt: skip
+def test_all_ranks_run_their_wanted_rows_in_equally_many_micro_batches(ranks, rows, micro_batch, dynamic, stages, data):
+    wanted = torch.tensor(data.draw(st.lists(st.booleans(), min_size=ranks * rows, max_size=ranks * rows)))
+    config = SimpleNamespace(use_dynamic_bsz=dynamic, pipeline_model_parallel_size=stages or 1)
+    config.virtual_pipeline_model_parallel_size = 2 if stages else None
+    runs = set()
+    for rank, mine in enumerate(wanted.view(ranks, -1)):
+        engine = SimpleNamespace(get_data_parallel_size=lambda: ranks, get_data_parallel_rank=lambda rank=rank: rank)
+        lengths = data.draw(st.lists(st.integers(1, 5), min_size=rows, max_size=rows))
+        tokens = torch.nested.nested_tensor([torch.full((n,), i) for i, n in enumerate(lengths)], layout=torch.jagged)
+        batch = TensorDict({"input_ids": tokens, "row": torch.arange(rows)}, batch_size=[rows])
+        found = narrowed(batch, wanted, SimpleNamespace(engine=engine, engine_config=config), micro_batch)
+        assert found["row"][~found[FILLER]].tolist() == mine.nonzero().flatten().tolist()
+        size = tu.get(found, "micro_batch_size_per_gpu", None)
+        # Cut by tokens, there is no size.
+        assert (size is None) == (dynamic or micro_batch is None)
+        assert size is None or len(found) % size == 0 and size <= micro_batch
+        whole = rows // largest_divisor(rows, micro_batch) if size else rows
+        # Interleaved stages need a multiple of them, where all rows have one.
+        assert not stages or whole % stages or (len(found) // (size or 1)) % stages == 0
+        runs.add((len(found), size))
+    assert len(runs) == 1
+
+
+ALL_ROWS = {
+    "moe_router_load_balancing_type=": {"moe_aux_loss_coeff": 0.1},
+    "moe_z_loss_coeff=": {"moe_z_loss_coeff": 0.1},
+    "moe_router_bias_update_rate=": {"moe_router_enable_expert_bias": True},
+    "moe_expert_capacity_factor=": {"moe_expert_capacity_factor": 1.0},
+}
+"""What an engine's term for all rows is told by, and the settings that switch it on."""
+
+
+@cases(100)
+@given(
+    st.sets(st.sampled_from([*ALL_ROWS])),
+    st.sampled_from([None, 8]),
+    st.sampled_from(["aux_loss", "none", "sinkhorn", ["aux_loss"], ["none", "seq_aux_loss"]]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_an_engine_names_each_term_of_all_rows(on, experts, kind, enable, train):
+    config = dict(num_moe_experts=experts, moe_router_load_balancing_type=kind, moe_aux_loss_coeff=0)
+    config |= dict(moe_z_loss_coeff=None, moe_router_enable_expert_bias=False, moe_router_bias_update_rate=1e-3)
+    config["moe_expert_capacity_factor"] = None
+    for name in on:
+        config |= ALL_ROWS[name]
+    if isinstance(kind, list):
+        config["moe_aux_loss_coeff"] = [config["moe_aux_loss_coeff"]] * len(kind)
+    mtp = SimpleNamespace(enable=enable, enable_train=train)
+    engine = SimpleNamespace(tf_config=SimpleNamespace(**config), model_config=SimpleNamespace(mtp=mtp))
+    found = whole_batch_terms(engine)
+    balanced = [*ALL_ROWS][0]
+    # No loss is taken of none; sinkhorn balances without one.
+    wanted = on - {balanced} if kind == "none" else on | {balanced} if kind == "sinkhorn" else on
+    wanted = {name for name in ALL_ROWS if experts and name in wanted} | (
+        {"enable_train"} if enable and train else set()
+    )
+    assert len(found) == len(wanted) and all(any(name in term for term in found) for name in wanted)
+    assert whole_batch_terms(SimpleNamespace()) == []
+
+
+@cases(100)
 @given(st.integers(1, 1000), st.integers(1, 1000), st.integers(0, 60))
 def test_parts_and_divisors(n, limit, items):
     d = largest_divisor(n, limit)
@@ -180,6 +267,99 @@ def test_a_stretch_is_told_once(steps, held):
     for i, now in enumerate(told):
         begins = next((k for k in range(i, -1, -1) if not held[k]), -1) + 1
         assert now == (held[i] and i - begins + 1 == steps)
+
+
+@cases(150)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 3), st.integers(0, 3)), min_size=1))
+def test_a_session_in_several_rows_has_the_advantage_of_one_response(drawn):
+    """Question, session, rows and reward of each response; the reward is in its last row."""
+    drawn = list({(q, s): (q, s, rows, reward) for q, s, rows, reward in drawn}.values())
+    rows = [RowKey(f"q{q}", s, t) for q, s, count, _ in drawn for t in range(count)]
+    rewards = [r * (t == count - 1) for *_, count, r in drawn for t in range(count)]
+    last = [t == count - 1 for _, _, count, _ in drawn for t in range(count)]
+
+    def advantages(estimator, rewards, rows):
+        tokens = torch.tensor(rewards, dtype=torch.float64)[:, None]
+        return estimator(tokens, torch.ones(len(rows), 1), [row.uid for row in rows])[0][:, 0]
+
+    for estimator in (maxrl, dgpo):
+        with estimating(OmegaConf.create(), {}.__getitem__, rows):
+            found = advantages(estimator, rewards, rows)
+        alone = advantages(estimator, [r for *_, r in drawn], [row for row, end in zip(rows, last, strict=True) if end])
+        expected = torch.tensor(
+            [a for a, (*_, count, _) in zip(alone.tolist(), drawn, strict=True) for _ in range(count)]
+        )
+        if estimator is dgpo and expected.any():
+            # Its scale counts the tokens of all rows.
+            at = int(expected.abs().argmax())
+            expected = expected * (found[at] / expected[at])
+            assert found[at] * alone.abs().sum() != 0
+        torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-9)
+
+
+@cases(100)
+@given(st.lists(st.sampled_from("abc"), max_size=4), st.booleans())
+def test_a_batch_is_lent_to_its_own_block(names, fails):
+    def nested(names):
+        for name in names[:1]:
+            with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+                with estimating(OmegaConf.create({"name": name}), {}.__getitem__, [RowKey(name, 0, 0)] * 2, 0.5):
+                    assert current("mine").config.name == name and responses(2) == [0, 0]
+                    nested(names[1:])
+                    assert current("mine").config.name == name
+                    1 / (not fails)
+
+    nested(names)
+    assert responses(3) == [0, 1, 2]
+    with pytest.raises(ValueError, match="algorithm.adv_estimator=mine needs"):
+        current("mine")
+
+
+tensor_rows = st.lists(st.lists(st.floats(width=32), max_size=3), min_size=1, max_size=5)
+
+
+@cases(150)
+@given(tensor_rows)
+def test_a_reward_is_the_sum_of_its_row_or_named(rows):
+    scores = torch.nested.nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+    keys = [f"q{i}_0_0" for i in range(len(rows))]
+    sums = [float(torch.tensor(row, dtype=torch.float32).sum()) for row in rows]
+    bad = [i for i, x in enumerate(sums) if not math.isfinite(x)]
+    try:
+        assert sequence_rewards(scores, keys, "mine.py:score, step 3") == sums and not bad
+    except ValueError as e:
+        assert f"mine.py:score, step 3: the reward of sample q{bad[0]}_0_0 " in str(e)
+        assert f"{len(bad)} of {len(rows)} samples" in str(e)
+
+
+@cases(100)
+@given(
+    st.dictionaries(st.sampled_from(["input_ids", "rm_scores", "entropy", "uid", "values", "x"]), st.booleans()),
+    st.sets(st.sampled_from(["values", "x"])),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_workers_get_the_tensors_that_they_read(columns, without, extended, images, fails):
+    row = TensorDict({n: torch.ones(1) if tensor else NonTensorData("a") for n, tensor in columns.items()}, [1])
+    batch = SimpleNamespace(fields=None)
+    trainer_ = SimpleNamespace(config={"verl_ext": {}} if extended else {}, processor=object() if images else None)
+    sent = []
+
+    def method(self, batch, metrics):
+        sent.append(batch.fields)
+        if fails:
+            raise RuntimeError
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "read", lambda given, rows: row)
+        with pytest.raises(RuntimeError) if fails else nullcontext():
+            assert trainer.tensors_alone(method, without)(trainer_, batch, {}) is batch
+    # As it came, also after an error.
+    assert batch.fields is None
+    read = {n for n, tensor in columns.items() if tensor} - without - {"rm_scores", "entropy"}
+    assert [None if given is None else set(given) for given in sent] == [read if extended and not images else None]
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------
@@ -241,6 +421,37 @@ def test_a_log_goes_on_from_any_file(lines, resumed, trains):
         assert aside.read_bytes() == content if aside.exists() else path.read_bytes().startswith(content)
 
 
+@cases(150)
+@given(
+    st.lists(st.tuples(metrics, st.booleans()), min_size=1, max_size=6),
+    st.sampled_from([b"", b"\n", b"{", b"[" * 2000]),
+    st.booleans(),
+)
+def test_each_row_that_waited_in_a_checkpoint_is_logged_once(steps, junk, goes_on):
+    """Steps from 1 on, each written or not when the disk was full; the last one's is in the checkpoint, too."""
+    lines = [as_line(step, row) for step, (row, _) in enumerate(steps, 1)]
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        path, kept = Path(folder, "metrics.jsonl"), Path(folder, "metrics.json")
+        path.write_bytes(b"".join(line for line, (_, fits) in zip(lines, steps, strict=True) if fits))
+        own = lines[-1:] if steps[-1][1] else []
+        waiting = [line for line, (_, fits) in zip(lines, steps, strict=True) if not fits]
+        kept.write_bytes(junk + b"\n" + b"".join([*waiting, *own]))
+        unlogged = read_unlogged(Path(folder))
+        assert [row.step for row in unlogged] == [read_rows(line)[0][0].step for line in [*waiting, *own]]
+        tracking = SimpleNamespace(log=lambda **_: None, finish=lambda: None)
+        log = MetricsLog(tracking, path, len(steps), unlogged=unlogged)
+        if goes_on:
+            log.log({"a": 1}, len(steps) + 1)
+        log.finish()
+        found = [row for row in read_rows(path.read_bytes())[0]]
+        assert sorted(row.step for row in found) == [*range(1, len(steps) + 1 + goes_on)]
+        by_step = {row.step: row.values for row in found}
+        for step, line in enumerate(lines, 1):
+            assert by_step[step] == read_rows(line)[0][0].values
+            assert is_evaluated(path, step) == any(name.startswith("val-") for name in steps[step - 1][0])
+    assert read_unlogged(Path(folder)) == []
+
+
 numbers = st.one_of(st.none(), st.floats(-1e30, 1e30), st.sampled_from([math.nan, math.inf]), st.integers(-5, 10**12))
 
 
@@ -282,6 +493,92 @@ def test_a_reward_is_a_finite_number_or_refused(value):
     except (TypeError, ValueError, OverflowError):
         return
     assert type(found) is float and math.isfinite(found)
+
+
+class Odd(BaseException):
+    """Not even an Exception."""
+
+
+@cases(150)
+@given(
+    st.one_of(st.integers(), st.none(), st.text(max_size=3)),
+    st.sampled_from([None, ValueError("x"), StopIteration(3), Odd(), SystemExit(2), TimeoutError("own")]),
+    st.booleans(),
+    st.sampled_from([None, 60, 1e9]),
+)
+def test_a_bounded_reward_answers_and_fails_as_it_would(answer, error, waits, seconds):
+    def score(*args, **kwargs):
+        if error is not None:
+            raise error
+        return answer, args, kwargs
+
+    async def later(*args, **kwargs):
+        return score(*args, **kwargs)
+
+    call = bounded(later if waits else score, seconds)
+    assert inspect.iscoroutinefunction(call) == waits
+    # What asyncio cannot pass on.
+    wanted = RuntimeError if isinstance(error, StopIteration) else type(error)
+    try:
+        found = call("a", b=3)
+        assert (asyncio.run(found) if waits else found) == (answer, ("a",), {"b": 3}) and error is None
+    except BaseException as e:
+        if error is None or type(e) is not wanted:
+            raise
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_reward_that_hangs_fails_by_the_settings_name(waits):
+    call = bounded((lambda: asyncio.sleep(60)) if waits else (lambda: threading.Event().wait(5)), 0.05)
+    if waits:
+        call = bounded(asyncio.sleep, 0.05)
+    with pytest.raises(TimeoutError, match=r"no answer in 0.05 s \(verl_ext.reward_timeout\)"):
+        asyncio.run(call(60)) if waits else call()
+
+
+@cases(100)
+@given(
+    st.sampled_from([None, {}, {"path": None, "name": "f"}, {"path": "a.py", "name": "f"}]),
+    st.booleans(),
+    st.sampled_from([None, "m"]),
+)
+def test_a_reward_is_named_by_the_setting_that_chooses_it(custom, model, path):
+    reward = {"reward_model": {"enable": model, "model_path": path}, "reward_manager": {"name": "naive"}}
+    config = OmegaConf.create({"reward": reward if custom is None else reward | {"custom_reward_function": custom}})
+    name, value = re.search(r"(reward\.\w+(?:\.\w+)?)=([\w.]+)", reward_function(config)).groups()
+    chosen = OmegaConf.select(config, name)
+    assert str(chosen.path if name.endswith("function") else chosen) == value
+    # Without it another one would be named.
+    rest = config.copy()
+    OmegaConf.update(rest, name, {} if name.endswith("function") else "other", merge=False)
+    assert reward_function(rest) != reward_function(config)
+
+
+seeds = st.one_of(
+    st.none(), st.integers(), st.sampled_from([2**63 - 1, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 1.0, True, "3"])
+)
+
+
+@cases(150)
+@given(seeds, seeds)
+@example("a", None)
+@example(None, 2**64)
+def test_a_runs_seed_seeds_its_workers_or_is_refused(seed, of_data):
+    try:
+        found = seed_of(OmegaConf.create({"seed": seed, "data": {"seed": of_data}}))
+    except ValueError as e:
+        assert str(e).startswith(f"seed={seed} " if seed is not None else f"data.seed={of_data} ")
+        return
+    assert found == (of_data if seed is None else seed) and type(found) in (int, type(None))
+    if found is not None:
+
+        class Worker:
+            def __init__(self):
+                self.drawn = random_numbers.random(), np.random.rand(), torch.rand(()).item()
+
+        with torch.random.fork_rng():
+            worker = seeded(Worker, found)
+            assert worker().drawn == worker().drawn != seeded(Worker, found ^ 1)().drawn
 
 
 @cases(200)
@@ -395,6 +692,9 @@ def test_the_tracker_names_a_whole_checkpoint_or_none(steps, text, keep):
                 whole.add(step)
             assert isinstance(megatron_fault(run / f"global_step_{step}/actor"), str)
             assert (fsdp_fault(run / f"global_step_{step}/actor") == "") >= (step in whole)
+        found = find_checkpoints(run, megatron=False)
+        assert [c.step for c in found] == sorted(s for s in steps if (run / f"global_step_{s}/actor").is_dir())
+        assert whole <= {c.step for c in found if not c.fault}
         tracker = run / CHECKPOINT_FILE
         if text is not None:
             tracker.write_text(text)

@@ -12,7 +12,6 @@ is in the folder from before, by a dry run for one, is pushed as it is.
 """
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -29,7 +28,7 @@ from verl_ext.export.model import export_model
 from verl_ext.export.push import describe, is_hub_name, plan, push
 from verl_ext.report.read import one_line as printable
 from verl_ext.report.read import read_run
-from verl_ext.runs.checkpoints import DTYPES, Checkpoint, ExportError, find_checkpoints, one_line
+from verl_ext.runs.checkpoints import DTYPES, Checkpoint, ExportError, find_checkpoints, one_line, read_json
 from verl_ext.runs.folder import CHECKPOINT_FILE, CONFIG_FILE, read_settings
 
 SHOWN = (
@@ -181,7 +180,7 @@ def is_export(out: Path, card: str, dtype: str) -> bool:
     another run are another model.
     """
     try:
-        found, config = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
+        found, config = (out / "README.md").read_text(), read_json(out / "config.json")
     except (OSError, ValueError):
         return False
     naming = {line for line in card.splitlines() if STEPS in line or line.startswith("| ")}

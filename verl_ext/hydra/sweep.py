@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -100,12 +101,17 @@ def unequal(jobs: Sequence[tuple[DictConfig, Collection[str]]]) -> str:
     for group in alike.values():
         told = []
         for name in TRAINING:
-            values: dict[str, list[str]] = {}
+            values: list[tuple[Any, list[str]]] = []
             for job in group:
-                methods = values.setdefault(str(OmegaConf.select(job, name)), [])
-                methods.append(str(OmegaConf.select(job, "verl_ext.algorithm", default=DEFAULT_ALGORITHM)))
+                value = OmegaConf.select(job, name)
+                algorithm = str(OmegaConf.select(job, "verl_ext.algorithm", default=DEFAULT_ALGORITHM))
+                # 1 and 1.0 are the same number; NaN is the same in text alone.
+                same = (methods for other, methods in values if other == value or str(other) == str(value))
+                if (methods := next(same, None)) is None:
+                    values.append((value, methods := []))
+                methods.append(algorithm)
             if len(values) > 1:
-                numbers = ", ".join(f"{value} for {', '.join(methods)}" for value, methods in values.items())
+                numbers = ", ".join(f"{value} for {', '.join(methods)}" for value, methods in values)
                 told.append(f"{name} ({numbers})")
         if told:
             chosen = [OmegaConf.select(job, "hydra.runtime.choices.setting") for job in group]

@@ -55,9 +55,11 @@ def check_own_settings(run: Run) -> Iterator[Finding]:
     """Name settings of the node ``verl_ext`` that our trainers would refuse after Ray has started."""
     from verl_ext.training.progress import progress_wanted
     from verl_ext.training.reward_loop import reward_timeout
+    from verl_ext.training.seeds import seed_of
     from verl_ext.training.trainer import most_failed_rewards
 
-    for read in (most_failed_rewards, progress_wanted, reward_timeout):
+    # The workers of a stock run are not seeded.
+    for read in (most_failed_rewards, progress_wanted, reward_timeout, *[seed_of] * ("verl_ext" in run.config)):
         try:
             read(run.config)
         except ValueError as e:

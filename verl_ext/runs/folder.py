@@ -153,7 +153,11 @@ def is_finished(run: Path, config: DictConfig) -> bool:
     """
     if not ((run / FINISHED_FILE).exists() and (run / CONFIG_FILE).exists()):
         return False
-    return read_settings(run) == flatten(config)
+    # As text: NaN is the same setting, though not the same number.
+    before, now = (
+        {name: repr(value) for name, value in found.items()} for found in (read_settings(run), flatten(config))
+    )
+    return before == now
 
 
 def what_is_left(run: Path, config: DictConfig) -> str:

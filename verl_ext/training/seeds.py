@@ -12,9 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def seed_of(config: DictConfig) -> int | None:
-    """Return the run's seed: ``seed``, else ``data.seed``; None if neither is set."""
-    found = (OmegaConf.select(config, name) for name in ("seed", "data.seed"))
-    return next((int(seed) for seed in found if seed is not None), None)
+    """Return the run's seed: ``seed``, else ``data.seed``; None if neither is set.
+
+    Raises:
+        ValueError: it is no whole number, or torch cannot take it.
+    """
+    found = {name: OmegaConf.select(config, name) for name in ("seed", "data.seed")}
+    for name, seed in found.items():
+        if seed is not None:
+            if type(seed) is not int or not -(2**63) <= seed < 2**64:
+                raise ValueError(f"{name}={seed} must be a whole number that fits 64 bits")
+            return seed
+    return None
 
 
 def seeded(worker: type, seed: int) -> type:
