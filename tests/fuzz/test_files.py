@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -24,15 +25,16 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from written_runs import write_checkpoint
 
-from verl_ext.export.__main__ import model_card
-from verl_ext.export.model import export_model
+from verl_ext.export.__main__ import choose, is_export, make_folder, model_card
+from verl_ext.export.model import adapter_config, export_model, uses_adapter
 from verl_ext.export.push import ALLOWED, SECRET, describe, is_hub_name, plan
 from verl_ext.report import compare
-from verl_ext.report.__main__ import Tables, as_texts, headline_parts, markdown, pass_k_parts, write_report
+from verl_ext.report.__main__ import Tables, as_texts, find_runs, headline_parts, markdown, pass_k_parts, write_report
 from verl_ext.report.headline import choose_baseline, headline
 from verl_ext.report.page import page, to_html
-from verl_ext.report.read import ANSWERS, clean, one_line, read_answers, read_run, read_runs
+from verl_ext.report.read import ANSWERS, Run, clean, one_line, read_answers, read_run, read_runs
 from verl_ext.report.tables import difficulty_table, pass_k_tables, pass_table, time_table, weight_table
 from verl_ext.runs.checkpoints import Checkpoint, ExportError, SafeTensors, Shards
 from verl_ext.runs.files import append_whole, write_whole
@@ -252,6 +254,141 @@ def test_an_export_holds_the_whole_tensors(tied, mesh, stored, wanted, seed, lay
 def plan_of(folder):
     (folder / "README.md").write_text("A card.")
     return plan(folder)
+
+
+RANK, ALPHA = "actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.lora_alpha"
+START = "actor_rollout_ref.model.lora_adapter_path"
+anything = st.one_of(
+    st.integers(-1, 9), st.sampled_from([None, True, "8", 8.0, 2.5, math.nan, math.inf, [], {}, 10**400])
+)
+
+
+@cases(100)
+@given(
+    st.fixed_dictionaries(
+        {}, optional={RANK: anything, ALPHA: anything, START: st.sampled_from([None, "", "/nowhere", 5])}
+    ),
+    st.one_of(st.none(), st.dictionaries(st.sampled_from(["r", "lora_alpha"]), anything)),
+)
+@example({RANK: 8, ALPHA: math.nan}, None)
+def test_an_adapter_has_the_rank_and_scale_of_its_run_or_is_refused(settings, noted):
+    with tempfile.TemporaryDirectory() as folder:
+        if noted is not None:
+            Path(folder, "lora_train_meta.json").write_text(json.dumps(noted))
+        try:
+            found = adapter_config(Checkpoint(1, Path(folder), False), settings)
+        except ExportError as e:
+            assert any(name in str(e) for name in (RANK, ALPHA, START)) or noted is not None and "lora_train" in str(e)
+            return
+    assert type(found.r) is int and 0 < found.r == settings[RANK]
+    assert 0 < found.lora_alpha == settings[ALPHA] < math.inf and not settings.get(START)
+    assert noted is None or (noted["r"], noted["lora_alpha"]) == (found.r, int(found.lora_alpha))
+
+
+@cases(100)
+@given(
+    st.one_of(
+        st.binary(max_size=9),
+        st.just(b"[" * 10**5),
+        st.recursive(
+            st.sampled_from([None, True, 1, "true"]),
+            lambda x: st.one_of(st.lists(x, max_size=1), st.dictionaries(st.sampled_from(["backend", "peft"]), x)),
+            max_leaves=3,
+        ).map(lambda value: json.dumps(value).encode()),
+    )
+)
+def test_a_manifest_says_whether_there_is_an_adapter(content):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "ckpt_contents.json").write_bytes(content)
+        try:
+            found = uses_adapter(Checkpoint(1, Path(folder), True))
+        except ValueError as e:
+            assert "ckpt_contents.json" in str(e)
+            return
+    value = json.loads(content).get("backend")
+    assert found == (isinstance(value, dict) and value.get("peft") in (True,) and type(value["peft"]) is bool)
+
+
+SCORES_OF_A_STEP = st.one_of(st.sampled_from([0.0, 0.5, 1.0, math.nan]), st.floats(0, 1))
+
+
+@cases(60)
+@given(
+    st.dictionaries(st.sampled_from([1, 2, 3, 10, 20]), st.booleans(), max_size=4),
+    st.dictionaries(st.sampled_from([0, 1, 2, 3, 10, 20]), st.tuples(SCORES_OF_A_STEP, SCORES_OF_A_STEP)),
+    st.one_of(st.none(), st.sampled_from([1, 2, 3, 4])),
+    st.one_of(st.none(), st.integers(0, 30).map(str), st.binary(max_size=4)),
+)
+def test_the_best_whole_checkpoint_is_exported(steps, scores, step, latest):
+    evaluations = pd.DataFrame.from_dict(scores, orient="index", columns=["a", "b"], dtype=float)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
+        run = Path(folder)
+        for number, whole in steps.items():
+            actor = write_checkpoint(run, number)
+            if not whole:
+                (actor / "model_world_size_2_rank_1.pt").unlink()
+        if latest is not None:
+            (run / "latest_checkpointed_iteration.txt").write_bytes(
+                latest if isinstance(latest, bytes) else latest.encode()
+            )
+        try:
+            found = choose(run, False, evaluations, step)
+        except ExportError as e:
+            assert not any(steps.values()) if step is None else not steps.get(step)
+            assert str(run) in str(e) or f"step {step}" in str(e)
+            return
+    assert steps[found.step] and found.folder == run / f"global_step_{found.step}/actor"
+    if step is not None:
+        assert found.step == step
+        return
+    means = {n: sum(x) / 2 for n, x in scores.items() if steps.get(n) and not math.isnan(sum(x))}
+    best = max(means.values(), default=None)
+    # Of equally good ones the last; without an evaluation the last of all.
+    right = [n for n in means if means[n] == best] if means else [n for n, whole in steps.items() if whole]
+    assert found.step == max(right)
+    left_out = re.findall(r"left out as not whole: step (\d+)", said.getvalue())
+    assert sorted(map(int, left_out)) == sorted(n for n, whole in steps.items() if not whole)
+
+
+@cases(100)
+@given(
+    st.sampled_from(["whole", "none", "edited", "other step", "other settings", "not UTF-8"]),
+    st.one_of(
+        st.none(),
+        st.sampled_from([b"[]", b"null", b"[" * 10**5, b"\xff", b"{"]),
+        st.dictionaries(
+            st.sampled_from(["dtype", "torch_dtype"]), st.sampled_from(["float32", "bfloat16", None, 5, []])
+        ),
+    ),
+    st.sampled_from(["checkpoint", "float32", "bfloat16"]),
+)
+@example("whole", b"[]", "checkpoint")
+def test_an_export_is_known_by_its_card_and_its_type(state, config, dtype):
+    settings = {"actor_rollout_ref.model.path": "org/Base", "verl_ext.algorithm": "disco", "seed": 1}
+    card = model_card(settings, pd.DataFrame(), 4, [])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        other = {"other step": model_card(settings, pd.DataFrame(), 5, []), "edited": f"Mine.\n{card}\nMore."}
+        other["other settings"] = model_card(settings | {"seed": 2}, pd.DataFrame(), 4, [])
+        if state == "not UTF-8":
+            (out / "README.md").write_bytes(b"\xff" + card.encode())
+        elif state != "none":
+            (out / "README.md").write_text(other.get(state, card))
+        if config is not None:
+            (out / "config.json").write_bytes(config if isinstance(config, bytes) else json.dumps(config).encode())
+        found = is_export(out, card, dtype)
+        right = state in ("whole", "edited") and isinstance(config, dict)
+        if right and dtype != "checkpoint":
+            right = (config.get("dtype") or config.get("torch_dtype")) == dtype
+        assert found == right
+        # A folder in use is not taken, and loses nothing.
+        before = {f: f.read_bytes() for f in out.iterdir()}
+        unfinished = out / "x.unfinished"
+        try:
+            make_folder(out, unfinished)
+            assert not before and unfinished.is_dir()
+        except ExportError as e:
+            assert str(out) in str(e) and before == {f: f.read_bytes() for f in out.iterdir()} != {}
 
 
 names = st.one_of(
@@ -509,6 +646,83 @@ def write_runs(place, drawn):
     for folder, run in zip(folders, drawn, strict=True):
         write_run(folder, run)
     return folders
+
+
+KINDS = {
+    "run": {"config.yaml": "trainer: {nnodes: 1}", "metrics.jsonl": '{"step": 1}\n'},
+    "waiting": {"config.yaml": "trainer: {nnodes: 1}"},
+    "damaged": {"config.yaml": "{"},
+    "of hydra": {"config.yaml": "trainer: {nnodes: 1}", "overrides.yaml": "[]"},
+    "of wandb": {"config.yaml": "trainer: {value: {nnodes: 1}, desc: null}"},
+    "other": {"config.yaml": "model: 1"},
+    "empty": {},
+}
+
+
+@cases(80)
+@given(
+    st.dictionaries(
+        st.lists(st.sampled_from(["a", "b", ".hydra", "global_step_3"]), max_size=3).map(tuple),
+        st.sampled_from([*KINDS]),
+        max_size=5,
+    ),
+    st.lists(st.sampled_from([(), ("a",), ("b",), ("nowhere",)]), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_each_run_is_found_once_wherever_it_is(made, given_, linked):
+    with tempfile.TemporaryDirectory() as place:
+        top = Path(place, "top")
+        for parts, kind in made.items():
+            top.joinpath(*parts).mkdir(parents=True, exist_ok=True)
+            for name, text in KINDS[kind].items():
+                top.joinpath(*parts, name).write_text(text)
+        top.mkdir(exist_ok=True)
+        folders = [top.joinpath(*parts) for parts in given_]
+        if linked:
+            Path(place, "link").symlink_to(top)
+            folders.append(Path(place, "link"))
+        found, none = find_runs(folders)
+
+        def is_hidden(below, parts):
+            """In Hydra's folder, or in a checkpoint of what has settings, below the folder that was given."""
+            at = [(parts[:i], parts[i]) for i in range(below, len(parts))]
+            return any(
+                name == ".hydra" or name == "global_step_3" and made.get(up, "empty") != "empty" for up, name in at
+            )
+
+        right = {
+            parts
+            for above in [*given_, *[()] * linked]
+            for parts, kind in made.items()
+            if kind in ("run", "waiting", "damaged")
+            and parts[: len(above)] == above
+            and not is_hidden(len(above), parts)
+        }
+        # What is not there is named later, as unreadable.
+        missing = {parts for parts in given_ if not top.joinpath(*parts).exists()}
+        places = [Path(os.path.realpath(run)) for run in found]
+        assert sorted(places) == sorted({Path(os.path.realpath(top.joinpath(*parts))) for parts in right | missing})
+        runs_there = {Path(os.path.realpath(top.joinpath(*parts))) for parts in right}
+        for folder, why in none.items():
+            assert str(folder) in why
+            assert not any(run.is_relative_to(os.path.realpath(folder)) for run in runs_there)
+        runs, damaged = read_runs(found)
+        assert {r.folder for r in runs} <= set(found) and len(runs) == sum(made.get(p) == "run" for p in right)
+
+
+@cases(100)
+@given(*[st.sets(st.integers(0, 5), max_size=4)] * 2, st.one_of(st.none(), st.integers(0, 6)))
+def test_two_runs_are_compared_at_the_last_step_of_both(of_a, of_b, step):
+    a, b = (
+        Run(Path(name), {}, pd.DataFrame(), dumps={n: Path() for n in of}) for name, of in (("/a", of_a), ("/b", of_b))
+    )
+    try:
+        found = compare.last_common_step(a, b, step)
+    except ValueError as e:
+        assert not of_a & of_b if step is None else step not in of_a & of_b
+        assert all(word in str(e) for word in ("/a has", "/b has", "trainer.validation_data_dir"))
+        return
+    assert found in of_a & of_b and (found == step or step is None and not any(n > found for n in of_a & of_b))
 
 
 @cases(60)

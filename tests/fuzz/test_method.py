@@ -1,6 +1,8 @@
 """The whole family of methods on random mini-batches: what must not matter does not, and nothing becomes NaN."""
 
+import math
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from recipe.disco.scores import SCORES, compute_score
 from recipe.disco.settings import parse
 from recipe.disco.update import ScoreTable, by_session, plan_update
 from recipe.disco.worker import keep_mini_batches_whole, of_whole_questions, padded, passes
+from verl_ext.report import weights
 from verl_ext.training.advantages import estimating
 from verl_ext.training.rows import BatchFacts
 from verl_ext.training.transfer import RowKey
@@ -549,6 +552,22 @@ def test_the_advantage_is_the_weight_of_the_update_at_pi_old(batch, method, prog
     # Any other trainer is told what is missing.
     with pytest.raises(ValueError, match="algorithm.adv_estimator=disco needs the batch's log-probabilities"):
         disco_advantage(rewards, batch.mask, batch.uid.tolist())
+
+
+FORMULAS = {
+    # verl divides by the sample's standard deviation, hence (n - 1) / n.
+    "grpo": lambda p, n: math.sqrt(p * (1 - p) * (n - 1) / n),
+    "dgpo": lambda p, n: 0.5 * (n - 1) * math.exp(-p / 2) / sum(math.exp(-i / n / 2) for i in range(1, n)),
+    "disco": lambda p, n: 1.0,
+}
+composed = cache(weights.compose)
+
+
+@cases(12)
+@given(st.sampled_from([*FORMULAS]), st.integers(2, 20))
+def test_a_question_has_the_weight_of_its_formula_at_any_group_size(algorithm, n):
+    found = weights.question_weights(composed(algorithm, f"data.max_response_length={weights.TOKENS}"), n)
+    assert found == pytest.approx([FORMULAS[algorithm](right / n, n) for right in range(1, n)], rel=1e-5)
 
 
 class Reads(Controller):

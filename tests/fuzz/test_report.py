@@ -2,20 +2,23 @@
 
 import itertools
 import math
+import statistics
 import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from fuzzing import cases
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from verl_ext.report.page import page, to_html
 from verl_ext.report.paired import paired_interval
 from verl_ext.report.read import clean, is_number, one_line
-from verl_ext.report.tables import mean_and_interval, pass_at_k, percent, plain
+from verl_ext.report.tables import mean_and_interval, over_questions, pass_at_k, percent, plain
 from verl_ext.runs.folder import read_json_lines, read_settings
 
 
@@ -52,6 +55,32 @@ def test_a_mean_has_an_interval_from_two_values_on(values):
     assert math.isnan(mean) == (not values) and math.isnan(half) == (len(values) < 2)
     assert (percent(mean, half) == "") == (not values) and "nan" not in percent(mean, half)
     assert not values or min(values) - 1e-9 <= mean <= max(values) + 1e-9
+
+
+@cases(150)
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b", "c"]),
+        st.lists(st.integers(0, 8).map(lambda right: right / 8), min_size=1, max_size=5),
+        min_size=1,
+    )
+)
+def test_an_interval_over_questions_is_of_independent_benchmarks(rates):
+    values = pd.Series([x for of in rates.values() for x in of], [name for name, of in rates.items() for _ in of])
+    found = {name: [float(x) for x in cell.split(" ± ")] for name, cell in over_questions(values).items()}
+    assert set(found) == {*rates, *["mean"] * (len(rates) > 1)}
+    halves = []
+    for name, of in rates.items():
+        assert found[name][0] == pytest.approx(100 * statistics.fmean(of), abs=0.051)
+        t = stats.t.interval(0.95, len(of) - 1, scale=stats.sem(of))[1] if len(of) > 1 and len(set(of)) > 1 else 0.0
+        halves.append(100 * t if len(of) > 1 else math.nan)
+        assert found[name][1:] == ([pytest.approx(halves[-1], abs=0.051)] if len(of) > 1 else [])
+    if len(rates) > 1:
+        # Questions are drawn apart: variances of the means add up.
+        mean = statistics.fmean(map(statistics.fmean, rates.values()))
+        assert found["mean"][0] == pytest.approx(100 * mean, abs=0.051)
+        half = math.sqrt(sum(h * h for h in halves)) / len(halves)
+        assert found["mean"][1:] == ([] if math.isnan(half) else [pytest.approx(half, abs=0.051)])
 
 
 class Tags(HTMLParser):

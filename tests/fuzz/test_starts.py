@@ -359,7 +359,7 @@ LATER = ["${hydra:runtime.output_dir}/x", "${now:%Y}", "a-${python_version:major
 """What Hydra's own process alone can resolve."""
 
 
-@cases(60)
+@cases(30)
 @given(
     st.dictionaries(
         st.sampled_from(PLACES),

@@ -6,6 +6,7 @@ merged here, by torch, peft and transformers.
 
 import gc
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -272,13 +273,13 @@ def adapter_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Any:
 
     start = settings.get(MODEL + "lora_adapter_path")
     if start:
-        if not Path(start).is_dir():
+        if not isinstance(start, str) or not Path(start).is_dir():
             raise ExportError(f"{MODEL}lora_adapter_path={start} is no folder here; it has the adapter's scale")
         config = PeftConfig.from_pretrained(start)
     else:
-        for name in ("lora_rank", "lora_alpha"):
+        for name, kinds in (("lora_rank", (int,)), ("lora_alpha", (int, float))):
             value = settings.get(MODEL + name)
-            if type(value) not in (int, float) or value <= 0:
+            if type(value) not in kinds or not 0 < value < math.inf:
                 raise ExportError(f"{MODEL}{name}={value}, but the checkpoint holds an adapter: it must be positive")
         config = LoraConfig(
             task_type="CAUSAL_LM",
