@@ -25,6 +25,8 @@ from verl_ext.tasks import assets
 from verl_ext.tasks.arithmetic import assets as arithmetic_assets
 from verl_ext.tasks.arithmetic import progress, summary
 from verl_ext.tasks.arithmetic import reward as arithmetic
+from verl_ext.tasks.arithmetic.model import build_tokenizer
+from verl_ext.tasks.arithmetic.pretrain import collate, encode
 from verl_ext.tasks.arithmetic.task import LEVELS, respond
 from verl_ext.tasks.arithmetic.task import draw as draw_sum
 from verl_ext.tasks.countdown import assets as countdown_assets
@@ -338,6 +340,27 @@ def test_countdowns_questions_are_solvable_and_all_different(
         assert countdown.compute_score("", response, truth, style=style, use_all=use_all)["score"] == 1
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@cases(60)
+@given(
+    st.lists(
+        st.tuples(st.text("0123456789+-= ", max_size=6), st.text("0123456789 #", max_size=6)), min_size=1, max_size=4
+    )
+)
+def test_the_toy_model_learns_the_next_token_of_responses_alone(tokenizer, pairs):
+    rows = [encode(tokenizer, *pair) for pair in pairs]
+    ids, labels = collate(rows, tokenizer.pad_token_id)
+    for (question, response), (prompt, answer), row, wanted in zip(pairs, rows, ids, labels, strict=True):
+        assert question in tokenizer.decode(prompt) and tokenizer.decode(answer) == f"{response}<|im_end|>"
+        assert row.tolist() == [*prompt, *answer] + [tokenizer.pad_token_id] * (len(row) - len(prompt) - len(answer))
+        at = (wanted != -100).nonzero().flatten()
+        assert row[at + 1].tolist() == wanted[at].tolist() == answer
+
+
 parameters = st.dictionaries(
     st.sampled_from(["style", "sizes", "largest_number", "largest_target", "iterations", "train_size", "test_size"]),
     st.one_of(
@@ -385,6 +408,7 @@ stamp = st.one_of(
 
 @cases(100)
 @given(stamp)
+@example(b"[" * 10**5)
 def test_any_file_is_a_stamp_of_these_parameters_or_none(content):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, assets.STAMP).write_bytes(content)
@@ -408,6 +432,11 @@ evaluation = st.dictionaries(
 @cases(100)
 @given(
     st.lists(evaluation, max_size=6), st.lists(st.sampled_from(["global_step_3", "global_step_12", "global_step_x"]))
+)
+@example(
+    [{"val-core/level_x/acc/mean@4": 0.5, "val-core/level_1/acc/mean@4": 0.5, "timing_s/step": None}] * 2
+    + [{"timing_s/step": 1.0}],
+    ["global_step_x"],
 )
 def test_a_summary_says_what_any_metrics_hold(rows, folders):
     with tempfile.TemporaryDirectory() as folder:

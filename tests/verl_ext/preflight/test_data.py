@@ -53,6 +53,9 @@ def truth(value) -> dict:
         ({"prompt": [{"role": "user", "content": None}]}, "a message of prompt has no content"),
         ({"prompt": [{"role": "user", "content": 3}]}, "a message of prompt has a number for its content"),
         ({"prompt": [{"role": "user", "content": " "}]}, "prompt is empty"),
+        ({"prompt": [{"role": "user", "content": b"x"}]}, "a message of prompt has bytes for its content"),
+        ({"prompt": [{"role": "user", "content": {"text": "x"}}]}, "a message of prompt has dict for its content"),
+        ({"data_source": np.array(["mine"])}, "data_source is ndarray, not a text"),
     ],
 )
 def test_a_wrong_row_is_named(columns, problem):
@@ -88,6 +91,18 @@ def test_a_truth_that_the_grader_refuses_is_wrong_where_it_grades():
 @pytest.mark.parametrize("value, empty", [({}, True), ([[]], True), ("0", False), (0, False), ([0], False)])
 def test_empty_is_what_holds_nothing(value, empty):
     assert is_empty(value) is empty
+
+
+@pytest.mark.parametrize("first", ["3", None])
+def test_a_record_beside_another_value_cannot_be_joined(tmp_path, first):
+    names = [str(tmp_path / f"{i}.parquet") for i in range(2)]
+    for name, value in zip(names, (first, {"numbers": [1, 2], "target": 3}), strict=True):
+        rows = frame()
+        rows["reward_model"] = [truth(value)["reward_model"]] * 4
+        rows.to_parquet(name)
+    *_, problem = problems(names, [names[1]])
+    assert problem.startswith(f"data.train_files: {names[1]} and {names[0]} cannot be joined: ")
+    assert first or problem.endswith("a column is a record in one of them alone")
 
 
 def run(train, val) -> Run:

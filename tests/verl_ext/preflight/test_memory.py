@@ -54,6 +54,15 @@ def test_the_small_shape_by_hand():
     assert SMALL.parameters == PARAMETERS and SMALL.largest_tensor == TABLE
 
 
+def test_experts_are_counted_under_any_of_their_names():
+    config = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=100)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    found = [Shape.of(config | {name: 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}) for name in names]
+    assert {shape.experts for shape in found} == {3 * 8 * 64 * 32}
+    # Mixtral's have the model's one width.
+    assert Shape.of(config | {"num_local_experts": 8, "num_experts_per_tok": 2}).experts == 3 * 8 * 64 * 48
+
+
 def test_training_by_fsdp(plain):
     parts = small(plain).phases["training"]
     # Float32 over eight GPUs: 4 bytes a weight and a gradient, 8 for Adam's moments.

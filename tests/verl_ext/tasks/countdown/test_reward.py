@@ -1,5 +1,7 @@
 """What counts as an answer, and as a right one, in both styles."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -97,7 +99,11 @@ def test_ground_truths_as_parquet_gives_them():
 
 
 @pytest.mark.parametrize(
-    "truth", [None, "22", {"numbers": [1]}, {"target": 3}, {"numbers": ["x"], "target": 3}], ids=str
+    "truth",
+    [None, "22", {"numbers": [1]}, {"target": 3}, {"numbers": ["x"], "target": 3}, np.array(["22"], dtype=object)]
+    + [{"numbers": x, "target": 3} for x in ("12", [], [1.5], [math.inf])]
+    + [{"numbers": [3], "target": x} for x in (2.5, math.nan, None)],
+    ids=str,
 )
 def test_a_wrong_ground_truth_is_an_error(truth):
     with pytest.raises(ValueError, match="ground_truth must have numbers and a target"):
