@@ -128,7 +128,7 @@ def test_nothing_at_any_depth_is_empty(none, any_, scalar, word):
 reward_models = st.builds(lambda truth: {"ground_truth": truth}, anything)
 
 
-@cases(300)
+@cases(200)
 @given(
     st.lists(
         st.tuples(st.booleans(), prompts, wrong_prompts, st.one_of(reward_models, anything)), min_size=1, max_size=5

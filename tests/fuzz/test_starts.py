@@ -417,7 +417,7 @@ def test_a_run_is_finished_under_its_own_settings_alone(values, name, other, mar
 
 @cases(150)
 @given(st.integers(1, 5), st.integers(-1, 3), st.booleans(), st.integers(0, 8), st.booleans(), st.integers(0, 5))
-def test_a_run_that_stopped_anywhere_has_something_left(total, test_freq, before, events, resumed, only):
+def test_a_run_that_stopped_anywhere_has_something_left(total, test_freq, before, missing, resumed, only):
     """Rows in the order in which verl logs them; a resumed checkpoint is evaluated in a line of its own."""
     rows = [{"step": 0, "val-core/x/acc/mean@1": 0.5}] if before else []
     for step in range(1, total + 1):
@@ -427,6 +427,7 @@ def test_a_run_that_stopped_anywhere_has_something_left(total, test_freq, before
             rows += [row, {"step": step} | evaluated]
         else:
             rows.append(row | evaluated)
+    events = max(len(rows) - missing, 0)
     trainer = {"total_training_steps": total, "test_freq": test_freq, "val_only": False}
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "metrics.jsonl")

@@ -423,18 +423,18 @@ def test_a_log_goes_on_from_any_file(lines, resumed, trains):
 
 @cases(150)
 @given(
-    st.lists(st.tuples(metrics, st.booleans()), min_size=1, max_size=6),
+    st.lists(st.tuples(metrics, st.sampled_from(["written", "waiting", "written later"])), min_size=1, max_size=6),
     st.sampled_from([b"", b"\n", b"{", b"[" * 2000]),
     st.booleans(),
 )
 def test_each_row_that_waited_in_a_checkpoint_is_logged_once(steps, junk, goes_on):
-    """Steps from 1 on, each written or not when the disk was full; the last one's is in the checkpoint, too."""
+    """Steps from 1 on, some of which the disk had no room for; the last one's is in the checkpoint in any case."""
     lines = [as_line(step, row) for step, (row, _) in enumerate(steps, 1)]
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         path, kept = Path(folder, "metrics.jsonl"), Path(folder, "metrics.json")
-        path.write_bytes(b"".join(line for line, (_, fits) in zip(lines, steps, strict=True) if fits))
-        own = lines[-1:] if steps[-1][1] else []
-        waiting = [line for line, (_, fits) in zip(lines, steps, strict=True) if not fits]
+        path.write_bytes(b"".join(line for line, (_, when) in zip(lines, steps, strict=True) if when != "waiting"))
+        own = lines[-1:] if steps[-1][1] == "written" else []
+        waiting = [line for line, (_, when) in zip(lines, steps, strict=True) if when != "written"]
         kept.write_bytes(junk + b"\n" + b"".join([*waiting, *own]))
         unlogged = read_unlogged(Path(folder))
         assert [row.step for row in unlogged] == [read_rows(line)[0][0].step for line in [*waiting, *own]]
