@@ -159,7 +159,7 @@ class MetricsLog:
                 append_whole(self._file.fileno(), self._waiting[0])
                 del self._waiting[0]
         except OSError as e:
-            self._why = e.strerror
+            self._why = str(e.strerror)
             print(
                 f"verl-disco: warning: {self._path} cannot be written ({e.strerror}); {len(self._waiting)} rows wait "
                 "for the next attempt",

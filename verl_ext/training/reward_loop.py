@@ -203,19 +203,17 @@ class CountingRewardWorker(RewardLoopWorker):
             await asyncio.sleep(BEAT)
         faulthandler.cancel_dump_traceback_later()
 
-    async def _while_answered(self, call: Coroutine) -> Any:
+    async def _while_answered(self, call: Coroutine, seconds: float) -> Any:
         """Wait for a reward model as long as it answers some request in time: this one may have to queue.
 
         Raises:
-            TimeoutError: no request was answered for ``verl_ext.reward_timeout``.
+            TimeoutError: no request was answered for ``seconds``.
         """
         task, began = asyncio.ensure_future(call), time.monotonic()
         try:
             while not task.done():
-                if (left := max(began, self._answered) + self._seconds - time.monotonic()) <= 0:
-                    raise TimeoutError(
-                        f"the reward model answered nothing for {self._seconds} s (verl_ext.reward_timeout)"
-                    )
+                if (left := max(began, self._answered) + seconds - time.monotonic()) <= 0:
+                    raise TimeoutError(f"the reward model answered nothing for {seconds} s (verl_ext.reward_timeout)")
                 await asyncio.wait([task], timeout=left)
             result = task.result()
             self._answered = time.monotonic()
@@ -236,7 +234,9 @@ class CountingRewardWorker(RewardLoopWorker):
             self._beating = asyncio.ensure_future(self._beat(self._seconds + GRACE))
         try:
             call = super().compute_score(data)
-            result = await (self._while_answered(call) if self._asks_model and self._seconds is not None else call)
+            if self._asks_model and self._seconds is not None:
+                call = self._while_answered(call, self._seconds)
+            result = await call
             extra = {name: plain(value) for name, value in result.get("reward_extra_info", {}).items()}
             if isinstance(self.reward_manager, RateLimitedRewardManager) and extra.keys() in GIVEN_UP:
                 why = extra.get("error", f"TimeoutError: no answer in {self.reward_manager.timeout} s")

@@ -39,11 +39,11 @@ def overall(levels: dict[int, float], questions: int) -> tuple[float, float]:
 def describe(run: Path) -> str:
     """Summarise a run as text."""
     rows, questions = read_metrics(run), OmegaConf.load(run / CONFIG_FILE).arithmetic.test_size
-    evaluations = [(r["step"], pass_at_1(r)) for r in rows if pass_at_1(r)]
+    evaluated = [(r["step"], pass_at_1(r)) for r in rows if pass_at_1(r)]
     steps = [r for r in rows if r.get("timing_s/step") is not None]
-    if not evaluations or not steps:
+    if not evaluated or not steps:
         return f"{run}: no evaluation followed by a finished step yet"
-    (first, before), (last, after) = evaluations[0], evaluations[-1]
+    (first, before), (last, after) = evaluated[0], evaluated[-1]
     lines = [f"pass@1 on held-out questions, before (step {first}) and after (step {last}):", ""]
     levels = sorted(before.keys() & after.keys())
     for level in levels:
