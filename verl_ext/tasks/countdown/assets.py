@@ -98,7 +98,7 @@ def check_parameters(
     """Raise ValueError if nothing can be built with these parameters of :func:`build_assets`."""
     if style not in STYLES:
         raise ValueError(f"countdown.style={style} must be one of {', '.join(STYLES)}")
-    if not isinstance(sizes, list | tuple) or not sizes or not all(size in SIZES for size in sizes):
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes or not all(s in SIZES for s in sizes):
         raise ValueError(f"countdown.sizes={sizes} must be among {', '.join(map(str, SIZES))}")
     require_whole("countdown", 0, iterations=iterations)
     require_whole("countdown", 1, largest_target=largest_target, train_size=train_size, test_size=test_size)
