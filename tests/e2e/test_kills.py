@@ -109,7 +109,7 @@ def killed(command, background, tmp_path):
             assert (status == 0) if ended else (chosen and status != 0), one.output[-5000:]
             if victim != "driver" and not ended:
                 # The reader sees why.
-                assert re.search(r"died|dead|disconnect|Error", one.output), one.output[-3000:]
+                assert re.search(r"died|dead|disconnect|killed|Error", one.output), one.output[-3000:]
         one = background(command(*overrides, folder=folder, ranks=ranks), tmp_path)
         assert one.end(600) == 0, one.output[-5000:]
         return folder
