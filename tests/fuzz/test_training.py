@@ -529,11 +529,9 @@ def test_a_bounded_reward_answers_and_fails_as_it_would(answer, error, waits, se
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_reward_that_hangs_fails_by_the_settings_name(waits):
-    call = bounded((lambda: asyncio.sleep(60)) if waits else (lambda: threading.Event().wait(5)), 0.05)
-    if waits:
-        call = bounded(asyncio.sleep, 0.05)
+    call = bounded(asyncio.sleep if waits else threading.Event().wait, 0.05)
     with pytest.raises(TimeoutError, match=r"no answer in 0.05 s \(verl_ext.reward_timeout\)"):
-        asyncio.run(call(60)) if waits else call()
+        asyncio.run(call(60)) if waits else call(5)
 
 
 @cases(100)

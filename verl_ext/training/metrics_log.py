@@ -118,7 +118,8 @@ class MetricsLog:
             found = "".join(f"; {what}: {number}" for what, number in counts.items() if number)
             print(f"verl-disco: the old {self._path.name} is kept as {aside}{found}", flush=True)
         *lost, own = unlogged or [Row(resumed_step, b"", {})]
-        lost = [row for row in lost if row.line not in {other.line for other in kept}]
+        known = {row.line for row in kept}
+        lost = [row for row in lost if row.line not in known]
         if progress is not None:
             for row in [*kept, *lost]:
                 progress.note(row.step, row.values)

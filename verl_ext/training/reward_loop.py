@@ -129,6 +129,24 @@ def reward_timeout(config: DictConfig) -> float | None:
     return seconds
 
 
+async def before(end: Callable[[], float], call: Coroutine, late: str) -> Any:
+    """Wait for ``call`` until the clock ``time.monotonic`` is at ``end()``, which may move; infinity for no limit.
+
+    Raises:
+        TimeoutError: it has no result then; ``late`` says so.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        while not task.done():
+            if (left := end() - time.monotonic()) <= 0:
+                raise TimeoutError(late)
+            await asyncio.wait([task], timeout=None if left == math.inf else left)
+        return task.result()
+    finally:
+        # Also if verl's rate-limited manager gives up first. One that catches it is left behind.
+        task.cancel()
+
+
 def bounded(score: Callable[..., Any], seconds: float | None) -> Callable[..., Any]:
     """Make a reward function fail after ``seconds``; its thread is left behind, since Python cannot end one.
 
@@ -139,15 +157,8 @@ def bounded(score: Callable[..., Any], seconds: float | None) -> Callable[..., A
     if inspect.iscoroutinefunction(score):
 
         async def awaited(*args: Any, **kwargs: Any) -> Any:
-            call = asyncio.ensure_future(score(*args, **kwargs))
-            try:
-                await asyncio.wait([call], timeout=seconds)
-                if not call.done():
-                    raise TimeoutError(late)
-                return call.result()
-            finally:
-                # Also if verl's rate-limited manager gives up first. One that catches it is left behind.
-                call.cancel()
+            end = math.inf if seconds is None else time.monotonic() + seconds
+            return await before(lambda: end, score(*args, **kwargs), late)
 
         return awaited
 
@@ -209,17 +220,10 @@ class CountingRewardWorker(RewardLoopWorker):
         Raises:
             TimeoutError: no request was answered for ``seconds``.
         """
-        task, began = asyncio.ensure_future(call), time.monotonic()
-        try:
-            while not task.done():
-                if (left := max(began, self._answered) + seconds - time.monotonic()) <= 0:
-                    raise TimeoutError(f"the reward model answered nothing for {seconds} s (verl_ext.reward_timeout)")
-                await asyncio.wait([task], timeout=left)
-            result = task.result()
-            self._answered = time.monotonic()
-            return result
-        finally:
-            task.cancel()
+        began, late = time.monotonic(), f"the reward model answered nothing for {seconds} s (verl_ext.reward_timeout)"
+        result = await before(lambda: max(began, self._answered) + seconds, call, late)
+        self._answered = time.monotonic()
+        return result
 
     async def compute_score(self, data: DataProto) -> dict[str, Any]:
         """Grade one response.
