@@ -11,7 +11,7 @@ gain of any process from 30 to 50 % of its steps to the last fifth.
 """
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from record import Figure, record
@@ -24,17 +24,17 @@ def figures_of(lines: list[dict]) -> dict[str, Figure]:
     kinds = defaultdict(list)
     for line in lines:
         kinds[line["kind"]].append(line)
+    kills = Counter(life["run"] for life in kinds["life"] if life["killed"])
+    ended = [
+        (end["run"], kills[end["run"]], sum(len(x) for name, x in end.items() if name.startswith("other_")))
+        for end in kinds["end"]
+    ]
     figures = {}
-    for end in kinds["end"]:
-        lives = [life for life in kinds["life"] if life["run"] == end["run"] and life["killed"]]
-        other = len(end["other_rows"]) + len(end["other_files"])
-        figures[f"{end['run']}, kills"] = Figure(len(lives), "kills", better="neither")
-        figures[f"{end['run']}, differences at the end"] = Figure(other, "differences", target=0)
-    if kinds["end"]:
-        all_kills = sum(f.value for name, f in figures.items() if name.endswith(", kills"))
-        figures["all, kills"] = Figure(all_kills, "kills", better="neither")
-        wrong = sum(f.value for name, f in figures.items() if name.endswith("differences at the end"))
-        figures["all, differences at the end"] = Figure(wrong, "differences", target=0)
+    if ended:
+        ended.append(("all", sum(n for _, n, _ in ended), sum(other for *_, other in ended)))
+    for run, number, other in ended:
+        figures[f"{run}, kills"] = Figure(number, "kills", better="neither")
+        figures[f"{run}, differences at the end"] = Figure(other, "differences", target=0)
     for mode in dict.fromkeys(line["mode"] for line in kinds["process"]):
         own = [line for line in kinds["process"] if line["mode"] == mode]
         run = f"{own[0]['steps']} steps{mode and f', {mode}'}"
