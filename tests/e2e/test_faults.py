@@ -8,7 +8,7 @@ from pathlib import Path
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     total = sum(map(ord, solution_str))
-    if total % 3:
+    if total % 23 > 4:
         return float(total % 2)
     # Another fault in each step.
     logs = Path(__file__).parent.rglob("metrics.jsonl")
@@ -67,8 +67,7 @@ def test_it_goes_on_where_it_can_and_says_what_is_wrong_where_not(main_ppo, tmp_
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
     # Their responses are left out, and the others of their questions are trained on.
     assert sum(step["training/failed_rewards"] for step in steps) > 4
-    assert min(step["disco/questions"] for step in steps) >= 2
-    assert any(step["actor/grad_norm"] > 0 for step in steps)
+    assert all(step["disco/questions"] == 3 and step["actor/grad_norm"] > 0 for step in steps)
     output = first.output + second.output
     told = (
         "no answer in 2 s (verl_ext.reward_timeout)",
