@@ -216,6 +216,11 @@ def points(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:+.1f}" + ("" if math.isnan(low) else f" ({100 * low:+.1f} to {100 * high:+.1f})")
 
 
+def of_questions(passed: pd.Series) -> float:
+    """Average pass@k of questions over the benchmarks' means."""
+    return float(passed.groupby(level="benchmark").mean().mean())
+
+
 def of_seeds(matrix: pd.DataFrame) -> pd.Series:
     """Average each seed's pass@k over the benchmarks' means."""
     return matrix.T.groupby(level="benchmark").mean().mean()
@@ -290,7 +295,7 @@ def outcome(run: Run) -> dict[str, object]:
     if has_failed(run):
         end = 0.0 * end
     apart, half = paired_interval((end - start).to_numpy()[None], start.index.get_level_values(0).to_numpy())
-    passed = [float(by_question(run, s, 1).groupby(level=0).mean().mean()) for s in steps]
+    passed = [of_questions(by_question(run, s, 1)) for s in steps]
     entropy = entropy_of(run)
     return {
         "best": max(passed),
@@ -442,7 +447,7 @@ def draw_headline(tasks: Mapping[str, list[Run]], path: Path) -> None:
     """Draw every method's pass@1 at the budget, all tasks side by side."""
     found = {task: matrices(runs, BUDGETS[task], 1) for task, runs in tasks.items()}
     passed = {task: pd.DataFrame({m: of_seeds(x) for m, x in own.items()}) for task, own in found.items()}
-    starts = {task: float(start_rates(runs).groupby(level="benchmark").mean().mean()) for task, runs in tasks.items()}
+    starts = {task: of_questions(start_rates(runs)) for task, runs in tasks.items()}
     labels = {task: f"pass@1 after {BUDGETS[task]:,} generated tokens, %" for task in tasks}
     draw_methods(passed, starts, labels, path)
 
@@ -461,7 +466,7 @@ def quoted(tasks: Mapping[str, list[Run]]) -> dict[str, Figure]:
             if ours in passed and theirs in passed:
                 interval = compare(passed[ours], passed[theirs], CONFIDENCE)[:3]
                 found[f"{task}, {ours} - {theirs}"] = figure("points", *interval)
-        found[f"{task}, start"] = figure("%", float(start_rates(runs).groupby(level=0).mean().mean()), *[math.nan] * 2)
+        found[f"{task}, start"] = figure("%", of_questions(start_rates(runs)), *[math.nan] * 2)
         for method, matrix in passed.items():
             mean, half = mean_and_interval(of_seeds(matrix).tolist())
             found[f"{task}, {method}"] = figure("%", mean, mean - half, mean + half)
