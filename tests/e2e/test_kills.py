@@ -23,7 +23,7 @@ KILLS, SEED = (
     int(os.environ.get("KILLS", "10")),
     int(os.environ.get("SEED", "0")) or random.SystemRandom().randrange(10**6),
 )
-STEPS, ASYNC_STEPS = 40, 14
+STEPS, ASYNC_STEPS = 40, 24
 """A step takes half a second, or two: the asynchronous trainer looks for responses as often."""
 VICTIMS = ("driver", "worker", "rollout server", "Ray")
 
