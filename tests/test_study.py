@@ -102,11 +102,11 @@ def read(load, study, tmp_path):
     """``read(stage)``: the stage's runs, collected, unpacked and read."""
 
     def stage(name: str):
-        analyse = load("analyse")
+        measures = load("measures")
         load("collect").collect(study.folder, tmp_path / "data")
         place = tmp_path / "place"
-        analyse.unpack(tmp_path / "data", place)
-        return analyse.load(place / "arithmetic" / name)
+        measures.unpack(tmp_path / "data", place)
+        return measures.load(place / "arithmetic" / name)
 
     return stage
 
@@ -118,16 +118,16 @@ def test_the_difference_of_two_methods_is_found_at_the_budget_and_at_the_end(loa
     for seed in (1, 2):
         study("main", "grpo", seed, {60: {"a": 0.5, "b": 0.25, "c": 0.0, "d": 0.0}})
         study("main", "disco", seed, {60: ALL})
-    runs, analyse = read("main"), load("analyse")
+    runs, measures = read("main"), load("measures")
     # 256 responses of 10 tokens.
-    assert analyse.generated(runs[0])[60] == 60 * 2560
-    end, half = (analyse.matrices(runs, budget, 1) for budget in (math.inf, 30 * 2560))
-    assert analyse.compare(end["disco"], end["grpo"])[0] == pytest.approx(1 - 0.75 / 4)
+    assert measures.generated(runs[0])[60] == 60 * 2560
+    end, half = (measures.matrices(runs, budget, 1) for budget in (math.inf, 30 * 2560))
+    assert measures.compare(end["disco"], end["grpo"])[0] == pytest.approx(1 - 0.75 / 4)
     # Half way, on a straight line from the start.
     assert half["disco"].loc["1"].to_dict() == pytest.approx({(QUESTIONS[q], q): (START[q] + 1) / 2 for q in QUESTIONS})
-    mean, low, high, seeds = analyse.compare(half["disco"], half["grpo"])
+    mean, low, high, seeds = measures.compare(half["disco"], half["grpo"])
     assert mean == pytest.approx((0.25 + 0.375 + 0.5 + 0.5) / 4) and low < mean < high and seeds == 2
-    table = analyse.learning_table(runs, math.inf)
+    table = measures.learning_table(runs, math.inf)
     assert list(table.index) == ["disco", "grpo"] and table.loc["disco", "pass@1, %"] == "100.0 ± 0.0"
     assert table.loc["grpo", "points to grpo, pass@8"] == "baseline"
     assert table.loc["disco", "tokens of a run"] == "153,600"
@@ -135,11 +135,11 @@ def test_the_difference_of_two_methods_is_found_at_the_budget_and_at_the_end(loa
 
 def test_pass_at_8_is_unbiased_and_gains_are_by_the_starts_band(load, study, read):
     study("main", "grpo", 1, {60: {"a": 0.5, "b": 0.125, "c": 0.0, "d": 0.0}})
-    runs, analyse = read("main"), load("analyse")
+    runs, measures = read("main"), load("measures")
     # One of eight is right: the eight hold it. One of twenty: with 8 / 20.
-    assert analyse.by_question(runs[0], 60, 8)["level_1", "b"] == 1.0
-    assert analyse.by_question(runs[0], 0, 8)["level_2", "d"] == pytest.approx(8 / 20)
-    assert analyse.bands_table(runs, math.inf, 1).loc["grpo"].to_dict() == pytest.approx(
+    assert measures.by_question(runs[0], 60, 8)["level_1", "b"] == 1.0
+    assert measures.by_question(runs[0], 0, 8)["level_2", "d"] == pytest.approx(8 / 20)
+    assert measures.bands_table(runs, math.inf, 1).loc["grpo"].to_dict() == pytest.approx(
         {"0 (1)": 0.0, "(0, 0.25] (2)": 100 * (-0.125 - 0.05) / 2, "(0.25, 0.5] (1)": 0.0}
     )
 
@@ -147,11 +147,11 @@ def test_pass_at_8_is_unbiased_and_gains_are_by_the_starts_band(load, study, rea
 def test_a_failed_run_counts_0_after_its_failure_and_an_unfinished_one_is_left_out(load, study, read):
     study("main", "disco", 1, {20: ALL}, failed=True)
     (study.folder / "arithmetic/main.done").touch()
-    runs, analyse = read("main"), load("analyse")
+    runs, measures = read("main"), load("measures")
     assert (runs[0].folder / "failed").read_text() == "ValueError: nothing is mixed in ...\n"
-    assert analyse.at_budget(runs[0], 20 * 2560, 1).tolist() == [1.0] * 4
-    assert analyse.at_budget(runs[0], 21 * 2560, 1).tolist() == [0.0] * 4
-    assert analyse.learning_table(runs, math.inf).loc["disco", "failed"] == "1"
+    assert measures.at_budget(runs[0], 20 * 2560, 1).tolist() == [1.0] * 4
+    assert measures.at_budget(runs[0], 21 * 2560, 1).tolist() == [0.0] * 4
+    assert measures.learning_table(runs, math.inf).loc["disco", "failed"] == "1"
 
 
 def test_a_run_that_may_go_on_is_not_collected(study, read):
@@ -161,10 +161,10 @@ def test_a_run_that_may_go_on_is_not_collected(study, read):
 
 def test_replaced_questions_cost_tokens(load, study, read):
     study("main", "dapo", 1, {60: ALL}, evicted=32)
-    (run,), analyse = read("main"), load("analyse")
-    assert analyse.generated(run)[60] == 2 * 60 * 2560
+    (run,), measures = read("main"), load("measures")
+    assert measures.generated(run)[60] == 2 * 60 * 2560
     # So the budget is spent at half of the steps.
-    assert analyse.at_budget(run, 60 * 2560, 1).mean() == pytest.approx(np.mean([(s + 1) / 2 for s in START.values()]))
+    assert measures.at_budget(run, 60 * 2560, 1).mean() == pytest.approx(np.mean([(s + 1) / 2 for s in START.values()]))
 
 
 def test_a_run_that_failed_at_once_is_not_left_out(load, study, read):
@@ -172,20 +172,20 @@ def test_a_run_that_failed_at_once_is_not_left_out(load, study, read):
     (place / "metrics.jsonl").unlink()
     (place / "validation/20.jsonl").unlink()
     (study.folder / "arithmetic/main.done").touch()
-    (run,), analyse = read("main"), load("analyse")
-    assert analyse.at_budget(run, 1, 1).tolist() == [0.0] * 4
-    assert analyse.learning_table([run], math.inf).loc["disco", "failed"] == "1"
+    (run,), measures = read("main"), load("measures")
+    assert measures.at_budget(run, 1, 1).tolist() == [0.0] * 4
+    assert measures.learning_table([run], math.inf).loc["disco", "failed"] == "1"
 
 
 def test_what_cannot_be_compared_is_refused(load, study, read, tmp_path):
     place = study("main", "disco", 1, {60: {q: 1.0 for q in "abc"}})
-    (run,), analyse = read("main"), load("analyse")
+    (run,), measures = read("main"), load("measures")
     with pytest.raises(ValueError, match="steps 0 and 60 are of different questions"):
-        analyse.at_budget(run, 60 * 2560, 1)
+        measures.at_budget(run, 60 * 2560, 1)
     (run.folder / "validation/60.jsonl").write_text("{")
-    (run,) = analyse.load(run.folder.parent)
+    (run,) = measures.load(run.folder.parent)
     with pytest.raises(ValueError, match="step 60: .*60.jsonl holds no responses"):
-        analyse.at_budget(run, 60 * 2560, 1)
+        measures.at_budget(run, 60 * 2560, 1)
     text = (place / "config.yaml").read_text()
     for name, setting, fault in (("again", "", "several runs of disco, seed 1"), ("other", "x: 1\n", "other settings")):
         other = place.with_name(name)
@@ -194,20 +194,20 @@ def test_what_cannot_be_compared_is_refused(load, study, read, tmp_path):
         (place / "config.yaml").write_text(text + setting.replace("1", "2"))
         (other / "metrics.jsonl").write_bytes((place / "metrics.jsonl").read_bytes())
         with pytest.raises(ValueError, match=f"main: .*{fault}"):
-            analyse.load(place.parent)
+            measures.load(place.parent)
         (other / "config.yaml").unlink(), (other / "metrics.jsonl").unlink()
 
 
 def test_the_order_of_methods_is_compared_with_the_papers(load, study, read):
     for method, share in {"disco": 1.0, "dapo_static": 0.5, "grpo": 0.25, "maxrl": 0.75}.items():
         study("main", method, 1, {60: dict.fromkeys(QUESTIONS, share)})
-    runs, analyse = read("main"), load("analyse")
+    runs, measures = read("main"), load("measures")
     # maxrl is not in it.
-    rho, _, methods = analyse.order_of_paper(runs, math.inf)
+    rho, _, methods = measures.order_of_paper(runs, math.inf)
     assert (rho, methods) == (pytest.approx(1), 3)
     study("main", "dr_grpo", 1, {60: ALL})
     # The paper's last is second here, in a tie with the first: ranks 4, 3, 2, 1 against 3.5, 2, 1, 3.5.
-    rho, _, methods = analyse.order_of_paper(read("main"), math.inf)
+    rho, _, methods = measures.order_of_paper(read("main"), math.inf)
     assert (rho, methods) == (pytest.approx(np.corrcoef([4, 3, 2, 1], [3.5, 2, 1, 3.5])[0, 1]), 4)
 
 
@@ -215,14 +215,25 @@ def test_two_methods_are_compared_on_hard_questions(load, study, read):
     for seed in (1, 2):
         study("main", "disco_b", seed, {60: dict.fromkeys(QUESTIONS, 0.5)})
         study("main", "disco", seed, {60: {"a": 0.5, "b": 0.25, "c": 1.0, "d": 0.75}})
-    table = load("analyse").pair_table({"here": (read("main"), "disco", "disco_b")}, math.inf)
+    table = load("measures").pair_table({"here": (read("main"), "disco", "disco_b")}, math.inf)
     row = table.loc["disco - disco_b, here"]
     assert row["pass@1, all"].startswith("+12.5 ") and row["pass@1, 2 hard"].startswith("+37.5 ")
+    # Of one level a single question: it counts as the others, not as much as a whole level.
+    measures, found = load("measures"), load("measures").matrices(read("main"), math.inf, 1)
+    three = [("level_1", "b"), ("level_2", "c"), ("level_2", "d")]
+    mean, low, high, _ = measures.compare(found["disco"], found["disco_b"], only=three)
+    assert mean == pytest.approx((-0.25 + 0.5 + 0.25) / 3) and low < mean < high
+    assert math.isnan(measures.compare(found["disco"], found["disco_b"], only=[])[0])
 
 
-def test_methods_that_are_not_tested_give_no_table(load, study, read):
+def test_tests_without_runs_are_listed_as_such(load, study, read):
     study("main", "maxrl", 1, {60: ALL})
-    assert len(load("analyse").hypotheses_table({"arithmetic": read("main")})) == 0
+    measures = load("measures")
+    table = measures.hypotheses_table({"arithmetic": read("main")})
+    assert len(table) == 4 and set(table["verdict"]) == {"too few runs"} and set(table["seeds"]) == {"0"}
+    assert measures.conclusion(table).startswith(
+        "So far, with 0 to 0 of 5 seeds, the paper's ordering cannot be judged"
+    )
 
 
 def test_a_failed_rate_of_a_task_without_longer_runs_is_collected(load, study, read, tmp_path):
@@ -230,19 +241,149 @@ def test_a_failed_rate_of_a_task_without_longer_runs_is_collected(load, study, r
     (study.folder / "arithmetic").rename(study.folder / "countdown")
     (study.folder / "countdown/tune.done").touch()
     load("collect").collect(study.folder, tmp_path / "data")
-    load("analyse").unpack(tmp_path / "data", tmp_path / "place")
-    (run,) = load("analyse").load(tmp_path / "place/countdown/tune")
-    assert load("analyse").has_failed(run)
+    load("measures").unpack(tmp_path / "data", tmp_path / "place")
+    (run,) = load("measures").load(tmp_path / "place/countdown/tune")
+    assert load("measures").has_failed(run)
 
 
 def test_an_interval_is_judged(load):
-    analyse = load("analyse")
-    assert analyse.verdict(0.01, 0.1, 5) == "better" and analyse.verdict(-0.1, -0.01, 5) == "worse"
-    assert analyse.verdict(-0.01, 0.01, 5) == "no difference of practical size"
-    assert analyse.verdict(-0.01, 0.03, 5) == "undecided" and analyse.verdict(math.nan, math.nan, 0) == "too few runs"
-    # One seed's interval is over questions alone.
-    assert analyse.verdict(0.01, 0.1, 1) == "too few runs"
-    assert analyse.CONFIDENCE == 0.9875
+    measures = load("measures")
+    assert measures.verdict(0.01, 0.1, 5) == "better" and measures.verdict(-0.1, -0.01, 5) == "worse"
+    assert measures.verdict(-0.01, 0.01, 5) == "no difference of practical size"
+    assert measures.verdict(-0.01, 0.03, 5) == "undecided" and measures.verdict(math.nan, math.nan, 0) == "too few runs"
+    assert measures.verdict(0.01, 0.1, 1) == "too few runs"
+    # What holds of both rules is told of both.
+    assert measures.verdict(0.001, 0.019, 5) == "better, by less than 2 points"
+    # The same in all runs: there is no variance to estimate.
+    assert measures.verdict(0.0, 0.0, 5) == "no difference of practical size"
+    assert measures.CONFIDENCE == 0.9875
+
+
+def test_every_stage_has_its_part_of_the_report(load, study, tmp_path):
+    wide = {"data.train_batch_size": 8, "actor_rollout_ref.rollout.n": 32}
+    for seed in (11, 12):
+        for method in ("grpo", "disco", "disco_b"):
+            own = {"disco.delta": 3e-3, "disco.constraint": "squared_hinge"} if method != "grpo" else {}
+            study("main", method, seed, {60: ALL if method == "disco" else START}, **own)
+            study("wide", method, seed, {60: ALL if method == "disco_b" else START}, **wide)
+        study("mechanisms", "grpo_free", seed, {60: START})
+        study("mechanisms", "grpo_unclipped", seed, {60 if seed == 11 else 20: START}, failed=seed == 12)
+        study("mechanisms", "disco", seed, {60: START}, **{"disco.delta": 3e-3, "disco.constraint": "none"})
+    for rate, failed in ((1e-4, False), (3e-4, False), (1e-3, True)):
+        study("tune", "grpo", 101, {20: START, 40: ALL, 200: START}, failed=failed, **{LR: rate, "grpo.kl_coef": 0.04})
+    task = study.folder / "arithmetic"
+    for stage in ("tune", "stability", "main", "wide", "mechanisms"):
+        (task / f"{stage}.done").touch()
+    chosen = {"lr": {"grpo": "0.0001", "disco": "0.0001"}, "disco.delta": "3e-3", "grpo.kl_coef": "0.04"}
+    (task / "chosen.json").write_text(json.dumps(chosen))
+    load("collect").collect(study.folder, tmp_path / "data")
+    text, _ = load("analyse").write(tmp_path / "data", tmp_path / "report")
+    # 8 questions of 32 responses are as many tokens as 32 of 8; disco is the better one there, and disco_b here.
+    assert "8 questions of 32 responses per step. After 85,000 tokens; 2 seeds (11, 12), 4 questions" in text
+    groups = {line.split("|")[1].strip(): line.split("|")[3] for line in text.splitlines() if "- disco_b" in line}
+    assert groups["disco - disco_b, groups of 8"].strip().startswith("+43")
+    assert groups["disco - disco_b, groups of 32"].strip().startswith("-43")
+    # A variant that failed in one of two seeds, by half of what the others have.
+    assert "| grpo_unclipped - grpo_free, groups of 8 | 2 | -10.5 (" in text
+    assert "| disco | constraint=none |" in text
+    # The mean of 1 / step over the five last steps that are kept, 180 to 200.
+    assert "| grpo | 0.0001 | 21.9 %, 0.01 | 21.9 %, 0.01 | 0.0 %, 0.01, failed (below) | 1 of 3 |" in text
+    assert "| clipping | grpo |  | 0 of 1 | 0 of 1 | 1 of 1 | 1 of 3 |" in text
+    # At steps 20 and 40, the mean of 20 and 100 %.
+    assert "| grpo | 60.0 (chosen) | 60.0 | 60.0 |" in text
+    assert "| arithmetic | stability | 3 | 42 | 1 |" in text and "| arithmetic | mechanisms |" not in text
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        (["better"] * 4, "The paper's ordering is supported"),
+        (["better", "better, by less than 2 points"] * 2, "The paper's ordering is supported"),
+        (["better", "worse", "better", "better"], "refuted here: disco - dapo_static in arithmetic is below 0."),
+        (["worse", "too few runs", "undecided", "undecided"], "refuted here: disco - grpo in arithmetic is below 0."),
+        (["no difference of practical size", "better"] * 2, "disco - grpo is of no practical size in both tasks."),
+        # In one task to one of them, in the other to the other.
+        (["no difference of practical size", "better", "better", "no difference of practical size"], "result is mixed"),
+        (["undecided"] * 4, "better in 0 of 4 tests; 4 are undecided"),
+        (["better", "better", "better", "too few runs"], "cannot be judged yet: 1 of 4 tests have too few runs."),
+    ],
+)
+def test_the_protocols_rule_is_applied(load, verdicts, said):
+    measures = load("measures")
+    index = [(task, f"{a} - {b}") for task in measures.BUDGETS for a, b in measures.HYPOTHESES]
+    table = pd.DataFrame({"verdict": verdicts, "seeds": "5"}, pd.MultiIndex.from_tuples(index))
+    table.index.names = ["task", "difference"]
+    assert said in measures.conclusion(table)
+    assert measures.conclusion(table.assign(seeds="4")).startswith("So far, with 4 to 4 of 5 seeds, the ")
+
+
+def test_a_single_seed_has_a_difference_and_no_interval(load, study, read):
+    study("main", "grpo", 1, {60: {"a": 0.5, "b": 0.25, "c": 0.0, "d": 0.0}})
+    study("main", "disco", 1, {60: {"a": 0.5, "b": 0.5, "c": 1.0, "d": 0.5}})
+    measures, table = load("measures"), load("measures").learning_table(read("main"), math.inf)
+    assert table.loc["disco", "points to grpo, pass@1"] == "+43.8"
+    found = measures.matrices(read("main"), math.inf, 1)
+    mean, low, _, seeds = measures.compare(found["disco"], found["grpo"])
+    assert mean == pytest.approx(0.4375) and math.isnan(low) and seeds == 1
+
+
+def test_steps_and_seconds_are_those_up_to_the_budget(load, study, read):
+    study("main", "grpo", 1, {60: ALL})
+    (run,), measures = read("main"), load("measures")
+    # As a thinned row of a long run: of 20 steps.
+    run.metrics = run.metrics.loc[[0, 20, 40, 60]].assign(**{"timing_s/step": [math.nan, 1.0, 2.0, 3.0]})
+    assert measures.spent(run, 30 * 2560) == (30, pytest.approx(20 * 1 + 10 * 2))
+    assert measures.spent(run, math.inf) == (60, pytest.approx(20 * (1 + 2 + 3)))
+    assert measures.learning_table([run], 30 * 2560).loc["grpo", "seconds to the budget"] == "40"
+    assert measures.learning_table([run], 61 * 2560).loc["grpo", "steps to the budget"] == "over 60"
+
+
+def test_an_entropy_that_is_a_sum_is_made_a_mean_over_tokens(load, study, read):
+    mode = "actor_rollout_ref.actor.loss_agg_mode"
+    study("main", "grpo", 1, {10: ALL}, **{mode: "seq-mean-token-mean"})
+    study("main", "dr_grpo", 1, {10: ALL}, **{mode: "seq-mean-token-sum-norm"})
+    runs, measures = {r.method: r for r in read("main")}, load("measures")
+    for run in runs.values():
+        # Responses get longer, and the sum over their tokens with them.
+        run.metrics["response_length/mean"] = np.r_[np.nan, np.arange(10.0, 20.0)]
+    runs["dr_grpo"].metrics["actor/entropy"] *= runs["dr_grpo"].metrics["response_length/mean"] / 7
+    mean, whole = (measures.entropy_of(runs[m]) for m in ("grpo", "dr_grpo"))
+    assert whole.tolist() == pytest.approx(mean.tolist())
+    assert mean.iloc[-1] == pytest.approx(np.mean([1 / s for s in range(6, 11)]), rel=1e-3)
+    assert measures.entropy_table(list(runs.values()))["mean over"].to_dict() == {
+        "dr_grpo": "tokens",
+        "grpo": "each response's tokens",
+    }
+
+
+def test_tuning_is_told_with_what_it_chose(load, study, read):
+    half = dict.fromkeys(QUESTIONS, 0.5)
+    study("tune", "disco", 101, {20: half, 40: ALL}, **{LR: 3e-4, "disco.delta": 3e-3})
+    study("tune", "disco", 101, {20: half, 40: half}, **{LR: 1e-4, "disco.delta": 3e-3})
+    study("tune", "disco", 101, {20: ALL, 40: ALL}, **{LR: 3e-4, "disco.delta": 1e-2})
+    runs, measures = read("tune"), load("measures")
+    chosen = {"lr": {"disco": "0.0003", "grpo": "0.0001"}, "disco.delta": "1e-2", "grpo.kl_coef": "0.04"}
+    table = measures.tuning_table(runs, 40, chosen)
+    assert table.loc["disco"].to_dict() == {"0.0001": "50.0", "0.0003": "75.0 (chosen)"}
+    said = measures.second_settings(runs, 40, chosen)
+    assert said[0] == "disco.delta of disco: 3e-3: 75.0, 1e-2: 100.0 (chosen)."
+
+
+def test_all_methods_are_compared_on_the_seeds_that_all_have(load, study, read, tmp_path):
+    for seed in (11, 12, 13):
+        study("main", "grpo", seed, {60: START})
+        if seed < 13:
+            study("main", "disco", seed, {60: ALL})
+            study("main", "dapo_static", seed, {60: ALL}, evicted=0)
+    study("main", "maxrl", 11, {60: START})
+    read("main")
+    text, figures = load("analyse").write(tmp_path / "data", tmp_path / "report")
+    assert "1 seed (11), 4 questions of 2 levels, 8 responses to each. Not all methods have seed 12, 13." in text
+    # The tested differences are on the seeds of their two methods.
+    assert "| arithmetic | disco - grpo | +43.2 (-" in text and figures["arithmetic, disco - grpo"].low is not None
+    assert "| countdown | disco - grpo |  | 0 | too few runs |" in text
+    assert "| arithmetic | main | 8 | 70 | 0 | none | dapo, dgpo, disco_b, " in text
+    assert figures["arithmetic, grpo"].low is None
 
 
 def test_a_run_that_ends_below_its_start_is_counted(load, study, read):
@@ -252,15 +393,17 @@ def test_a_run_that_ends_below_its_start_is_counted(load, study, read):
         study("tune", "disco", 101, {40: ALL, 250: end}, **{LR: 3e-4, "disco.delta": delta})
     study("tune", "disco", 101, {40: ALL}, **{LR: 1e-4, "disco.delta": 3e-3})
     (study.folder / "arithmetic/stability.done").touch()
-    runs, analyse = read("tune"), load("analyse")
-    table = analyse.stability_table(runs, {"grpo": "1e-4", "disco": "3e-4"}, 250)
+    runs, measures = read("tune"), load("measures")
+    best = {"grpo": "1e-4", "disco": "3e-4"}
+    found = measures.outcomes(runs, best, 250)
+    table = measures.stability_table(found, best, 250)
     # The other delta is left out, and the lowest rate is as tuned.
     assert table.loc["disco", "1 x"].startswith("100.0 %") and table.loc["disco", "0.3 x"].endswith(", 40 steps")
     assert table.loc["disco", "ended below its start"] == "0 of 2"
     # The questions' own spread is too wide for four of them: it ends at 0, but no interval says so.
     assert table.loc["grpo", "10 x"].startswith("0.0 %, 0.00") and table.loc["grpo", "1 x"].startswith("100.0 %")
     assert table.loc["grpo", "ended below its start"] == "0 of 2"
-    assert "grpo" not in analyse.stability_table(runs, {"grpo": "1e-4", "disco": "3e-4"}, 251).index
+    assert "grpo" not in measures.outcomes(runs, best, 251)
 
 
 def test_a_failed_run_ends_below_its_start_at_the_four_rates_alone(load, study, read):
@@ -268,8 +411,15 @@ def test_a_failed_run_ends_below_its_start_at_the_four_rates_alone(load, study, 
         study("tune", "grpo", 101, {20: ALL}, failed=True, **{LR: rate})
     for stage in ("tune", "stability"):
         (study.folder / f"arithmetic/{stage}.done").touch()
-    runs, analyse = read("tune"), load("analyse")
-    table = analyse.stability_table(runs, {"grpo": "1e-3"}, 200)
+    runs, measures = read("tune"), load("measures")
+    study("tune", "disco", 101, {20: ALL}, **{LR: 1e-4, "disco.delta": 3e-3, "disco.constraint": "squared_hinge"})
+    runs = read("tune")
+    found = measures.outcomes(runs, {"grpo": "1e-3", "disco": "3e-4"}, 200)
+    kinds = measures.kinds_table(found)
+    assert kinds.loc["clipping"].tolist() == ["grpo", "", "1 of 1", "1 of 1", "", "2 of 2"]
+    assert kinds.loc["a constraint on the KL", "0.3 x"] == "0 of 1"
+    table = measures.stability_table({"grpo": found["grpo"]}, {"grpo": "1e-3"}, 200)
+    assert table.loc["grpo", "1 x"].endswith("20 steps, failed (below)")
     # A tenth of the best rate and thirty times it were tried in tuning only.
     assert [c for c in table if c.endswith(" x")] == ["1 x", "3 x"]
     assert table.loc["grpo", "ended below its start"] == "2 of 2"
@@ -289,11 +439,11 @@ def test_a_change_is_named_and_compared_with_the_method_as_it_is(load, study, re
         study("main", "disco", seed, {60: START}, **standard)
         for name, value in changes.items():
             study("mechanisms", "disco", seed, {60: ALL}, **standard | {name: value})
-    analyse = load("analyse")
+    measures = load("measures")
     main = read("main")
-    groups = analyse.by_change(analyse.load(tmp_path / "place/arithmetic/mechanisms"), main)
+    groups = measures.by_change(measures.load(tmp_path / "place/arithmetic/mechanisms"), main)
     names = {f"{name.removeprefix('disco.')}={value}" for name, value in changes.items()}
-    table = analyse.changes_table(groups, main, math.inf)
+    table = measures.changes_table(groups, main, math.inf)
     assert set(table.index) == {("disco", name) for name in names}
     # Of eight responses to "d" at least one is right.
     assert table.loc[("disco", "tau=0.1"), "points to the standard"].startswith("+78.1 ")
@@ -301,7 +451,7 @@ def test_a_change_is_named_and_compared_with_the_method_as_it_is(load, study, re
     for own in groups.values():
         for run in own:
             run.metrics["disco/kl"] = 0.5
-    assert set(analyse.constraint_table(groups).index) == set(table.index)
+    assert set(measures.constraint_table(groups).index) == set(table.index)
 
 
 def test_nothing_of_this_machine_is_collected_and_the_same_runs_give_the_same_files(load, study, read, tmp_path):
@@ -327,8 +477,9 @@ def test_the_report_is_written_from_the_collected_data_alone(load, study, read, 
     assert start == pytest.approx(20) and disco == pytest.approx(20 + 80 * 85_000 / 153_600)
     found = figures["arithmetic, disco - grpo"]
     assert found.value == pytest.approx(disco - grpo) and found.low < found.value < found.high
-    assert "| arithmetic | disco - grpo |" in text and "arithmetic-entropy.svg" in text
+    assert "| arithmetic | disco - grpo |" in text and "(entropy.svg)" in text
     assert (tmp_path / "report/tables/arithmetic-learning.csv").exists()
+    assert text.index("So far, with 0 to 3 of 5 seeds") < text.index("learning.svg") < text.index("arithmetic: ranking")
     picture = (tmp_path / "report/methods.svg").read_text()
     assert picture.index(">grpo<") < picture.index(">disco<") and "pass@1 after 85,000 generated tokens" in picture
 

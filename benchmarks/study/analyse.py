@@ -2,20 +2,16 @@
 
     python benchmarks/study/analyse.py [--data docs/study/data] [--out docs/study/report] [--record]
 
-With ``--record`` the figures that other documents quote go to benchmarks/results/study.json.
-
-docs/study/protocol.md says what is computed and how it is judged. The parts are those of ``verl_ext.report``: reading,
-pass@k, paired intervals, tables, curves.
+With ``--record`` the figures that other documents quote go to benchmarks/results/study.json. ``measures.py`` computes
+what is shown.
 """
 
 import argparse
 import json
 import math
-import shutil
 import sys
-import tarfile
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,437 +19,130 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib
 import numpy as np
 import pandas as pd
-from picture import draw_methods
+from measures import (
+    BUDGETS,
+    COMPARED,
+    CONFIDENCE,
+    FACTORS,
+    HARD,
+    HYPOTHESES,
+    KS,
+    PER_RESPONSE,
+    averaged,
+    bands_table,
+    by_change,
+    by_question,
+    changes_table,
+    common_seeds,
+    compare,
+    conclusion,
+    constraint_table,
+    entropy_of,
+    entropy_table,
+    generated,
+    has_failed,
+    hypotheses_table,
+    kinds_table,
+    learning_table,
+    load,
+    matrices,
+    of_questions,
+    of_seeds,
+    order_of_paper,
+    outcomes,
+    pair_table,
+    second_settings,
+    stability_table,
+    start_rates,
+    tuning_table,
+    unpack,
+)
+from picture import draw_methods, draw_panels
 from record import Figure, record
-from run import LR, STANDARD
-from scipy import stats
+from run import FEW_SEEDS, KNOBS, MECHANISMS, METHODS, PLANS, SEEDS, WIDE, is_standard
 
-from verl_ext.report.__main__ import Tables, find_runs
-from verl_ext.report.paired import paired_interval
-from verl_ext.report.plots import CURVES, STYLE, curve_of, draw_curves, draw_weights
-from verl_ext.report.read import Run, differences, read_runs, repeated_seeds
-from verl_ext.report.tables import by_method, mean_and_interval, named, pass_at_k, percent, weight_table
-from verl_ext.runs.evaluations import BAND_NAMES, band_of
-from verl_ext.runs.folder import METRICS_FILE, read_json_lines
-
-FAILED_FILE = "failed"
-"""In a run that ended with an error (``collect.py``)."""
-
-BUDGETS = {"arithmetic": 85_000, "countdown": 450_000}
-"""Generated tokens at which methods are compared."""
-
-COMPARED = ("main", "wide")
-"""Stages in which a method has one run per seed."""
-
-BASELINE = "grpo"
-HYPOTHESES = (("disco", "grpo"), ("disco", "dapo_static"))
-"""What is tested, in each task: the first is better than the second."""
-CONFIDENCE = 1 - 0.05 / (len(HYPOTHESES) * len(BUDGETS))
-"""Of the tested differences' intervals: 5 % for the family (Bonferroni)."""
-MARGIN = 0.02
-"""A difference below it is of no practical size."""
-KS = (1, 8)
-HARD = 0.1
-"""Pass rate at the start below which a question is hard."""
-
-PAPER = {"grpo": 0.457, "grpo_er": 0.460, "dr_grpo": 0.443, "dapo_static": 0.473, "trpa": 0.470}
-PAPER |= {"disco_l_ratio": 0.524, "disco": 0.533}
-"""Average pass@1 at 1.5B in arXiv 2505.12366."""
-
-FACTORS = (0.3, 1.0, 3.0, 10.0)
-"""Learning rates that tell of stability, in units of the best; those at the first are as long as tuning's."""
+from verl_ext.report.__main__ import Tables
+from verl_ext.report.plots import CURVES, SMOOTHING, STYLE, curve_of, draw_curves, draw_weights
+from verl_ext.report.read import Run
+from verl_ext.report.tables import by_method, mean_and_interval, weight_table
 
 SHOWN = ("grpo", "dapo", "dapo_static", "disco", "disco_l_ratio", "disco_b")
 """Methods in pictures."""
 
 
-# Reading ------------------------------------------------------------------------------------------------------------
+def planned(task: str) -> dict[str, int]:
+    """Count a task's planned runs by stage; tuning has more where the best rate was at an end of its grid."""
+    seconds = sum(len(values) - 1 for _, values in KNOBS.values())
+    variants = sum(math.prod(o.count(",") + 1 for o in overrides) for overrides in MECHANISMS)
+    counts = {"tune": len(METHODS) * 4 + seconds, "main": len(METHODS) * len(SEEDS), "wide": len(WIDE) * len(SEEDS)}
+    counts |= {"mechanisms": variants * FEW_SEEDS, "stability": len(METHODS) * (len(FACTORS) - 1)}
+    return {stage: counts[stage] for stage in PLANS[task].stages if stage in counts}
 
 
-def unpack(data: Path, place: Path) -> None:
-    """Unpack ``TASK-STAGE.tar.xz`` to ``place/TASK/STAGE``, and give each run the measured start as its step 0."""
-    for file in sorted(data.glob("*.tar.xz")):
-        task, stage = file.name.removesuffix(".tar.xz").split("-", 1)
-        with tarfile.open(file) as tar:
-            tar.extractall(place / task / stage, filter="data")
-    for task in place.iterdir():
-        for stage in (f for f in task.iterdir() if not f.name.startswith("start-")):
-            name = "tuning" if stage.name == "tune" else "judging"
-            file = task / f"start-{name}" / f"{name}.jsonl"
-            lines = pd.DataFrame(line for _, line in read_json_lines(file))
-            passed = {f"val-core/{b}/acc/mean@1": float(own.mean()) for b, own in lines.groupby("data_source")["acc"]}
-            for run in find_runs([stage])[0]:
-                (run / "validation").mkdir(exist_ok=True)
-                shutil.copy(file, run / "validation/0.jsonl")
-                rows = run / METRICS_FILE
-                text = rows.read_text() if rows.exists() else ""
-                rows.write_text(json.dumps({"step": 0} | passed) + "\n" + text)
-
-
-def load(stage: Path) -> list[Run]:
-    """Read a stage's runs; none if there are none.
-
-    Raises:
-        ValueError: a run is damaged, or two are the same, or in a stage that compares methods, runs of one method
-            differ by more than their seed.
-    """
-    runs, damaged = read_runs(find_runs([stage])[0] if stage.is_dir() else [])
-    if damaged:
-        raise ValueError("; ".join(damaged.values()))
-    if repeated := repeated_seeds(runs):
-        raise ValueError(f"{stage.name}: several runs of {'; '.join(repeated)}")
-    if stage.name in COMPARED and (odd := sorted({r.method for r in runs if r.method != r.algorithm})):
-        raise ValueError(f"{stage.name}: runs of one method have other settings: {'; '.join(odd)}")
-    return runs
-
-
-def has_failed(run: Run) -> bool:
-    return (run.folder / FAILED_FILE).exists()
-
-
-# One run ------------------------------------------------------------------------------------------------------------
-
-
-def generated(run: Run) -> pd.Series:
-    """Count the response tokens that a run has generated up to each step.
-
-    A row stands for the steps since the one before, as later rows of long runs are thinned. Tokens of questions that
-    dynamic sampling replaced or had left over are taken to be as many as the others'.
-    """
-    questions = run.settings["data.train_batch_size"]
-    rows = questions * run.settings["actor_rollout_ref.rollout.n"]
-    length = run.column("response_length/mean")
-    extra = pd.Series(0.0, length.index)
-    for name in run.metrics.columns[
-        run.metrics.columns.str.contains(r"filter_groups/(?:evicted|discarded)", regex=True)
-    ]:
-        extra += run.metrics[name].reindex(length.index).fillna(0.0)
-    steps = np.diff(length.index, prepend=0)
-    tokens = (length * steps * rows * (1 + extra / questions)).cumsum()
-    return pd.concat([pd.Series({0: 0.0}), tokens])
-
-
-def by_question(run: Run, step: int, k: int) -> pd.Series:
-    """Compute pass@k of each question at an evaluated step, by benchmark and question.
-
-    Raises:
-        ValueError: the responses are damaged.
-    """
-    if not len(found := run.answers(step)):
-        raise ValueError(f"{run.folder.name}, step {step}: {'; '.join(run.faults)}")
-    answers = found.set_index(["benchmark", "question"]).sort_index()
-    values = [pass_at_k(n, int(c), k) for n, c in zip(answers["samples"], answers["right"], strict=True)]
-    return pd.Series(values, answers.index, dtype=float)
-
-
-def at_budget(run: Run, budget: float, k: int) -> pd.Series:
-    """Compute pass@k of each question after ``budget`` generated tokens, between evaluations on a straight line.
-
-    A run that ends before keeps its last evaluation; one that failed before has 0.
-
-    Raises:
-        ValueError: the two evaluations are of different questions.
-    """
-    steps, tokens = sorted(run.dumps), generated(run)
-    places = [float(tokens[tokens.index <= step].iloc[-1]) for step in steps]
-    if has_failed(run) and budget > places[-1]:
-        return 0.0 * by_question(run, steps[-1], k)
-    after = next((i for i, place in enumerate(places) if place >= budget), len(places) - 1)
-    before = max(after - 1, 0)
-    gap = places[after] - places[before]
-    share = min((budget - places[before]) / gap, 1.0) if gap else 1.0
-    first, second = (by_question(run, steps[i], k) for i in (before, after))
-    if not first.index.equals(second.index):
-        raise ValueError(f"{run.folder.name}: steps {steps[before]} and {steps[after]} are of different questions")
-    return (1 - share) * first + share * second
-
-
-# Learning -----------------------------------------------------------------------------------------------------------
-
-
-def matrices(runs: Iterable[Run], budget: float, k: int) -> dict[str, pd.DataFrame]:
-    """Map each method to pass@k by seed (rows) and question (columns)."""
-    found: dict[str, dict[str, pd.Series]] = {}
-    for run in runs:
-        found.setdefault(run.method, {})[run.seed] = at_budget(run, budget, k)
-    return {method: pd.DataFrame(own).T.sort_index() for method, own in found.items()}
-
-
-def compare(
-    ours: pd.DataFrame, theirs: pd.DataFrame, confidence: float = 0.95, only: Collection | None = None
-) -> tuple[float, float, float, int]:
-    """Compare two methods' matrices on common seeds: difference, its interval's bounds, and the number of seeds.
-
-    Args:
-        only: questions to compare on; all by default.
-    """
-    seeds = ours.index.intersection(theirs.index)
-    if not len(seeds):
-        return math.nan, math.nan, math.nan, 0
-    if not ours.columns.equals(theirs.columns):
-        raise ValueError("the two methods answered different questions")
-    columns = ours.columns if only is None else ours.columns[ours.columns.isin(only)]
-    apart = ours.loc[seeds, columns].to_numpy() - theirs.loc[seeds, columns].to_numpy()
-    mean, half = paired_interval(apart, columns.get_level_values("benchmark").to_numpy(), confidence)
-    return mean, mean - half, mean + half, len(seeds)
-
-
-def verdict(low: float, high: float, seeds: int) -> str:
-    """Say what an interval of a difference says; that of one seed, over questions alone, says nothing of others."""
-    if seeds < 2 or math.isnan(low):
-        return "too few runs"
-    if low > 0:
-        return "better"
-    if high < 0:
-        return "worse"
-    return "no difference of practical size" if -MARGIN < low and high < MARGIN else "undecided"
-
-
-def points(mean: float, low: float, high: float) -> str:
-    """Write a difference in percentage points."""
-    if math.isnan(mean):
-        return ""
-    return f"{100 * mean:+.1f}" + ("" if math.isnan(low) else f" ({100 * low:+.1f} to {100 * high:+.1f})")
-
-
-def of_questions(passed: pd.Series) -> float:
-    """Average pass@k of questions over the benchmarks' means."""
-    return float(passed.groupby(level="benchmark").mean().mean())
-
-
-def of_seeds(matrix: pd.DataFrame) -> pd.Series:
-    """Average each seed's pass@k over the benchmarks' means."""
-    return matrix.T.groupby(level="benchmark").mean().mean()
-
-
-def learning_table(runs: list[Run], budget: float) -> pd.DataFrame:
-    """Tabulate pass@1 and pass@8 after the budget, and their differences to the baseline, best first."""
-    rows: dict[str, dict[str, object]] = {}
-    for k in KS:
-        found = matrices(runs, budget, k)
-        for method, matrix in found.items():
-            row = rows.setdefault(method, {"seeds": str(len(matrix))})
-            row[f"pass@{k}, %"] = percent(*mean_and_interval(of_seeds(matrix).tolist()))
-            if BASELINE in found:
-                same = method == BASELINE
-                row[f"points to {BASELINE}, pass@{k}"] = (
-                    "baseline" if same else points(*compare(matrix, found[BASELINE])[:3])
-                )
-            row.setdefault("order", -float(of_seeds(matrix).mean()))
-    for method, own in by_method(runs).items():
-        rows[method]["tokens of a run"] = f"{np.mean([generated(r).iloc[-1] for r in own]):,.0f}"
-        rows[method]["failed"] = str(sum(map(has_failed, own)))
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
-    return table.sort_values("order", kind="stable").drop(columns="order")
-
-
-def hypotheses_table(tasks: Mapping[str, list[Run]]) -> pd.DataFrame:
-    """Tabulate the tested differences of pass@1 with the family's intervals, and what they say."""
+def runs_table(stages: Mapping[str, Mapping[str, list[Run]]]) -> pd.DataFrame:
+    """Tabulate what is there of each stage of each task, and what is not."""
     rows = {}
-    for task, runs in tasks.items():
-        found = matrices(runs, BUDGETS[task], 1)
-        for ours, theirs in HYPOTHESES:
-            if ours in found and theirs in found:
-                *interval, seeds = compare(found[ours], found[theirs], CONFIDENCE)
-                said = {"points of pass@1": points(*interval), "seeds": str(seeds)}
-                rows[task, f"{ours} - {theirs}"] = said | {"verdict": verdict(*interval[1:], seeds)}
-    return pd.DataFrame(rows).T.rename_axis(["task", "difference"]) if rows else pd.DataFrame()
-
-
-def order_of_paper(runs: list[Run], budget: float) -> tuple[float, float, int]:
-    """Correlate the methods' order here with the paper's: Spearman's rho, its p-value, number of methods."""
-    found = {m: float(of_seeds(x).mean()) for m, x in matrices(runs, budget, 1).items() if m in PAPER}
-    if len(found) < 3 or len(set(found.values())) == 1:
-        return math.nan, math.nan, len(found)
-    rho, p = stats.spearmanr([PAPER[m] for m in found], list(found.values()))
-    return float(rho), float(p), len(found)
-
-
-def start_rates(runs: Sequence[Run]) -> pd.Series:
-    """Read the questions' pass rates at the start, the same for all runs."""
-    return by_question(runs[0], 0, 1)
-
-
-def bands_table(runs: list[Run], budget: float, k: int) -> pd.DataFrame:
-    """Tabulate the gain of pass@k by band of the pass rate at the start, in points: method x band."""
-    bands = start_rates(runs).map(band_of)
-    before = by_question(runs[0], 0, k)
-    rows = {}
-    for method, matrix in matrices(runs, budget, k).items():
-        gain = (matrix.mean() - before).groupby(bands).mean()
-        rows[method] = {f"{b} ({(bands == b).sum()})": 100 * gain[b] for b in BAND_NAMES if b in gain}
-    return pd.DataFrame(rows).T.rename_axis("method")
-
-
-# Stability ----------------------------------------------------------------------------------------------------------
-
-
-def outcome(run: Run) -> dict[str, object]:
-    """Say how a run ended against its start, over its questions."""
-    steps = sorted(run.dumps)
-    start, end = by_question(run, 0, 1), by_question(run, steps[-1], 1)
-    if has_failed(run):
-        end = 0.0 * end
-    apart, half = paired_interval((end - start).to_numpy()[None], start.index.get_level_values(0).to_numpy())
-    passed = [of_questions(by_question(run, s, 1)) for s in steps]
-    entropy = entropy_of(run)
-    return {
-        "best": max(passed),
-        "end": 0.0 if has_failed(run) else passed[-1],
-        "below": has_failed(run) or apart + half < 0,
-        "entropy": float(entropy.iloc[-1]) if len(entropy) else math.nan,
-        "steps": int(run.metrics.index.max()),
-        "failed": has_failed(run),
-    }
-
-
-def stability_table(runs: list[Run], best: Mapping[str, str], long: int) -> pd.DataFrame:
-    """Tabulate what became of each method's runs of ``long`` steps by learning rate, in units of its best one."""
-    rows: dict[str, dict[str, object]] = {}
-    for algorithm in dict.fromkeys(run.algorithm for run in runs):
-        found: dict[float, list[dict]] = {}
-        for run in (r for r in runs if r.algorithm == algorithm and is_standard(r)):
-            told, factor = outcome(run), float(f"{run.settings[LR] / float(best[algorithm]):.1g}")
-            if factor in FACTORS and (told["steps"] >= long or told["failed"] or factor == FACTORS[0]):
-                found.setdefault(factor, []).append(told)
-        if not found:
-            continue
-        cells: dict[str, object] = {"best lr": best[algorithm]}
-        for factor, told in sorted(found.items()):
-            end, entropy = np.mean([t["end"] for t in told]), np.mean([t["entropy"] for t in told])
-            mark = f", {told[0]['steps']} steps" * (told[0]["steps"] < long) + ", failed" * any(
-                t["failed"] for t in told
-            )
-            cells[f"{factor:g} x"] = f"{100 * end:.1f} %, {entropy:.2f}{mark}"
-        below = [t["below"] for told in found.values() for t in told]
-        cells["ended below its start"] = f"{sum(below)} of {len(below)}"
-        rows[algorithm] = cells
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").fillna("")
-    order = ["best lr", *sorted((c for c in table if c.endswith(" x")), key=lambda c: float(c[:-2]))]
-    return table[[*order, "ended below its start"]] if len(table) else table
-
-
-def is_standard(run: Run) -> bool:
-    """Tell whether a tuning run has the second settings' values that rates were tuned with."""
-    return all(float(run.settings.get(name, value)) == float(value) for name, value in STANDARD.items())
-
-
-# Mechanisms ---------------------------------------------------------------------------------------------------------
-
-
-def entropy_of(run: Run) -> pd.Series:
-    """Return the entropy in units of the first steps'.
-
-    verl averages it over tokens as the method's loss is averaged, so that methods have different units.
-    """
-    curve = curve_of(run, "entropy")
-    return curve / curve.iloc[0] if len(curve) else curve
-
-
-def entropy_table(runs: list[Run]) -> pd.DataFrame:
-    """Tabulate the entropy in the middle and at the end of runs, in units of the first step's: mean and extremes."""
-    rows = {}
-    for method, own in by_method(runs).items():
-        if curves := [c for c in map(entropy_of, own) if len(c)]:
-            ends = [c.iloc[-1] for c in curves]
-            middle = float(np.mean([c.iloc[len(c) // 2] for c in curves]))
-            row = {"middle": middle, "last step": float(np.mean(ends)), "lowest": min(ends), "highest": max(ends)}
-            rows[method] = row
-    return pd.DataFrame(rows).T.rename_axis("method")
-
-
-def constraint_table(groups: Mapping[object, list[Run]]) -> pd.DataFrame:
-    """Tabulate how the constraint worked in groups of runs: KL and its standard error, share of mini-batches above
-    delta, coefficient."""
-    names = {"KL": "disco/kl", "its standard error": "disco/kl_standard_error"}
-    names |= {"share above delta": "disco/over_delta", "coefficient": "disco/coefficient"}
-    names |= {"gradient norm": "actor/grad_norm"}
-    rows = {}
-    for name, own in groups.items():
-        if any("disco/kl" in r.metrics for r in own):
-            rows[name] = {
-                k: np.mean([c.mean() for r in own if len(c := r.column(n))] or [np.nan]) for k, n in names.items()
-            }
-    table = pd.DataFrame(rows).T
-    return table.rename_axis(["method", "change"] if table.index.nlevels == 2 else "method")
-
-
-def by_change(runs: list[Run], standard: list[Run]) -> dict[tuple[str, str], list[Run]]:
-    """Group variants by the method that they change and by the settings that differ from its run of the same seed."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        like = next((r for r in standard if r.algorithm == run.algorithm and r.seed == run.seed), None)
-        if like is not None:
-            found = [n for n in differences([like.settings, run.settings]) if n.startswith("disco.")]
-            change = ", ".join(f"{n.removeprefix('disco.')}={run.settings[n]}" for n in found)
-            groups.setdefault((run.algorithm, change or "as it is"), []).append(run)
-    return groups
-
-
-def changes_table(groups: Mapping[tuple[str, str], list[Run]], standard: list[Run], budget: float) -> pd.DataFrame:
-    """Tabulate variants against the method that they change, paired by seed."""
-    base, rows = matrices(standard, budget, 1), {}
-    for (algorithm, change), own in groups.items():
-        matrix = pd.DataFrame({r.seed: at_budget(r, budget, 1) for r in own}).T
-        mean, low, high, seeds = compare(matrix, base[algorithm])
-        rows[algorithm, change] = {
-            "pass@1, %": percent(*mean_and_interval(of_seeds(matrix).tolist())),
-            "points to the standard": points(mean, low, high),
-            "seeds": str(seeds),
-            "failed": str(sum(map(has_failed, own))),
-        }
-    return named(rows, "change")
-
-
-def pair_table(pairs: Mapping[str, tuple[list[Run], str, str]], budget: float) -> pd.DataFrame:
-    """Tabulate the difference of two methods, over all questions and over hard ones."""
-    rows = {}
-    for name, (runs, ours, theirs) in pairs.items():
-        row = {}
-        for k in KS:
-            found = matrices(runs, budget, k)
-            if ours in found and theirs in found:
-                rates = start_rates(runs)
-                hard = rates.index[rates < HARD]
-                row[f"pass@{k}, all"] = points(*compare(found[ours], found[theirs])[:3])
-                row[f"pass@{k}, {len(hard)} hard"] = points(*compare(found[ours], found[theirs], only=hard)[:3])
-        if row:
-            rows[f"{ours} - {theirs}, {name}"] = row
-    return pd.DataFrame(rows).T.rename_axis("difference")
-
-
-# The report ---------------------------------------------------------------------------------------------------------
+    for task, of in stages.items():
+        for stage, number in planned(task).items():
+            runs = of.get(stage, [])
+            row = {"runs": str(len(runs)), "planned": str(number), "failed": str(sum(map(has_failed, runs)))}
+            if stage in COMPARED:
+                own = by_method(runs)
+                none = sorted(set(METHODS if stage == "main" else WIDE) - set(own))
+                row["seeds of all methods"] = ", ".join(common_seeds(runs) if not none else []) or "none"
+                row["no run of"] = ", ".join(none)
+            rows[task, stage] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["task", "stage"])
 
 
 def draw(runs: list[Run], task: str, out: Path) -> dict[str, str]:
-    """Draw curves of the methods in ``SHOWN``; return file name -> title."""
+    """Draw a task's own curves of the methods in ``SHOWN``; return file name -> title."""
     matplotlib.use("Agg")
     shown = [r for r in runs if r.method in SHOWN]
-    panels = {"pass_at_1": ("held-out pass@1 by step", lambda run: run.pass_at_1.mean(axis=1))}
-    panels["entropy"] = ("entropy, in units of the first step's", entropy_of)
-    for name in ("kl", "reward"):
-        panels[name] = (CURVES[name][0], lambda run, name=name: curve_of(run, name))
     drawn = {}
     with matplotlib.rc_context(STYLE):
-        for name, (title, of) in panels.items():
-            if draw_curves(shown, of, f"{task}: {title}", set(), out / f"{task}-{name}.svg"):
-                drawn[f"{task}-{name}.svg"] = title
+        for name in ("kl", "reward"):
+            title = CURVES[name][0]
+            file = f"{task}-{name}.svg"
+            if draw_curves(shown, lambda run, name=name: curve_of(run, name), f"{task}: {title}", set(), out / file):
+                drawn[file] = title
         if draw_weights([r for r in shown if r.method in SHOWN[:1] + SHOWN[3:4]], out / f"{task}-weight.svg"):
-            drawn[f"{task}-weight.svg"] = "share of the training's weight by pass rate in the batch"
+            drawn[f"{task}-weight.svg"] = "share of the mean absolute advantage by pass rate in the batch"
     return drawn
 
 
-def draw_headline(tasks: Mapping[str, list[Run]], path: Path) -> None:
-    """Draw every method's pass@1 at the budget, all tasks side by side."""
+def learning_curve(runs: list[Run]) -> pd.Series:
+    """Average pass@1 in percent over runs of a method at each evaluation, by thousands of generated tokens."""
+    tokens = pd.DataFrame({r.seed: generated(r) for r in runs})
+    steps = sorted(set.intersection(*(set(r.dumps) for r in runs)))
+    passed = [100 * float(np.mean([of_questions(by_question(r, s, 1)) for r in runs])) for s in steps]
+    return pd.Series(passed, [float(tokens[tokens.index <= s].iloc[-1].mean()) / 1000 for s in steps])
+
+
+def draw_headlines(tasks: Mapping[str, list[Run]], out: Path) -> None:
+    """Draw every method's pass@1 at the budget, learning curves and entropies, all tasks side by side."""
     found = {task: matrices(runs, BUDGETS[task], 1) for task, runs in tasks.items()}
     passed = {task: pd.DataFrame({m: of_seeds(x) for m, x in own.items()}) for task, own in found.items()}
     starts = {task: of_questions(start_rates(runs)) for task, runs in tasks.items()}
     labels = {task: f"pass@1 after {BUDGETS[task]:,} generated tokens, %" for task in tasks}
-    draw_methods(passed, starts, labels, path)
+    draw_methods(passed, starts, labels, out / "methods.svg")
+    curves, entropies = {}, {}
+    for task, runs in tasks.items():
+        curves[task] = {m: learning_curve(own) for m, own in by_method(runs).items()}
+        every = {m: [c for c in map(entropy_of, own) if len(c)] for m, own in by_method(runs).items()}
+        entropies[task] = {m: pd.concat(own, axis=1).dropna().mean(axis=1) for m, own in every.items() if own}
+    budgets = {task: BUDGETS[task] / 1000 for task in tasks}
+    draw_panels(curves, SHOWN, ("generated tokens, thousands", "held-out pass@1, %"), out / "learning.svg", budgets)
+    draw_panels(entropies, SHOWN, ("step", "entropy / first step's"), out / "entropy.svg")
 
 
-def quoted(tasks: Mapping[str, list[Run]]) -> dict[str, Figure]:
-    """Make the figures that other documents quote: the tested differences, and pass@1 of each method, in percent."""
+def quoted(main: Mapping[str, list[Run]], tasks: Mapping[str, list[Run]]) -> dict[str, Figure]:
+    """Make the figures that other documents quote, in percent: the tested differences, and pass@1 of each method.
+
+    Args:
+        main: runs of each task.
+        tasks: those of the seeds that all methods have.
+    """
 
     def figure(unit: str, mean: float, low: float, high: float) -> Figure:
         bounds = (None, None) if math.isnan(low) else (100 * low, 100 * high)
@@ -461,10 +150,10 @@ def quoted(tasks: Mapping[str, list[Run]]) -> dict[str, Figure]:
 
     found = {}
     for task, runs in tasks.items():
-        passed = matrices(runs, BUDGETS[task], 1)
+        tested, passed = matrices(main[task], BUDGETS[task], 1), matrices(runs, BUDGETS[task], 1)
         for ours, theirs in HYPOTHESES:
-            if ours in passed and theirs in passed:
-                interval = compare(passed[ours], passed[theirs], CONFIDENCE)[:3]
+            if ours in tested and theirs in tested:
+                interval = compare(tested[ours], tested[theirs], CONFIDENCE)[:3]
                 found[f"{task}, {ours} - {theirs}"] = figure("points", *interval)
         found[f"{task}, start"] = figure("%", of_questions(start_rates(runs)), *[math.nan] * 2)
         for method, matrix in passed.items():
@@ -479,76 +168,200 @@ def write(data: Path, out: Path) -> tuple[str, dict[str, Figure]]:
     tables = Tables(out / "tables")
     with tempfile.TemporaryDirectory() as place:
         unpack(data, Path(place))
-        tasks = {t: load(Path(place, t, "main")) for t in BUDGETS if Path(place, t, "main").is_dir()}
-        tasks = {t: runs for t, runs in tasks.items() if runs}
+        stages = {t: stages_of(Path(place, t), t) for t in BUDGETS if Path(place, t).is_dir()}
+        main = {t: of["main"] for t, of in stages.items() if of["main"]}
+        # What all methods are compared on.
+        tasks = {t: fair for t, runs in main.items() if (fair := [r for r in runs if r.seed in common_seeds(runs)])}
+        tested = hypotheses_table(main)
         parts = [
             "# The study",
-            "Made by `python benchmarks/study/analyse.py` from `docs/study/data`. What was asked, and how it",
+            "Made by `python benchmarks/study/analyse.py` from `docs/study/data`. What was asked, and how it is "
+            "judged: [the protocol](../protocol.md).",
+            f"**{conclusion(tested)}** Two toy tasks and a model of 165,696 parameters: this neither confirms nor "
+            "refutes the paper at 1.5B parameters.",
+            tables.add("hypotheses", tested),
+            f"pass@1 on the judging questions after the budget of tokens, intervals of {100 * CONFIDENCE:.4g} % over "
+            "seeds and questions, all four of which hold in at least 95 % of studies.",
         ]
-        parts[-1] += " is judged: [the protocol](../protocol.md)."
-        if len(table := hypotheses_table(tasks)):
-            parts += [
-                "## What was tested",
-                f"Intervals of {100 * CONFIDENCE:.4g} %, which hold together in 95 % of studies.",
-            ]
-            parts.append(tables.add("hypotheses", table))
         if tasks:
-            draw_headline(tasks, out / "methods.svg")
-            parts += ["![pass@1 of each method](methods.svg)"]
-            parts += ["A dot is a seed, a diamond their mean with its 95 % interval; dashed: where all runs began."]
+            draw_headlines(tasks, out)
+            parts += [
+                "![pass@1 of each method](methods.svg)",
+                "A circle is a seed, a diamond their mean with its 95 % interval over seeds; dashed: where all runs "
+                "began. In blue: the methods of the DisCO paper.",
+                "![held-out pass@1 by generated tokens](learning.svg)",
+                "Means over seeds at the evaluations, straight lines between; dotted: the budget. In gray: the methods "
+                "without a name here.",
+                "![entropy by step](entropy.svg)",
+                f"Means over seeds of a running mean of {SMOOTHING} steps. {of_responses(tasks)} Methods have "
+                "different learning rates (below), which move the entropy as well.",
+            ]
         for task, runs in tasks.items():
-            parts += of_task(task, runs, Path(place, task), data, tables, out)
-    return "\n\n".join(parts) + "\n", quoted(tasks)
+            parts += ranking(task, runs, main[task], tables)
+        parts += [
+            "## What is there",
+            "Runs that have ended. Tuning has more where the best rate was at an end.",
+            tables.add("runs", runs_table(stages)),
+        ]
+        for task, runs in tasks.items():
+            parts += of_task(task, runs, stages[task], data, tables, out)
+        return "\n\n".join(parts) + "\n", quoted(main, tasks)
 
 
-def of_task(task: str, runs: list[Run], place: Path, data: Path, tables: Tables, out: Path) -> list[str]:
-    """Make one task's part of the report."""
-    budget = BUDGETS[task]
-    parts = [
-        f"## {task}: learning",
-        f"After {budget:,} generated tokens, paired over seeds and questions; 95 % intervals.",
+def of_responses(tasks: Mapping[str, list[Run]]) -> str:
+    """Say which methods' entropy is of another kind."""
+    names = sorted({r.method for runs in tasks.values() for r in runs if averaged(r) == PER_RESPONSE})
+    if not names:
+        return ""
+    return (
+        f"verl averages that of {', '.join(names)} over each response's tokens first, and that of the others over all "
+        "tokens: the two kinds do not compare."
+    )
+
+
+def stages_of(place: Path, task: str) -> dict[str, list[Run]]:
+    """Read a task's runs by stage; the tuning runs that went on are the stage "stability" as well."""
+    found = {name: load(place / name) for name in ("tune", "main", "wide", "mechanisms")}
+    long = PLANS[task].long
+    found["stability"] = [r for r in found["tune"] if is_standard(r.settings) and r.metrics.index.max() >= long]
+    return found
+
+
+def over(runs: list[Run]) -> str:
+    """Say what a table is over: seeds, questions, levels, responses."""
+    seeds, rates = sorted({r.seed for r in runs}), start_rates(runs)
+    last = runs[0].answers(max(runs[0].dumps))["samples"]
+    levels = rates.index.get_level_values("benchmark").nunique()
+    return (
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)} ({', '.join(seeds)}), {len(rates)} questions of {levels} levels, "
+        f"{int(last.min())} responses to each"
+    )
+
+
+def ranking(task: str, runs: list[Run], every: list[Run], tables: Tables) -> list[str]:
+    """Make one task's table of all methods at the budget."""
+    start = {k: 100 * of_questions(by_question(runs[0], 0, k)) for k in KS}
+    left = sorted({r.seed for r in every} - {r.seed for r in runs})
+    return [
+        f"## {task}: ranking",
+        f"After {BUDGETS[task]:,} generated tokens; {over(runs)}."
+        + f" Not all methods have seed {', '.join(left)}." * bool(left),
+        f"All began at pass@1 {start[1]:.1f} % and pass@8 {start[8]:.1f} %"
+        f" ({int(runs[0].answers(0)['samples'].min())} responses). The tuned learning rate differs among methods.",
+        tables.add(f"{task}-learning", learning_table(runs, BUDGETS[task])),
+        "±: 95 % interval over seeds. Points: 95 % interval over seeds and questions (none for a single seed), not "
+        "adjusted: one in twenty is wrong by chance, and none is a finding by itself. Seconds: training steps without "
+        "evaluation, two runs at a time on two shared cores. Over: some runs ended before the budget.",
     ]
-    parts += [tables.add(f"{task}-learning", learning_table(runs, budget))]
-    parts += ["At the end of the runs:", tables.add(f"{task}-end", learning_table(runs, math.inf))]
+
+
+def folded(title: str, *parts: str) -> str:
+    """Fold parts of the report under a title."""
+    return "\n\n".join([f"<details><summary>{title}</summary>", *parts, "</details>"])
+
+
+def of_task(
+    task: str, runs: list[Run], stages: Mapping[str, list[Run]], data: Path, tables: Tables, out: Path
+) -> list[str]:
+    """Make one task's part of the report, but for its ranking."""
+    budget = BUDGETS[task]
+    wide, tuned, changed = stages["wide"], stages["tune"], stages["mechanisms"]
+    parts = [f"## {task}: learning", "At the end of the runs, equal in updates instead of tokens; else as the ranking."]
+    parts += [tables.add(f"{task}-end", learning_table(runs, math.inf))]
     rho, p, methods = order_of_paper(runs, budget)
     if not math.isnan(rho):
-        parts += [f"Order of {methods} methods against the paper's at 1.5B: Spearman's rho {rho:.2f} (p = {p:.2g})."]
+        parts += [
+            f"Order after the budget of the {methods} methods that the paper has, against its order at 1.5B: "
+            f"Spearman's rho {rho:.2f} (exact p = {p:.2g}; with seven methods, 0.79 reaches 0.05)."
+        ]
     for k in KS:
-        parts += [f"Gain of pass@{k} by pass rate at the start (number of questions), points:"]
-        parts += [tables.add(f"{task}-bands-{k}", bands_table(runs, budget, k), "+.1f")]
-    drawn = draw(runs, task, out)
-    parts += [f"![{title}]({name})" for name, title in drawn.items()]
-    wide, tuned = load(place / "wide"), load(place / "tune")
-    if wide:
-        parts += [f"## {task}: groups of 32", tables.add(f"{task}-wide", learning_table(wide, budget))]
-    best = data / f"{task}-chosen.json"
-    if tuned and best.exists():
-        lengths = [int(r.metrics.index.max()) for r in tuned]
-        table = stability_table(tuned, json.loads(best.read_text())["lr"], max(lengths))
-        if len(table) and max(lengths) > max(int(r.metrics.index.max()) for r in runs):
-            parts += [
-                f"## {task}: stability",
-                f"After {max(lengths)} steps, by learning rate: pass@1 on the tuning questions,",
-            ]
-            parts[-1] += " and the entropy in units of the first step's."
-            parts += [tables.add(f"{task}-stability", table)]
-    parts += [f"## {task}: mechanisms", "Gradient weight by pass rate in the batch:"]
-    parts += [tables.add(f"{task}-weight", weight_table(runs)), "Entropy, in units of the first step's:"]
-    parts += [tables.add(f"{task}-entropy", entropy_table(runs), ".2f"), "The constraint:"]
-    parts += [tables.add(f"{task}-constraint", constraint_table(by_method(runs)), ".2e")]
-    pairs = {"groups of 8": (runs, "disco", "disco_b"), "groups of 32": (wide, "disco", "disco_b")}
+        parts += [
+            f"Gain of pass@{k} after the budget by pass rate at the start (number of questions), points, mean over "
+            "questions and seeds:",
+            tables.add(f"{task}-bands-{k}", bands_table(runs, budget, k), "+.1f"),
+        ]
+    parts += [f"![{title}]({name})" for name, title in draw(runs, task, out).items()]
+    parts += [f"Curves: thin lines are seeds, thick ones their mean, both running means of {SMOOTHING} steps."]
+    if fair := [r for r in wide if r.seed in common_seeds(wide)]:
+        parts += [
+            f"## {task}: groups of 32",
+            f"8 questions of 32 responses per step. After {budget:,} tokens; {over(fair)}.",
+        ]
+        parts += [tables.add(f"{task}-wide", learning_table(fair, budget))]
+        parts += ["At the end of the runs:", tables.add(f"{task}-wide-end", learning_table(fair, math.inf))]
+    if (file := data / f"{task}-chosen.json").exists():
+        chosen = json.loads(file.read_text())
+        parts += of_tuning(task, tuned, chosen, tables)
+        if stages["stability"]:
+            parts += of_stability(task, outcomes(tuned, chosen["lr"], PLANS[task].long), chosen["lr"], tables)
+    parts += of_mechanisms(task, runs, stages["main"], wide, changed, tables)
+    return parts
+
+
+def of_tuning(task: str, tuned: list[Run], chosen: Mapping, tables: Tables) -> list[str]:
+    """Make the part about what tuning chose."""
+    if not tuned:
+        return []
+    seeds = ", ".join(sorted({r.seed for r in tuned}))
+    return [
+        f"## {task}: tuning",
+        f"Mean pass@1 at the last two evaluations of {PLANS[task].steps} steps on the tuning questions, percent, by "
+        f"learning rate; seed {seeds}. Noise of about two points may pick a neighbour of the best rate.",
+        tables.add(f"{task}-tuning", tuning_table(tuned, PLANS[task].steps, chosen)),
+        *second_settings(tuned, PLANS[task].steps, chosen),
+    ]
+
+
+def of_stability(task: str, found: Mapping, best: Mapping[str, str], tables: Tables) -> list[str]:
+    """Make the part about runs that went on."""
+    long = PLANS[task].long
+    return [
+        f"## {task}: stability",
+        f"After {long} steps, by learning rate in units of the best: pass@1 on the tuning questions, and entropy in "
+        f"units of the first step's (mean of the last {SMOOTHING} rows that are kept). Below: the 95 % interval of end "
+        "minus start over questions lies below 0, or the run failed. One seed, on which the rate was chosen as well.",
+        tables.add(f"{task}-stability", stability_table(found, best, long)),
+        "Runs that ended below their start:",
+        tables.add(f"{task}-kinds", kinds_table(found)),
+    ]
+
+
+def of_mechanisms(
+    task: str, runs: list[Run], every: list[Run], wide: list[Run], changed: list[Run], tables: Tables
+) -> list[str]:
+    """Make the part about mechanisms; ``every``: also the runs of seeds that only some methods have."""
+    budget = BUDGETS[task]
+    parts = [
+        f"## {task}: mechanisms",
+        f"Entropy in units of the first step's, a running mean of {SMOOTHING} steps; the extremes are over seeds. "
+        "Means over different things do not compare.",
+        tables.add(f"{task}-entropy", entropy_table(runs), ".2f"),
+    ]
+    if len(table := constraint_table(by_method(runs))):
+        parts += [
+            "Constraint, means over steps and seeds. An error above delta means that the constraint acts on noise."
+        ]
+        parts += [tables.add(f"{task}-constraint", table)]
+    if len(table := weight_table(runs)):
+        told = (
+            "`training/weight_at_pass_rate`: `34 of 20` is 34 % of the mean absolute advantage on 20 % of the "
+            "questions, before what clipping, score and constraint make of it."
+        )
+        title = "Weight of questions by pass rate in the batch"
+        parts += [folded(title, told, tables.add(f"{task}-weight", table))]
+    note = f"After {budget:,} tokens, 95 % intervals over seeds and questions."
+    pairs = {"groups of 8": (every, "disco", "disco_b"), "groups of 32": (wide, "disco", "disco_b")}
     if len(table := pair_table(pairs, budget)):
-        parts += [f"Hard: a pass rate below {HARD} at the start.", tables.add(f"{task}-hard", table)]
-    changed = load(place / "mechanisms")
-    clipped = {"groups of 8": (changed, "grpo_unclipped", "grpo_free")}
+        parts += [f"Hard: a pass rate below {HARD} at the start. {note}", tables.add(f"{task}-hard", table)]
     if changed:
-        groups = by_change(changed, runs)
-        if len(table := pair_table(clipped, budget)):
-            parts += ["Without clipping, against with it:", tables.add(f"{task}-clipping", table)]
-        if len(table := changes_table(groups, runs, budget)):
-            parts += ["One change at a time:", tables.add(f"{task}-changes", table)]
+        if len(table := pair_table({"groups of 8": (changed, "grpo_unclipped", "grpo_free")}, budget)):
+            parts += [f"Without clipping, against with it. {note}", tables.add(f"{task}-clipping", table)]
+        groups = by_change(changed, every)
+        if len(table := changes_table(groups, every, budget)):
+            parts += [f"One change at a time, at the standard's learning rate. {note}"]
+            parts += [tables.add(f"{task}-changes", table)]
         if len(table := constraint_table(groups)):
-            parts += [tables.add(f"{task}-changes-constraint", table, ".2e")]
+            parts += [tables.add(f"{task}-changes-constraint", table)]
     return parts
 
 

@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from start import measure
 
 from verl_ext.report.__main__ import find_runs
-from verl_ext.report.read import read_run
+from verl_ext.report.read import Run, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).parent / "config"
@@ -195,24 +196,9 @@ class Study:
         self.sweep("tune", f"seed={joined(TUNING)}", *overrides, rates=False)
 
     def scores(self, knob: str | None = None) -> dict[tuple[str, ...], float]:
-        """Average pass@1 over the last two evaluations up to ``plan.steps``, and over seeds.
-
-        By method and learning rate, and with ``knob`` by that setting; runs that failed are not among them.
-        """
-        found: dict[tuple[str, ...], list[float]] = {}
-        for folder in find_runs([self.folder / "tune"])[0]:
-            run = read_run(folder)
-            if run is None or self.plan.steps not in run.pass_at_1.index:
-                continue
-            settings = run.settings
-            if any(float(settings[n]) != float(STANDARD[n]) for n in STANDARD if n in settings and n != knob):
-                continue
-            key = [run.algorithm, spelled(settings[LR], RATES)]
-            if knob in settings:
-                key.append(spelled(settings[knob], dict(KNOBS.values())[knob]))
-            passed = run.pass_at_1.loc[: self.plan.steps].mean(axis=1)
-            found.setdefault(tuple(key), []).append(float(passed[-2:].mean()))
-        return {key: sum(values) / len(values) for key, values in found.items()}
+        """Score what the stage tune has run."""
+        runs = map(read_run, find_runs([self.folder / "tune"])[0])
+        return scores([run for run in runs if run is not None], self.plan.steps, knob)
 
     def _write(self, best: Mapping[str, str], settings: Mapping[str, str]) -> None:
         """Write the group ``rates`` of the other stages' settings."""
@@ -256,6 +242,29 @@ class Study:
             rates = [RATES[place + f] for f in FACTORS if 0 <= place + f < len(RATES)]
             overrides = [f"algorithm={method}", f"{LR}={','.join(rates)}"]
             self.sweep("tune", f"seed={joined(TUNING)}", *overrides, steps=self.plan.long, rates=False)
+
+
+def scores(runs: Sequence[Run], steps: int, knob: str | None = None) -> dict[tuple[str, ...], float]:
+    """Average pass@1 over the last two evaluations up to ``steps``, and over seeds.
+
+    By method and learning rate, and with ``knob`` by that setting; runs that failed before are not among them.
+    """
+    found: dict[tuple[str, ...], list[float]] = {}
+    for run in runs:
+        settings = run.settings
+        if steps not in run.pass_at_1.index or not is_standard(settings, knob):
+            continue
+        key = [run.algorithm, spelled(settings[LR], RATES)]
+        if knob in settings:
+            key.append(spelled(settings[knob], dict(KNOBS.values())[knob]))
+        passed = run.pass_at_1.loc[:steps].mean(axis=1)
+        found.setdefault(tuple(key), []).append(float(passed[-2:].mean()))
+    return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+def is_standard(settings: Mapping[str, Any], but: str | None = None) -> bool:
+    """Tell whether the second settings have the values that rates were tuned with, except for ``but``."""
+    return all(float(settings.get(name, value)) == float(value) for name, value in STANDARD.items() if name != but)
 
 
 def spelled(value: float, among: Sequence[str]) -> str:
