@@ -16,8 +16,13 @@ from verl_ext.preflight.findings import run_checks
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; return 0 if nothing is wrong, else 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
     if arguments and arguments[0] != "experiment":
-        print(f"unknown argument {arguments[0]}\n\n{__doc__}")
+        # A group or a value: the word before them was forgotten.
+        meant = f"; did you mean: experiment {' '.join(arguments)}" if "=" in arguments[0] else ""
+        print(f"unknown argument {arguments[0]}{meant}\n\n{__doc__}")
         return 1
     findings = checks.examine(arguments[1:]) if arguments else run_checks(machine.CHECKS)
     problems = []

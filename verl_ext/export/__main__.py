@@ -11,7 +11,6 @@ to a private repository on the Hugging Face hub. ``--dry-run`` shows what would 
 is in the folder from before, by a dry run for one, is pushed as it is.
 """
 
-import argparse
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from verl_ext.command import parser_of
 from verl_ext.export.model import export_model
 from verl_ext.export.push import describe, is_hub_name, plan, push
 from verl_ext.report.read import one_line as printable
@@ -55,11 +55,13 @@ STEPS = "steps of reinforcement learning"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("verl_ext.export", __doc__)
     parser.add_argument("run", type=Path, help="trainer.default_local_dir of a run")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the best, else the last")
     parser.add_argument("--out", type=Path, help="default: RUN_DIR/export/global_step_N")
-    parser.add_argument("--dtype", choices=["checkpoint", *DTYPES], default="checkpoint", help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=["checkpoint", *DTYPES], default="checkpoint", help="of the weights; default: checkpoint"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code, as in training")
     parser.add_argument("--push", metavar="REPO", help="upload to this repository on the Hugging Face hub")
     parser.add_argument("--public", action="store_true", help="make the repository public; default: private")

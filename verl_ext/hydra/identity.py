@@ -322,11 +322,18 @@ def main(overrides: list[str]) -> int:
     """Print ``finished FOLDER`` or ``unfinished FOLDER`` for the run with these overrides; return the exit status."""
     import hydra
     import verl  # noqa: F401  (loads the plugin)
+    from hydra.errors import HydraException
 
     from verl_ext.hydra.paths import settle
 
-    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
-        config = hydra.compose("ppo_trainer", overrides, return_hydra_config=True)
+    try:
+        with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+            config = hydra.compose("ppo_trainer", overrides, return_hydra_config=True)
+    except HydraException as e:
+        from verl_ext.preflight.errors import explain
+
+        print(f"verl-disco: {explain(e, overrides)}", file=sys.stderr)
+        return 1
     try:
         settle(config)
         config = without_hydra(config)

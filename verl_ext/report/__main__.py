@@ -7,7 +7,6 @@ both as one file ``report.html``, and each table in ``tables/`` as Markdown, LaT
 left out; if none is left, the exit status is 1. Two runs question by question: ``python -m verl_ext.report.compare``.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from verl_ext.command import parser_of
 from verl_ext.report.headline import choose_baseline, evaluated, headline, in_words
 from verl_ext.report.page import to_html
 from verl_ext.report.plots import SMOOTHING, draw_all
@@ -266,13 +266,15 @@ def image(file: str, titles: dict[str, str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser = parser_of("verl_ext.report", __doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="trainer.default_local_dir of a run, or above"
+    )
     parser.add_argument(
         "--baseline", help="method or algorithm to compare with; default: grpo, else ppo, else the first"
     )
-    parser.add_argument("--out", type=Path, default=Path("report"))
-    parser.add_argument("--last", type=int, default=3, help="evaluations in 'mean of last'")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to; default: report")
+    parser.add_argument("--last", type=int, default=3, help="evaluations in 'mean of last'; default: 3")
     args = parser.parse_args(arguments)
     if args.last < 1:
         parser.error(f"--last {args.last} must be at least 1")

@@ -7,7 +7,6 @@ Needs the responses that verl stores with ``trainer.validation_data_dir=FOLDER``
 Writes ``compare.html``, and ``compare.csv`` with all questions.
 """
 
-import argparse
 import html
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from verl_ext.command import parser_of
 from verl_ext.report.page import page
 from verl_ext.report.paired import paired_interval
 from verl_ext.report.read import Run, one_line, read_responses, read_run
@@ -173,11 +173,11 @@ def question_html(key: tuple, row: pd.Series, line: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN")
+    parser = parser_of("verl_ext.report.compare", __doc__)
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="trainer.default_local_dir of a run")
     parser.add_argument("--step", type=int, help="default: the last evaluation that both have")
-    parser.add_argument("--out", type=Path, default=Path("report"))
-    parser.add_argument("--most", type=int, default=50, help="questions with texts in each direction")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to; default: report")
+    parser.add_argument("--most", type=int, default=50, help="questions with texts in each direction; default: 50")
     args = parser.parse_args(arguments)
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file; name a directory")

@@ -8,7 +8,6 @@ method's own estimator and loss, as ``algorithm=NAME`` composes them, are called
 p = 1/n, 2/n, ..., and differentiated.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import hydra
 import numpy as np
 import torch
 import verl  # noqa: F401  (first: loads the plugin)
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
@@ -25,6 +25,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import ppo_loss
 
+from verl_ext.command import parser_of
 from verl_ext.recipes import installed
 
 TOKENS = 8
@@ -158,15 +159,27 @@ def draw(algorithms: Sequence[str], sizes: Sequence[int], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("verl_ext.report.weights", __doc__)
     default = ["grpo", "dr_grpo", "maxrl", "dgpo", *(name for recipe in installed() for name in recipe.compared)]
-    parser.add_argument("algorithms", nargs="*", default=default, metavar="ALGORITHM[,OVERRIDE...]")
-    parser.add_argument("--out", type=Path, default=Path("weights.png"))
-    parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="responses per question")
+    parser.add_argument(
+        "algorithms",
+        nargs="*",
+        default=default,
+        metavar="ALGORITHM[,OVERRIDE...]",
+        help=f"default: {' '.join(default)}",
+    )
+    parser.add_argument("--out", type=Path, default=Path("weights.png"), help="picture to write; default: weights.png")
+    parser.add_argument("--n", type=int, nargs="+", default=[8, 16], help="responses per question; default: 8 16")
     args = parser.parse_args()
     if "ppo" in args.algorithms:
         parser.error("ppo's weights come from a critic, and there is none here; name other algorithms")
-    draw(args.algorithms, args.n, args.out)
+    try:
+        draw(args.algorithms, args.n, args.out)
+    except HydraException as e:
+        from verl_ext.preflight.errors import explain
+
+        given = [o for algorithm in args.algorithms for o in algorithm.split(",")]
+        parser.error(str(explain(e, [o if "=" in o else f"algorithm={o}" for o in given])))
     print(args.out)
 
 

@@ -17,6 +17,7 @@ from filelock import FileLock
 from omegaconf import ListConfig, OmegaConf
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from verl_ext.command import parser_of
 from verl_ext.runs.checkpoints import read_json
 from verl_ext.tasks.arithmetic.model import build_model, build_tokenizer
 
@@ -68,7 +69,7 @@ def built_files(folder: str | Path, model: bool = True) -> list[str]:
 
 def from_command_line(task: str, description: str | None, build_assets: Callable[..., Path]) -> None:
     """Call a task's ``build_assets`` with a flag per parameter, whose defaults are those of the task's YAML file."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(f"verl_ext.tasks.{task}.assets", description)
     yaml = files("verl_ext") / f"config/task/{task}.yaml"
     for name, value in OmegaConf.create(yaml.read_text())[task].items():
         flag = f"--{name.replace('_', '-')}"

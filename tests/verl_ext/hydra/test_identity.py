@@ -456,3 +456,10 @@ def test_data_that_cannot_be_compared_is_told_and_a_new_run_takes_any(start, dat
     (tmp_path / "train.parquet").write_bytes(b"another")
     start(*data, "trainer.resume_mode=disable")
     assert json.loads((run / "earlier_1" / runs.INPUTS_FILE).read_text())["train"]
+
+
+def test_the_quickstart_answers_a_misspelt_setting_with_the_nearest(capsys):
+    from verl_ext.hydra import identity
+
+    assert identity.main(["algorithm=disco", "+experiment=arithmetic_cpu", "disco.detla=1"]) == 1
+    assert "there is no setting disco.detla; nearest: disco.delta" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import verl
 
@@ -57,6 +58,17 @@ def test_nothing_imports_the_doctor():
                 if isinstance(node, ast.Import | ast.ImportFrom):
                     imported = [f"{getattr(node, 'module', '')}.{name.name}".lstrip(".") for name in node.names]
                     assert not any("verl_ext.doctor" in name for name in imported), file
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_no_error(capsys, flag):
+    assert doctor.main([flag]) == 0
+    assert "python -m verl_ext.doctor experiment" in capsys.readouterr().out
+
+
+def test_a_run_without_the_word_before_it_is_told(capsys):
+    assert doctor.main(["algorithm=disco", "+backend=cpu"]) == 1
+    assert "did you mean: experiment algorithm=disco +backend=cpu" in capsys.readouterr().out
 
 
 def test_an_unknown_argument_is_answered_with_the_usage(capsys):

@@ -3,7 +3,6 @@
 python -m verl_ext.tasks.arithmetic.summary outputs/arithmetic/grpo,seed=1
 """
 
-import argparse
 import math
 import re
 import statistics
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from verl_ext.command import parser_of
 from verl_ext.recipes import metric_names
 from verl_ext.runs import evaluations
 from verl_ext.runs.folder import CONFIG_FILE, METRICS_FILE, read_metrics
@@ -76,7 +76,7 @@ def describe(run: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("verl_ext.tasks.arithmetic.summary", __doc__)
     parser.add_argument("run", type=Path, help="trainer.default_local_dir of the run")
     args = parser.parse_args()
     if not (args.run / METRICS_FILE).exists():

@@ -7,17 +7,19 @@ The files of its authors are ``train.jsonl`` and ``test.jsonl`` in github.com/op
 found, too. All else is done by :mod:`verl_ext.tasks.math.prepare`, which prints what it read, rejected and changed.
 """
 
-import argparse
 import sys
 
+from verl_ext.command import parser_of
 from verl_ext.tasks.math import prepare
 
 NAME = "gsm8k"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=f"data/{NAME}", help="directory to write to; gsm8k.folder of the run")
+    parser = parser_of("verl_ext.tasks.gsm8k.prepare", __doc__)
+    parser.add_argument(
+        "--out", default=f"data/{NAME}", help=f"folder to write to, gsm8k.folder of the run; default: data/{NAME}"
+    )
     parser.add_argument("--local", help="directory with the two files, instead of the hub")
     args = parser.parse_args(arguments)
     sets = ["--out", args.out, "--train", NAME, "--benchmarks", NAME]

@@ -36,6 +36,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet
 
+from verl_ext.command import parser_of
 from verl_ext.tasks.math.layouts import QUESTION, Unusable, answers_of, columns_of, question_of, shorten
 from verl_ext.tasks.math.reward import compute_score
 
@@ -127,9 +128,11 @@ class Report:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
-    parser.add_argument("--train", nargs="*", default=["deepscaler"], help=f"{', '.join(TRAIN)}, or files")
+    parser = parser_of("verl_ext.tasks.math.prepare", __doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to, math.folder of the run")
+    parser.add_argument(
+        "--train", nargs="*", default=["deepscaler"], help=f"{', '.join(TRAIN)}, or files; default: deepscaler"
+    )
     parser.add_argument(
         "--benchmarks",
         nargs="*",
