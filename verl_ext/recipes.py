@@ -42,6 +42,8 @@ class Recipe:
         metrics: ``kl``, ``entropy``, ``coefficient`` or ``lengths`` -> the recipe's metrics for it.
         totals: metrics that a step logs as a sum over its local updates, not as a mean.
         kl_bound: a run's settings by full name -> highest KL without a penalty; None if the method has none.
+        unread: a run's settings by full name -> patterns of full names of settings that its loss does not read, each
+            with what to do instead.
         copies: prefixes of settings that repeat or follow from others.
         optional: prefixes of settings that are in a config only if they were given.
         published: file in ``config`` with published pass@1: model -> method -> benchmark.
@@ -57,6 +59,7 @@ class Recipe:
     metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     totals: tuple[str, ...] = ()
     kl_bound: Callable[[Mapping[str, Any]], float | None] = lambda settings: None
+    unread: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda settings: {}
     copies: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     published: str | None = None

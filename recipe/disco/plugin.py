@@ -27,6 +27,27 @@ def kl_bound(settings: Mapping[str, Any]) -> float | None:
     return settings.get("disco.delta") if bounded else None
 
 
+def unread(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings of verl's losses that DisCO has no use for, and those of constraints that were not chosen."""
+    from recipe.disco.constraint import CONTROLLERS
+    from recipe.disco.registry import settings_of
+
+    actor = r"actor_rollout_ref\.actor\."
+    found = {
+        actor + r"(clip_ratio(_low|_high|_c)?|loss_agg_mode|loss_scale_factor)": "DisCO clips nothing, and its mean is "
+        "over questions: leave it out",
+        actor + r"kl_loss_(coef|type)": "set disco.delta and disco.beta, or disco.constraint=fixed and "
+        "disco.coefficient",
+        r"algorithm\.(norm_adv_by_std_in_grpo|gamma|lam)": "advantages are for the log alone: leave it out",
+    }
+    name = settings.get("disco.constraint")
+    if name in list(CONTROLLERS):
+        reads = settings_of(CONTROLLERS[name])
+        for other in {key for one in CONTROLLERS for key in settings_of(CONTROLLERS[one])} - set(reads):
+            found[rf"disco\.{other}"] = f"disco.constraint={name} reads {', '.join(sorted(reads)) or 'none'}"
+    return found
+
+
 RECIPE = Recipe(
     package="recipe.disco",
     config="recipe.disco.config",
@@ -41,6 +62,7 @@ RECIPE = Recipe(
     },
     totals=("disco/measure_seconds",),
     kl_bound=kl_bound,
+    unread=unread,
     copies=("actor_rollout_ref.actor.policy_loss.disco.",),
     optional=("disco.options",),
     published="published.yaml",

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+NEED_A_GPU = ("vllm", "sglang", "trtllm")
+"""verl's rollout engines; vLLM has a CPU build, which :mod:`verl_ext.cpu.vllm` brings to verl."""
+
+
 def register() -> None:
     """Register all parts; cheap, because verl's plugin entry point calls it in every process."""
     from verl_ext.cpu import patches, platform, vllm
@@ -54,6 +58,11 @@ def check(config: "DictConfig") -> None:
     rollout = config.actor_rollout_ref.rollout
     if rollout.name == "vllm" and vllm.cpu_build() is not None:
         vllm.check(rollout)
+    elif rollout.name in NEED_A_GPU:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.name={rollout.name} needs a GPU here; use hf, or vllm with its CPU build "
+            "(bash examples/setup.sh --vllm)"
+        )
 
 
 def _register_engines() -> None:

@@ -4,6 +4,7 @@ A check is a function of the :class:`~verl_ext.preflight.composition.Run` that y
 wrong and how to fix it. Add yours to :data:`CHECKS`, under what it needs.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from enum import Enum, auto
@@ -18,20 +19,21 @@ from verl_ext.preflight.model import check_model, check_tokenizer
 from verl_ext.preflight.nodes import ask_cluster
 from verl_ext.preflight.packages import check_packages
 from verl_ext.preflight.references import check_code, check_imports, check_paths
-from verl_ext.preflight.rows import check_data_files, check_rows
+from verl_ext.preflight.rows import check_columns, check_data_files, check_default_reward, check_rows
 from verl_ext.preflight.settings import check_cpu, check_dataclasses, check_validator, check_verls_own
 from verl_ext.preflight.sizes import check_first_evaluation, check_sizes, check_steps
 from verl_ext.preflight.skipping import check_skipping
 from verl_ext.preflight.trainer import (
     check_adapters,
     check_asynchrony,
+    check_critic,
     check_lost_updates,
     check_next_verl,
     check_own_settings,
     check_recipes_worker,
     check_task,
     check_trainer,
-    may_build,
+    will_build,
 )
 from verl_ext.preflight.unread import check_unread
 from verl_ext.preflight.values import check_values
@@ -63,14 +65,15 @@ def check_nodes(run: Run) -> Iterator[Finding]:
 
 
 _TRAINER = [check_trainer, check_own_settings, check_task, check_asynchrony, check_next_verl, check_adapters]
-_PLAN = [check_dataclasses, check_verls_own, check_sizes, check_steps, check_model, check_tokenizer]
+_TRAINER += [check_critic]
+_PLAN = [check_dataclasses, check_verls_own, check_steps, check_model, check_tokenizer]
 _PLAN += [check_first_evaluation, check_packages]
 CHECKS: dict[Needs, list[Callable[[Run], Iterator[Finding]]]] = {
     Needs.OVERRIDES: [check_unread, check_values, check_lost_updates],
     Needs.CODE: [check_code],
-    Needs.FILES: [check_paths, check_data_files],
+    Needs.FILES: [check_paths, check_data_files, check_columns, check_default_reward],
     Needs.CONTENTS: [check_imports, check_rows],
-    Needs.SETTINGS: [*_TRAINER, check_recipes_worker, check_skipping, check_cpu, check_validator],
+    Needs.SETTINGS: [*_TRAINER, check_recipes_worker, check_skipping, check_cpu, check_sizes, check_validator],
     Needs.CLUSTER: [check_nodes],
     Needs.PLAN: _PLAN,
 }
@@ -102,14 +105,25 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
     """Run all checks of the run with these overrides, in the order of the report, without starting it.
 
     Stops at the first error that later checks depend on: settings that do not compose, or values that cannot be right.
-    A check that fails where something is wrong already says nothing more.
+    A check that fails where something is wrong already says nothing more, nor does one that repeats what another named:
+    verl's dataclasses and its own checks quote the error of the node that they hold.
     """
-    named = False
+    named, told = False, set()
     for finding in _examine(overrides):
+        cause = _cause(finding.problem)
+        if cause and cause in told:
+            finding = replace(finding, problem="", fix="", error=None)
+        told.add(cause)
         if finding.error and named:
             finding = Finding(finding.name, "not checked: fix what is named above first")
         named |= bool(finding.problem) and not finding.warning
         yield finding
+
+
+def _cause(problem: str) -> str:
+    """Return the message of the exception that a problem quotes, or the problem itself, without quotes."""
+    quoted = re.findall(r"""(?:Error|Exception)\((["'])(.+?)\1\)(?= full_key|$)""", problem)
+    return re.sub(r"""[\\"']""", "", quoted[-1][1] if quoted else problem)
 
 
 def _examine(overrides: Sequence[str]) -> Iterator[Finding]:
@@ -125,8 +139,18 @@ def _examine(overrides: Sequence[str]) -> Iterator[Finding]:
     yield from sorted(unread + others, key=lambda f: f.error is not None)
     wrong = any(f.problem and not f.warning for f in others)
     for name in composition.unset(run.composed)[:1]:
-        yield Finding("settings", "", f"the settings do not compose: {name} is not set", f"give {name}=...")
+        # What a backend sets, the first time that somebody starts.
+        has_backend = any(o.lstrip("+").startswith(("backend=", "experiment=")) for o in overrides)
+        backend = "" if has_backend else ", or a backend that sets it: +backend=fsdp2, megatron or cpu"
+        yield Finding("settings", "", f"the settings do not compose: {name} is not set", f"give {name}=...{backend}")
         return
+    # A name reported once is not to be refused again by its node's dataclass, nor by that of a copy.
+    for name in {finding.name for finding in unread} - composition.names(run.plain):
+        parent, _, key = name.rpartition(".")
+        node = OmegaConf.select(run.composed, parent) if parent else run.composed
+        if isinstance(node, DictConfig) and key in node:
+            with open_dict(node):
+                del node[key]
     try:
         config = run.config
     except Exception as e:
@@ -134,18 +158,15 @@ def _examine(overrides: Sequence[str]) -> Iterator[Finding]:
             problem = f"the settings do not compose: {first_lines(e)}"
             yield Finding("settings", "", problem, "fix the setting that it names")
         return
-    # A name reported once is not to be refused again by its node's dataclass.
-    for name in {finding.name for finding in unread} - composition.names(run.plain):
-        parent, _, key = name.rpartition(".")
-        node = OmegaConf.select(config, parent) if parent else config
-        if isinstance(node, DictConfig) and key in node:
-            with open_dict(node):
-                del node[key]
     prepared = OmegaConf.select(config, "verl_ext.prepare")
     for need in (Needs.CODE, Needs.FILES, Needs.CONTENTS):
         for finding in run_checks(CHECKS[need], run, hint=hint):
-            if need is Needs.FILES and prepared and finding.problem and may_build(config, finding.problem):
-                finding = replace(finding, warning=True, fix=f"{prepared} may build it when the run starts")
+            if need is Needs.FILES and prepared and finding.problem:
+                built = will_build(config, finding.problem)
+                if built:
+                    finding = Finding(finding.name, f"{built}: the start builds it")
+                elif built is None:
+                    finding = replace(finding, warning=True, fix=f"{prepared} may build it when the run starts")
             yield finding
     if wrong:
         yield Finding("further checks", "skipped: fix the values above first")

@@ -21,6 +21,10 @@ class DataFile:
     problem: str = ""
 
     @property
+    def missing(self) -> bool:
+        return self.problem == f"there is no {self.name}"
+
+    @property
     def is_remote(self) -> bool:
         return "://" in self.name
 
@@ -56,6 +60,27 @@ class Data:
         """The contents of the existing files, by name."""
         names = dict.fromkeys(f.name for f in self.files if not f.problem and not f.is_remote)
         return {name: _read(name, self.config.prompt_key) for name in names}
+
+    @cached_property
+    def columns(self) -> dict[str, list[str]]:
+        """The columns of the existing Parquet files, by name: of each its footer is read, and nothing else."""
+        import pyarrow.parquet as pq
+
+        return {name: list(pq.read_schema(path).names) for name, path in self._parquet()}
+
+    def sources(self) -> dict[str, set[str]]:
+        """Return what the column ``data_source`` of each Parquet file holds, by file."""
+        import pyarrow.parquet as pq
+
+        return {
+            name: set(map(str, pq.read_table(path, columns=["data_source"])["data_source"].unique().to_pylist()))
+            for name, path in self._parquet()
+            if "data_source" in self.columns[name]
+        }
+
+    def _parquet(self) -> list[tuple[str, str]]:
+        whole = dict.fromkeys(f.name for f in self.files if not f.problem and not f.is_remote)
+        return [(name, os.path.expanduser(name)) for name in whole if name.endswith(".parquet")]
 
     def read(self, split: str) -> dict[str, Rows]:
         """Return the files of a split that could be read."""

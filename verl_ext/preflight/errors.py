@@ -20,7 +20,8 @@ def explain(e: Exception, overrides: Sequence[str]) -> Finding:
         fix = f"use one of {', '.join(by_nearness(name, e.options))}"
     elif isinstance(e, OverrideParseException):
         text = f"the override {e.override!r} cannot be read: {text}"
-        fix = "write name=value; quote a value with commas, brackets, spaces or signs: \"name='value'\""
+        fix = "write name=value, without spaces around =; "
+        fix += "quote a value with commas, brackets, spaces or signs: \"name='value'\""
     elif isinstance(e, ConfigCompositionException):
         override = next((o for o in overrides if f"'{_name(o)}'" in text), "")
         if "No match in the defaults list" in text:
@@ -35,6 +36,8 @@ def explain(e: Exception, overrides: Sequence[str]) -> Finding:
         elif "Multiple values for" in text:
             group = text.split("Multiple values for ")[1].split(".")[0]
             text, fix = f"{group} has a value already, so + does not fit it", f"write {group}=NAME, without the +"
+            if len(given := [o for o in overrides if _name(o) == group]) > 1:
+                text, fix = f"{group} is given {len(given)} times: {', '.join(given)}", "keep one of them"
         elif "Ambiguous value" in text:
             fix = "write a list as name=[a,b]; sweeps are for python -m verl.trainer.main_ppo -m"
     return Finding("settings", "", f"the settings do not compose: {text}", fix)
@@ -55,7 +58,7 @@ def _unknown(override: str, overrides: Sequence[str]) -> tuple[str, str]:
     if OmegaConf.select(plain, name, throw_on_missing=False) is not None:
         return f"{override} adds keys to {name}", f"write ++{override}"
     if is_read(name, plain):
-        return f"{name} is not in the configuration, though verl reads it", f"write +{override}"
+        return f"{name} can be set, but has no value to override", f"write +{override}"
     if name in names_of_groups():
         fix = "leave it out, or choose the one that has it; in a sweep over both, write ++"
         return f"{name} is not in this run, but in another algorithm or experiment", fix

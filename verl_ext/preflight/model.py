@@ -8,9 +8,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.preflight.composition import Run
-from verl_ext.preflight.findings import Finding
+from verl_ext.preflight.findings import Finding, nearest
 from verl_ext.preflight.memory import GIB, HAS_SHARE, Shape, estimate, gpu_memory
 from verl_ext.preflight.sizes import model_parallel
+from verl_ext.preflight.trainer import will_build
 
 
 def model_path(config: DictConfig) -> str:
@@ -27,8 +28,15 @@ def check_model(run: Run) -> Iterator[Finding]:
     config, path = run.config, model_path(run.config)
     described = find_shape(path)
     if described is None:
-        problem = f"{path} is not on this machine, so memory was not estimated"
-        yield Finding("model", path, problem, "download it and give its folder", warning=True)
+        if OmegaConf.select(config, "verl_ext.prepare") and will_build(config, path):
+            return
+        problem, fix = f"{path} is not on this machine, so memory was not estimated", "download it and give its folder"
+        folder, _, rest = path.partition("/")
+        if rest and "/" not in rest and os.path.isdir(folder):
+            problem = f"there is no {path} in the folder {folder}, so {path} is taken for a name on the hub"
+            near = nearest(rest, (name for name in os.listdir(folder) if is_local(f"{folder}/{name}")))
+            fix = "nearest: " + ", ".join(f"{folder}/{name}" for name in near) if near else fix
+        yield Finding("model", path, problem, fix, warning=True)
         return
     shape, source = described
     value = f"{path}: {shape.parameters / 1e9:.2f} B parameters ({source})"

@@ -213,8 +213,9 @@ def _missing(wanted: Object) -> Iterator[Finding]:
 
 
 def _not_in(wanted: Object, defined: Iterable[str]) -> Finding:
-    near = nearest(str(wanted.name), defined)
-    fix = f"nearest: {', '.join(near)}" if near else "give the name of a function or class in it"
+    has = list(defined)
+    near = nearest(str(wanted.name), has)
+    fix = f"nearest: {', '.join(near)}" if near else f"give the name of a function or class in it: {', '.join(has[:5])}"
     return Finding("modules", "", f"{wanted.what}={wanted.name or 'null'} is not in {wanted.path}", fix)
 
 

@@ -1,12 +1,17 @@
 """Checks that the data files exist and that every row holds a prompt and a ground truth."""
 
-from collections.abc import Callable, Hashable, Iterator
+import contextlib
+import io
+from collections.abc import Callable, Collection, Hashable, Iterator
 from importlib import import_module
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from verl_ext.preflight.composition import Run
 from verl_ext.preflight.data import Rows, is_empty, wrong_prompt
 from verl_ext.preflight.findings import Finding, first_lines
+from verl_ext.preflight.references import PASSED
 
 OUR_GRADERS = {
     "pkg://verl_ext.tasks.math.reward": "ground_truths",
@@ -16,22 +21,78 @@ OUR_GRADERS = {
 
 
 def _prepare(run: Run) -> str:
-    task = "gsm8k" if "gsm8k" in run.config else "math"
-    return f"give existing files, such as python -m verl_ext.tasks.{task}.prepare --out DIR makes for {task}.folder=DIR"
+    task = next((name for name in ("gsm8k", "math") if name in run.config), "")
+    if task:
+        return f"make the files: python -m verl_ext.tasks.{task}.prepare --out DIR; the run takes {task}.folder=DIR"
+    return "give files with the columns prompt (messages), reward_model.ground_truth and data_source, or a +task=NAME"
 
 
 def check_data_files(run: Run) -> Iterator[Finding]:
     """Name the files that do not exist or that verl cannot read, without opening them."""
     own = run.config.data.custom_cls.get("path")
-    seen = set()
-    for file in run.data.files:
-        name, label = f"data.{file.split}_files", f"{file.split} data"
-        if (file.split, file.name) in seen:
-            yield Finding(label, "", f"{name}: {file.name} is named twice", "leave one out", warning=True)
-        elif file.problem and not run.is_elsewhere(file.name):
-            fix = "make sure that data.custom_cls knows it" if own else _prepare(run)
-            yield Finding(label, file.name, f"{name}: {file.problem}", fix, warning=bool(own))
-        seen.add((file.split, file.name))
+    fix = "make sure that data.custom_cls knows it" if own else _prepare(run)
+    for split in ("train", "val"):
+        setting, label = f"data.{split}_files", f"{split} data"
+        files = [f for f in run.data.files if f.split == split]
+        for file in dict.fromkeys(f for f in files if files.count(f) > 1):
+            yield Finding(label, "", f"{setting}: {file.name} is named twice", "leave one out", warning=True)
+        wrong = [f for f in dict.fromkeys(files) if f.problem and not run.is_elsewhere(f.name)]
+        missing = [f.name for f in wrong if f.missing]
+        # One by one where a task may build some of them.
+        one_by_one = bool(OmegaConf.select(run.config, "verl_ext.prepare"))
+        for names in [[name] for name in missing] if one_by_one else filter(None, [missing]):
+            problem = f"{setting}: there is no {' and no '.join(names)}"
+            yield Finding(label, "", problem, fix, warning=bool(own))
+        for file in wrong:
+            if not file.missing:
+                yield Finding(label, file.name, f"{setting}: {file.problem}", fix, warning=bool(own))
+
+
+def check_columns(run: Run) -> Iterator[Finding]:
+    """Name the first column that a file lacks."""
+    settings = run.config.data
+    if settings.custom_cls.get("path"):
+        return
+    for file in dict.fromkeys(run.data.files):
+        columns = run.data.columns.get(file.name)
+        if columns is not None and (problem := missing_column(columns, settings.prompt_key)):
+            problem = f"data.{file.split}_files: {file.name}{problem}"
+            yield Finding(f"{file.split} data", "", problem, f"it has {', '.join(columns)}; {_prepare(run)}")
+
+
+def missing_column(columns: Collection[str], prompt_key: str) -> str:
+    """Say which column is missing, as text that follows the file's name; "" if none is."""
+    missing = next((c for c in (prompt_key, "reward_model", "data_source") if c not in columns), "")
+    return f" has no column {missing}" + (" (data.prompt_key)" if missing == prompt_key else "") if missing else ""
+
+
+def check_default_reward(run: Run) -> Iterator[Finding]:
+    """Name sets that verl has no reward function for, where the run gives none: all their rewards would fail."""
+    from verl.utils.reward_score import get_default_compute_score
+
+    reward, agent = run.config.reward, run.config.actor_rollout_ref.rollout.agent
+    given = (reward.custom_reward_function or {}).get("path") or reward.reward_model.enable
+    # An agent loop of the user's may bring the reward.
+    own = agent.agent_loop_config_path or agent.default_agent_loop not in ("single_turn_agent", "tool_agent")
+    if given or own or reward.reward_manager.source != "register" or run.config.data.custom_cls.get("path"):
+        return
+    grade = get_default_compute_score(reward.reward_manager.name)
+    unknown: dict[str, list[str]] = {}
+    for source in sorted(set().union(*run.data.sources().values())):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                grade(source, "", "")
+        except NotImplementedError:
+            unknown.setdefault("verl has no reward function for data_source=", []).append(source)
+        except ImportError as e:
+            why = f"verl's reward function does not load ({first_lines(e)}) for data_source="
+            unknown.setdefault(why, []).append(source)
+        except Exception:
+            continue  # An empty response is no text that it must take.
+    for why, sources in unknown.items():
+        shown = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
+        fix = f"set it to a file with compute_score({', '.join(PASSED)})"
+        yield Finding("reward", "", f"{why}{shown}, and reward.custom_reward_function.path is null", fix)
 
 
 def check_rows(run: Run) -> Iterator[Finding]:
@@ -70,8 +131,8 @@ def wrong_rows(frame: Any, prompt_key: str, accept: Callable[[Any], Any] | None 
         prompt_key: the column of the prompts.
         accept: raises ValueError for a truth that the reward function refuses.
     """
-    if missing := [c for c in (prompt_key, "reward_model", "data_source") if c not in frame]:
-        yield f" has no column {missing[0]}"
+    if missing := missing_column(frame.columns, prompt_key):
+        yield missing
         return
     if not len(frame):
         yield " has no rows"

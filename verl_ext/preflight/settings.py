@@ -14,10 +14,12 @@ from verl_ext.preflight.sizes import world
 def check_cpu(run: Run) -> Iterator[Finding]:
     """Name what a CPU cannot do."""
     from verl_ext import cpu
+    from verl_ext.cpu.rollout.limits import refuse_unsupported, samples_batches
 
-    if run.config.trainer.device == "cpu":
+    refusals = [cpu.check] * (run.config.trainer.device == "cpu") + [refuse_unsupported] * samples_batches(run.config)
+    for refuse in refusals:
         try:
-            cpu.check(run.config)
+            refuse(run.config)
         except ValueError as e:
             yield Finding("cpu", "", str(e))
 

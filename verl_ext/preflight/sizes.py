@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.preflight.composition import Run
 from verl_ext.preflight.findings import Finding
@@ -42,12 +42,14 @@ def check_sizes(run: Run) -> Iterator[Finding]:
     value = f"{batch} questions x {n} responses per step, {mini} questions per update, {updates} updates"
     problem = fix = ""
     if batch % mini:
-        problem = f"data.train_batch_size={batch} is not a multiple of {ACTOR}.ppo_mini_batch_size={mini}"
+        whole = OmegaConf.select(config, "verl_ext.whole_groups")
+        then = "mini-batches of different sizes" if whole else "rows of padding"
+        problem = f"data.train_batch_size={batch} is not a multiple of {ACTOR}.ppo_mini_batch_size={mini}: {then}"
         fix = f"use a multiple, such as {mini * max(batch // mini, 1)}"
     elif mini * n % ranks:
         problem = f"{mini} questions x n={n} are {mini * n} responses for {ranks} ranks: padding fills the difference"
         fix = f"use a multiple of {ranks} to avoid padding"
-    yield Finding("batch", value, problem, fix, warning=not batch % mini)
+    yield Finding("batch", value, problem, fix, warning=True)
 
     longest = config.data.max_prompt_length + config.data.max_response_length
     if actor.use_dynamic_bsz:
@@ -62,12 +64,20 @@ def check_sizes(run: Run) -> Iterator[Finding]:
         problem = f"{ROLLOUT}.max_model_len={rollout.max_model_len} is shorter than prompt plus response"
         yield Finding("rollout", str(rollout.max_model_len), problem, f"use {longest} or null")
     server = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
-    if gpus % server:
-        problem = f"a rollout server of {server} GPU(s) does not divide {gpus}"
-        fix = f"choose {ROLLOUT}.tensor_model_parallel_size so that it does"
-        yield Finding("rollout", f"{server} GPU(s) per server", problem, fix)
-    else:
-        yield Finding("rollout", f"{rollout.name}, {gpus // server} server(s) of {server} GPU(s)")
+    pools = [gpus]
+    if OmegaConf.select(config, "trainer.v1.trainer_mode") == "separate_async":
+        # Rollouts have GPUs of their own; those that train generate, too, unless told not to.
+        hybrid = config.actor_rollout_ref.get("hybrid_engine", True)
+        pools = [gpus] * bool(hybrid) + [rollout.nnodes * rollout.n_gpus_per_node]
+    for pool in pools:
+        value, problem, fix = f"{rollout.name}, {pool // server} server(s) of {server} GPU(s)", "", ""
+        if pool % server:
+            value, problem = (
+                f"{server} GPU(s) per server",
+                f"a rollout server of {server} GPU(s) does not divide {pool}",
+            )
+            fix = f"choose {ROLLOUT}.tensor_model_parallel_size so that it does"
+        yield Finding("rollout", value, problem, fix)
 
 
 def check_steps(run: Run) -> Iterator[Finding]:

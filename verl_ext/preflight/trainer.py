@@ -74,10 +74,14 @@ def check_task(run: Run) -> Iterator[Finding]:
         yield Finding("task", "", str(e))
 
 
-def may_build(config: DictConfig, problem: str) -> bool:
-    """Tell whether the task builds what is missing: its module's ``builds(config)`` names the files."""
+def will_build(config: DictConfig, missing: str) -> str | None:
+    """Return the file or folder in the text ``missing`` that the task builds: its module's ``builds(config)`` names it.
+
+    Returns:
+        "" for a file that the task does not build; None where that is not known, as the task is not ours.
+    """
     task = _task(config)
-    return task is None or any(name in problem for name in task.builds(config))
+    return None if task is None else next((name for name in task.builds(config) if name in missing), "")
 
 
 def _task(config: DictConfig) -> ModuleType | None:
@@ -93,11 +97,6 @@ def check_asynchrony(run: Run) -> Iterator[Finding]:
         return
     config, where, rollout = run.config, f"trainer.v1.trainer_mode={mode}", "actor_rollout_ref.rollout"
     settings = config.actor_rollout_ref.rollout
-    manager = str(settings.agent.get("agent_loop_manager_class"))
-    if manager.endswith("BatchAgentLoopManager"):
-        name = f"{rollout}.agent.agent_loop_manager_class={manager}"
-        problem = f"{name} waits for a whole batch, but {where} trains while it is generated"
-        yield Finding("trainer", "", problem, "set it to null")
     if mode != "separate_async":
         return
     batch, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
@@ -114,6 +113,14 @@ def check_asynchrony(run: Run) -> Iterator[Finding]:
         problem = f"{rollout}.checkpoint_engine.backend=naive does not reach the rollouts of {where}"
         fix = "use nccl, or on a CPU ray with custom_backend_module=verl_ext.cpu.checkpoint_engine"
         yield Finding("trainer", "", problem, fix)
+
+
+def check_critic(run: Run) -> Iterator[Finding]:
+    """Name advantages of values in a run without a critic, which fail in the first step."""
+    algorithm, critic = run.config.algorithm, run.config.critic
+    if algorithm.adv_estimator == "gae" and critic.get("enable") is False:
+        problem = "critic.enable=False does not work with algorithm.adv_estimator=gae, which reads a critic's values"
+        yield Finding("critic.enable", "", problem, "use null, or an algorithm without a critic, such as grpo")
 
 
 def check_adapters(run: Run) -> Iterator[Finding]:

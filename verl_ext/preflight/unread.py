@@ -3,7 +3,7 @@
 A name that only an override adds counts as read if it is a field of its node's dataclass, a parameter of the function
 that takes its node, or if verl's sources, ours or those that the settings name read it from a node of that name.
 Dictionaries that are passed on whole (``override_config``, ``engine_kwargs`` ...) are not judged. :data:`IGNORED` lists
-the settings of verl that its V1 trainers do not read.
+the settings of verl that its V1 trainers do not read; a recipe names those that its loss does not read.
 """
 
 import importlib.metadata as metadata
@@ -102,14 +102,21 @@ def check_ignored(run: Run) -> Iterator[Finding]:
     if any(s.name == "trainer.use_v1" and s.value is False for s in settings):
         return
     plain = {s.name: s.value for s in walk(OmegaConf.to_container(run.plain, resolve=False))}
+    by_name = {s.name: s.value for s in settings}
+    loss = by_name.get("actor_rollout_ref.actor.policy_loss.loss_mode")
+    method = f"algorithm={by_name.get('verl_ext.algorithm')}"
+    readers = [("verl", IGNORED), *((method, r.unread(by_name)) for r in recipes.installed() if loss in r.losses)]
     for setting in settings:
         name, value = setting.name, setting.value
         # The critic's micro-batches are split by tokens in any case.
         if isinstance(value, dict) or value == plain.get(name) or (name, value) == ("critic.use_dynamic_bsz", True):
             continue
-        if advice := next((a for pattern, a in IGNORED.items() if re.fullmatch(pattern, name)), ""):
-            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-            yield Finding(name, "", f"{name}={shown} has no effect: verl does not read it", advice, warning=True)
+        for reader, ignored in readers:
+            if advice := next((a for pattern, a in ignored.items() if re.fullmatch(pattern, name)), ""):
+                shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+                problem = f"{name}={shown} has no effect: {reader} does not read it"
+                yield Finding(name, "", problem, advice, warning=True)
+                break
 
 
 def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
@@ -148,6 +155,9 @@ def suggestions(name: str, plain: DictConfig, owner: type | None = None) -> list
     prefix = f"{parent}." if parent else ""
     here = {n[len(prefix) :] for n in known if n.startswith(prefix) and "." not in n[len(prefix) :]}
     here |= set(hints(owner)) | (RAY_NAMES[parent]() if parent in RAY_NAMES else set())
+    if parent == "verl_ext":
+        # No option sets all of them.
+        here |= {key for text in sources().values() for key in re.findall(r"config, \"verl_ext\.(\w+)\"", text)}
     elsewhere: dict[str, list[str]] = {}
     for n in known:
         elsewhere.setdefault(n.rpartition(".")[2], []).append(n)

@@ -21,6 +21,9 @@ from verl_ext.preflight.composition import Run, Setting, walk
 from verl_ext.preflight.findings import Finding, by_nearness, first_lines, nearest
 from verl_ext.preflight.unread import text_of_users
 
+ENGINE_GROUPS = ("megatron", "torchtitan", "veomni")
+"""Options of verl's group ``model_engine`` that are strategies of their own."""
+
 EXTERNAL_LIB = "actor_rollout_ref.model.external_lib"
 """Modules of the user's that verl imports."""
 
@@ -55,7 +58,10 @@ def check_values(run: Run) -> Iterator[Finding]:
         if not wanted and judged and not re.search(rf"\b{re.escape(str(value))}\b", users):
             wanted = no_choice(setting, value)
         if wanted:
-            yield Finding(setting.name, "", f"{setting.name}={_shown(value)} is wrong", f"use {wanted}")
+            fix = f"use {wanted}"
+            if setting.name.endswith(".strategy") and value in ENGINE_GROUPS:
+                fix = f"write model_engine={value} instead, which composes the settings of that engine"
+            yield Finding(setting.name, "", f"{setting.name}={_shown(value)} is wrong", fix)
 
 
 def _shown(value: Any) -> str:

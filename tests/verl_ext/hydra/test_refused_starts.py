@@ -32,6 +32,34 @@ def test_a_wrong_override_is_refused(override, message):
         start(*DISCO, override)
 
 
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (
+            ["disco.rho=10"],
+            "disco.rho=10 has no effect: algorithm=disco does not read it; disco.constraint=squared_hinge",
+        ),
+        (["disco.constraint=none", "disco.beta=1"], "disco.beta=1 has no effect: algorithm=disco does not read it"),
+        (
+            ["actor_rollout_ref.actor.clip_ratio_high=0.28"],
+            "has no effect: algorithm=disco does not read it; DisCO clips",
+        ),
+        (["actor_rollout_ref.actor.kl_loss_coef=0.01"], "does not read it; set disco.delta and disco.beta"),
+        (["disco.constraint=none"], ""),
+        (["disco.constraint=fixed", "disco.coefficient=1"], ""),
+    ],
+)
+def test_what_the_method_does_not_read_is_said_at_the_start(capsys, overrides, said):
+    start(*DISCO, *overrides)
+    out = capsys.readouterr().out
+    assert said in out and bool(said) == bool(out)
+
+
+def test_what_another_method_reads_is_not_said(capsys):
+    start("algorithm=grpo", "+experiment=arithmetic_cpu", "actor_rollout_ref.actor.clip_ratio_high=0.28")
+    assert capsys.readouterr().out == ""
+
+
 def test_right_overrides_start(capsys):
     start(*DISCO, "+data.cache_dir=/tmp", "++disco.delta=1e-3", "trainer.total_training_steps=null")
     assert capsys.readouterr().out == ""

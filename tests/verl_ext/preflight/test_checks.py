@@ -133,6 +133,89 @@ def test_evaluation_takes_a_model_and_nothing_else(data, model):
     assert problems == ["the settings do not compose: model is not set"]
 
 
+def test_a_first_command_without_an_engine_is_told_of_the_backends():
+    (finding,) = examine(["algorithm=disco"])
+    assert finding.problem.endswith("actor_rollout_ref.rollout.name is not set")
+    assert "+backend=fsdp2, megatron or cpu" in finding.fix
+
+
+@pytest.mark.parametrize(
+    "override, problem",
+    [
+        ("disco.score=l-ratio", "disco.score='l-ratio' is unknown"),
+        ("disco.module=none.py", "disco.module=none.py cannot be loaded"),
+        ("disco.question_temperature=3", "disco.question_temperature=3 has no effect"),
+        ("+disco.detla=1e-3", "disco.detla is read by nothing"),
+    ],
+)
+def test_one_mistake_is_one_problem(override, problem):
+    """The dataclass of the node, that of the actor, which holds a copy, and verl's own checks quote the same error."""
+    (found,) = run("algorithm=disco", "+experiment=arithmetic_cpu", override)[0]
+    assert found.startswith(problem)
+
+
+def test_a_name_that_may_be_a_folders_is_told(model, monkeypatch):
+    monkeypatch.chdir(model.parent.parent)
+    name = f"{model.parent.name}/modle0"
+    *_, finding = (f for f in examine(["algorithm=disco", "+backend=cpu", f"model={name}"]) if "modle0" in f.problem)
+    assert finding.warning and f"there is no {name} in the folder {model.parent.name}" in finding.problem
+    assert finding.fix == f"nearest: {model.parent.name}/{model.name}"
+
+
+def test_values_without_a_critic_are_refused():
+    problems, _, _ = run("algorithm=ppo", "+experiment=arithmetic_cpu", "critic.enable=false")
+    assert problems == [
+        "critic.enable=False does not work with algorithm.adv_estimator=gae, which reads a critic's values"
+    ]
+
+
+def test_missing_files_of_a_split_are_one_problem(tmp_path):
+    names = [f"{tmp_path}/{name}.parquet" for name in ("aime24", "aime25")]
+    problems, _, _ = run(*RUN, f"math.folder={tmp_path}", f"data.val_files=[{','.join(names)}]")
+    assert f"data.val_files: there is no {names[0]} and no {names[1]}" in problems and len(problems) == 2
+
+
+def test_a_start_refuses_sizes_that_cannot_work(data):
+    asked = composition.compose([*RUN, f"math.folder={data}", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192"])
+    with pytest.raises(ValueError, match="ppo_max_token_len_per_gpu=8192 is too low for a sequence of 9216 tokens"):
+        checks.refuse(asked, Needs.SETTINGS)
+
+
+def test_rollouts_on_gpus_of_their_own_are_divided_there(data):
+    rollout = "actor_rollout_ref.rollout"
+    asked = [*RUN, f"math.folder={data}", "trainer.v1.trainer_mode=separate_async", f"{rollout}.nnodes=1"]
+    asked += [f"{rollout}.n_gpus_per_node=8", f"{rollout}.tensor_model_parallel_size=4", "trainer.n_gpus_per_node=6"]
+    asked += [f"{rollout}.checkpoint_engine.backend=nccl", "actor_rollout_ref.actor.ppo_mini_batch_size=48"]
+    asked += ["data.train_batch_size=192"]
+    assert "a rollout server of 4 GPU(s) does not divide 6" in run(*asked)[0]
+    assert run(*asked, "actor_rollout_ref.hybrid_engine=false")[0] == []
+
+
+def test_another_engine_is_a_group(data):
+    (finding,) = (f for f in examine([*RUN, f"math.folder={data}", "critic.strategy=megatron"]) if f.problem)
+    assert finding.problem == "critic.strategy=megatron is wrong"
+    assert finding.fix.startswith("write model_engine=megatron instead")
+
+
+@pytest.mark.parametrize(
+    "overrides, problem",
+    [
+        (["actor_rollout_ref.rollout.name=sglang"], "actor_rollout_ref.rollout.name=sglang needs a GPU here"),
+        (
+            ["actor_rollout_ref.rollout.name=vllm"],
+            "actor_rollout_ref.rollout.name=vllm does not work with actor_rollout",
+        ),
+        (
+            ["actor_rollout_ref.rollout.multi_turn.enable=true"],
+            "actor_rollout_ref.rollout.multi_turn.enable=True does no",
+        ),
+    ],
+)
+def test_what_the_light_rollout_cannot_do_is_refused_before_ray(overrides, problem):
+    problems, _, _ = run("algorithm=disco", "+experiment=arithmetic_cpu", *overrides)
+    assert any(p.startswith(problem) for p in problems), problems
+
+
 def test_missing_data_are_named_with_what_makes_them(tmp_path):
     findings = examine(["algorithm=disco", "+experiment=gsm8k_qwen2_5_0_5b", f"gsm8k.folder={tmp_path}"])
     wrong = [f for f in findings if f.problem and not f.warning]
@@ -140,16 +223,21 @@ def test_missing_data_are_named_with_what_makes_them(tmp_path):
         f"data.train_files: there is no {tmp_path}/train.parquet",
         f"data.val_files: there is no {tmp_path}/gsm8k.parquet",
     ]
-    assert all("python -m verl_ext.tasks.gsm8k.prepare --out DIR makes for gsm8k.folder=DIR" in f.fix for f in wrong)
+    assert all("python -m verl_ext.tasks.gsm8k.prepare --out DIR; the run takes gsm8k.folder" in f.fix for f in wrong)
+    own = ["algorithm=disco", "+backend=cpu", f"model={tmp_path}", "data.train_files=none.parquet"]
+    (fix,) = (f.fix for f in examine(own) if "none.parquet" in f.problem)
+    # Without a task of ours there is no math.folder.
+    assert "math.folder" not in fix and "reward_model.ground_truth" in fix
 
 
 def test_a_model_that_no_task_builds_is_missing(tmp_path):
     missing = f"actor_rollout_ref.model.path={tmp_path}/none: there is no such folder, and it is not a name on the hub"
     overrides = ["algorithm=disco", "+backend=cpu", f"model={tmp_path}/none"]
     for task in ("countdown", "arithmetic"):
-        problems, warned, _ = run(*overrides, f"+task={task}", f"{task}.folder={tmp_path}/{task}")
+        problems, warned, found = run(*overrides, f"+task={task}", f"{task}.folder={tmp_path}/{task}")
         assert problems == [missing]
-        assert f"data.train_files: there is no {tmp_path}/{task}/train.parquet" in warned
+        assert found["train data"] == f"{tmp_path}/{task}/train.parquet: the start builds it"
+        assert not any("train.parquet" in w for w in warned)
 
 
 def test_countdown_is_built_by_the_start_and_its_rows_are_read(tmp_path):
@@ -157,7 +245,8 @@ def test_countdown_is_built_by_the_start_and_its_rows_are_read(tmp_path):
 
     overrides = ["algorithm=grpo", "+experiment=countdown_cpu", f"countdown.folder={tmp_path / 'a'}"]
     problems, warnings, found = run(*overrides)
-    assert problems == [] and any("there is no" in w for w in warnings)
+    assert problems == [] and warnings == []
+    assert found["model"].endswith("a/model: the start builds it") and found["val data"].endswith("the start builds it")
     assert "first evaluation" not in found
     assert run(*overrides, "countdown.sizes=[2,3]")[0] == ["countdown.sizes=[2, 3] must be among 3, 4, 5, 6"]
     assert found["batch"] == "16 questions x 8 responses per step, 8 questions per update, 2 updates"
@@ -182,7 +271,7 @@ def test_the_quickstart_passes_too(tmp_path):
     overrides = ["algorithm=ppo", "+experiment=arithmetic_cpu", f"arithmetic.folder={folder}"]
     problems, warnings, _ = run(*overrides)
     # The start builds it.
-    assert problems == [] and any("there is no" in w for w in warnings)
+    assert problems == [] and warnings == ["the critic's settings are not checked, as the model is not on this machine"]
     ensure_assets(composition.compose([*overrides, "arithmetic.iterations=1", "arithmetic.train_size=64"]).config)
     problems, warnings, found = run(*overrides)
     assert problems == [] and warnings == []
@@ -202,7 +291,6 @@ def test_the_quickstart_passes_too(tmp_path):
                 "trainer.total_epochs=2",
             ],
             [
-                "train_batch_size=128 is not a multiple of",
                 "is too low for a sequence of 9216 tokens",
                 "a rollout server of 3 GPU(s) does not divide 8",
                 "max_model_len=4096 is shorter than prompt plus response",
@@ -242,6 +330,15 @@ def test_what_is_wrong_is_named(data, overrides, expected):
     problems, _, _ = run(*RUN, f"math.folder={data}", *overrides)
     for problem in expected:
         assert any(problem in p for p in problems), (problem, problems)
+
+
+@pytest.mark.parametrize("algorithm, then", [("disco", "mini-batches of different sizes"), ("grpo", "rows of padding")])
+def test_a_batch_that_does_not_divide_trains_and_is_a_warning(data, algorithm, then):
+    overrides = [f"algorithm={algorithm}", *RUN[1:], f"math.folder={data}"]
+    problems, warnings, _ = run(*overrides, "actor_rollout_ref.actor.ppo_mini_batch_size=48")
+    assert problems == []
+    name = "actor_rollout_ref.actor.ppo_mini_batch_size=48"
+    assert f"data.train_batch_size=128 is not a multiple of {name}: {then}" in warnings
 
 
 def test_what_megatron_cannot_split_is_named(data):
@@ -391,7 +488,9 @@ def test_an_error_of_a_check_names_the_overrides(data, monkeypatch):
         (["experiment=qwen3_4b"], "the group experiment has no option yet", "write +experiment=qwen3_4b"),
         (["+algorithm=disco"], "algorithm has a value already", "write algorithm=NAME, without the +"),
         (["+data.train_batch_size=3"], "An item is already at 'data.train_batch_size'", "drop the +, or write ++data"),
-        (["data.cache_dir=/tmp"], "data.cache_dir is not in the configuration, though verl", "write +data.cache_dir"),
+        (["data.cache_dir=/tmp"], "data.cache_dir can be set, but has no value to override", "write +data.cache_dir"),
+        (["+experiment=qwen3_4b", "+experiment=qwen3_4b"], "experiment is given 2 times", "keep one of them"),
+        (["trainer.nnodes", "=", "2"], "the override 'trainer.nnodes' cannot be read", "write name=value, without"),
         (["data.apply_chat_template_kwargs={a:1}"], "adds keys to data.apply_chat_template_kwargs", "write ++data"),
         (["~data.seeed"], "'data.seeed' does not exist", "nearest: ~data.seed"),
         (["trainer.nnodes"], "the override 'trainer.nnodes' cannot be read", "write name=value"),

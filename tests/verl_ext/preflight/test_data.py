@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from verl_ext.preflight import data as reading
 from verl_ext.preflight.composition import Run
 from verl_ext.preflight.data import is_empty
-from verl_ext.preflight.rows import check_data_files, check_rows, wrong_rows
+from verl_ext.preflight.rows import check_columns, check_data_files, check_default_reward, check_rows, wrong_rows
 from verl_ext.tasks.math.reward import ground_truths
 
 
@@ -186,3 +186,45 @@ def test_many_rows_are_checked_quickly(tmp_path):
     begin = time.process_time()
     assert problems(str(file), str(file)) == []
     assert time.process_time() - begin < 10
+
+
+@pytest.mark.parametrize("column", ["prompt", "reward_model", "data_source"])
+def test_a_start_names_a_missing_column_from_the_files_footer(tmp_path, monkeypatch, column):
+    file = str(tmp_path / "train.parquet")
+    frame().rename(columns={column: "other"}).to_parquet(file)
+    asked = run(file, file)
+    monkeypatch.setattr(reading, "_read", None)
+    first, _ = check_columns(asked)
+    assert first.problem.startswith(f"data.train_files: {file} has no column {column}")
+    assert "other" in first.fix
+    # The doctor reads the rows as well; it says no more than that.
+    monkeypatch.undo()
+    assert first.problem in [f.problem for f in check_rows(asked)]
+
+
+@pytest.mark.parametrize(
+    "source, given, problem",
+    [
+        ("openai/gsm8k", {}, ""),
+        (
+            "mine",
+            {},
+            "verl has no reward function for data_source=mine, and reward.custom_reward_function.path is null",
+        ),
+        ("mine", {"reward.custom_reward_function.path": "reward.py"}, ""),
+        ("mine", {"reward.reward_model.enable": True}, ""),
+        ("mine", {"reward.reward_manager.source": "importlib"}, ""),
+        ("mine", {"actor_rollout_ref.rollout.agent.default_agent_loop": "my_agent"}, ""),
+    ],
+)
+def test_a_set_that_nothing_rewards_is_refused(tmp_path, source, given, problem):
+    file = str(tmp_path / "train.parquet")
+    frame().assign(data_source=source).to_parquet(file)
+    asked = run(file, file)
+    agent = {"agent_loop_config_path": None, "default_agent_loop": "single_turn_agent"}
+    manager, model = {"source": "register", "name": "naive"}, {"enable": False}
+    asked.config.actor_rollout_ref = {"rollout": {"agent": agent}}
+    asked.config.reward.merge_with({"reward_manager": manager, "reward_model": model})
+    for name, value in given.items():
+        OmegaConf.update(asked.config, name, value)
+    assert [f.problem for f in check_default_reward(asked)] == ([problem] if problem else [])

@@ -25,17 +25,15 @@ from torch.nn.utils.rnn import pad_sequence
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker, DictConfigWrap
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.protocol import DataProto
-from verl.trainer.distillation import is_distillation_enabled
 from verl.utils.model import compute_position_id_with_mask
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from verl_ext.cpu.rollout.limits import AGENT, refuse_unsupported
 from verl_ext.cpu.rollout.replica import server_name
 from verl_ext.cpu.rollout.server import TokenOutput
 from verl_ext.training.transfer import RowKey, put
 
 logger = logging.getLogger(__name__)
-
-AGENT = "single_turn_agent"
 
 
 @dataclass
@@ -221,26 +219,6 @@ class BatchAgentLoopManager:
         batches = [_reward_batch([samples[i] for i in c], [outputs[i] for i in c]) for c in chunks]
         calls = [w.compute_scores.remote(b) for w, b in zip(self.reward_workers, batches, strict=False)]
         return [reward for call, batch in zip(calls, batches, strict=True) for reward in _get(call, len(batch))]
-
-
-def refuse_unsupported(config: DictConfig) -> None:
-    """Raise ValueError for the first setting that needs verl's own agent-loop manager."""
-    rollout = config.actor_rollout_ref.rollout
-    for name, found, right in (
-        ("actor_rollout_ref.rollout.name", rollout.name, "hf"),
-        ("trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, "sync"),
-        ("actor_rollout_ref.rollout.agent.default_agent_loop", rollout.agent.default_agent_loop, AGENT),
-        ("actor_rollout_ref.rollout.agent.agent_loop_config_path", rollout.agent.agent_loop_config_path, None),
-        ("actor_rollout_ref.rollout.multi_turn.enable", rollout.multi_turn.enable, False),
-        ("actor_rollout_ref.rollout.multi_turn.tool_config_path", rollout.multi_turn.tool_config_path, None),
-        ("actor_rollout_ref.rollout.multi_turn.function_tool_path", rollout.multi_turn.function_tool_path, None),
-        ("distillation.enabled", bool(is_distillation_enabled(config.get("distillation"))), False),
-    ):
-        if found != right:
-            raise ValueError(
-                f"BatchAgentLoopManager needs {name}={right}, found {found}; for other values leave "
-                "actor_rollout_ref.rollout.agent.agent_loop_manager_class empty"
-            )
 
 
 def _rows(batch: TensorDict) -> list[dict[str, Any]]:
