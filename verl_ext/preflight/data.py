@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Number
@@ -63,20 +64,25 @@ class Data:
 
     @cached_property
     def columns(self) -> dict[str, list[str]]:
-        """The columns of the existing Parquet files, by name: of each its footer is read, and nothing else."""
+        """The columns of the Parquet files that can be read, by name: of each the footer is read, and nothing else."""
         import pyarrow.parquet as pq
 
-        return {name: list(pq.read_schema(path).names) for name, path in self._parquet()}
+        found = {}
+        for name, path in self._parquet():
+            with suppress(Exception):  # The doctor, which reads the rows, says why.
+                found[name] = list(pq.read_schema(path).names)
+        return found
 
-    def sources(self) -> dict[str, set[str]]:
-        """Return what the column ``data_source`` of each Parquet file holds, by file."""
+    def sources(self, most: int = 100) -> list[str]:
+        """Return what the column ``data_source`` of the Parquet files holds, sorted; ``most`` of them."""
         import pyarrow.parquet as pq
 
-        return {
-            name: set(map(str, pq.read_table(path, columns=["data_source"])["data_source"].unique().to_pylist()))
-            for name, path in self._parquet()
-            if "data_source" in self.columns[name]
-        }
+        found: set[str] = set()
+        for name, path in self._parquet():
+            with suppress(Exception):
+                column = pq.read_table(path, columns=["data_source"])["data_source"]
+                found |= set(map(str, column.unique().to_pylist()))
+        return sorted(found)[:most]
 
     def _parquet(self) -> list[tuple[str, str]]:
         whole = dict.fromkeys(f.name for f in self.files if not f.problem and not f.is_remote)

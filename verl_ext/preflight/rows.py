@@ -78,7 +78,7 @@ def check_default_reward(run: Run) -> Iterator[Finding]:
         return
     grade = get_default_compute_score(reward.reward_manager.name)
     unknown: dict[str, list[str]] = {}
-    for source in sorted(set().union(*run.data.sources().values())):
+    for source in run.data.sources():
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 grade(source, "", "")

@@ -228,3 +228,11 @@ def test_a_set_that_nothing_rewards_is_refused(tmp_path, source, given, problem)
     for name, value in given.items():
         OmegaConf.update(asked.config, name, value)
     assert [f.problem for f in check_default_reward(asked)] == ([problem] if problem else [])
+
+
+def test_a_file_that_cannot_be_read_does_not_end_a_start(tmp_path):
+    file = tmp_path / "train.parquet"
+    file.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
+    asked = run(str(file), str(file))
+    assert list(check_columns(asked)) == [] and asked.data.sources() == []
+    assert any("cannot be read" in f.problem for f in check_rows(asked))
