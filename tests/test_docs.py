@@ -14,6 +14,8 @@ from recipe.disco.constraint import CONTROLLERS
 from recipe.disco.objectives import OBJECTIVES
 from recipe.disco.scores import SCORES
 from verl_ext import recipes
+from verl_ext.preflight.composition import Run
+from verl_ext.preflight.sizes import check_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = (ROOT / "docs/index.md").read_text()
@@ -247,3 +249,6 @@ def test_the_readme_has_every_method_and_task_and_each_task_runs_on_a_cpu(compos
     for task in tasks:
         config = compose("algorithm=disco", f"+task={task}", "+backend=cpu", "model=mine")
         assert config.trainer.device == "cpu" and config.reward.custom_reward_function.path
+        needed = re.findall(rf"`{task}` then needs `([^`]+)`", text)
+        sized = Run(compose("algorithm=disco", f"+task={task}", "+backend=cpu", "model=mine", *needed), config)
+        assert not [finding.problem for finding in check_sizes(sized) if finding.problem]

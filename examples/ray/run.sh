@@ -5,7 +5,8 @@
 #   bash examples/ray/run.sh algorithm=disco +experiment=arithmetic_cpu
 #   RAY_ADDRESS=head:6379 bash examples/ray/run.sh algorithm=disco ...    # a cluster that is there already
 #
-# The same Python environment, with this project in it, must be on each node.
+# The same Python environment, with this project in it, must be on each node: PYTHON names its interpreter. RAY_PORT
+# (6379) is the head's port, RAY_TIMEOUT (600) the seconds in which all nodes must be up.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 port=${RAY_PORT:-6379}
