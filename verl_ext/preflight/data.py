@@ -78,7 +78,7 @@ class Data:
         import pyarrow.parquet as pq
 
         found: set[str] = set()
-        for name, path in self._parquet():
+        for _, path in self._parquet():
             with suppress(Exception):
                 column = pq.read_table(path, columns=["data_source"])["data_source"]
                 found |= set(map(str, column.unique().to_pylist()))
