@@ -14,7 +14,11 @@ def explain(e: Exception, overrides: Sequence[str]) -> Finding:
     from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
     text, fix = first_lines(e).split(" See https://hydra.cc")[0], "fix the override that it names"
-    if isinstance(e, MissingConfigException) and e.options:
+    added = [_name(o) for o in overrides if o.startswith("+") and "." not in _name(o)]
+    if twice := next((name for name in added if added.count(name) > 1), ""):
+        text = f"{twice} is added twice: {', '.join(o for o in overrides if _name(o) == twice)}"
+        fix = "keep one of them"
+    elif isinstance(e, MissingConfigException) and e.options:
         group, _, name = (e.missing_cfg_file or "").rpartition("/")
         text = f"there is no {group}={name}"
         fix = f"use one of {', '.join(by_nearness(name, e.options))}"
@@ -36,8 +40,6 @@ def explain(e: Exception, overrides: Sequence[str]) -> Finding:
         elif "Multiple values for" in text:
             group = text.split("Multiple values for ")[1].split(".")[0]
             text, fix = f"{group} has a value already, so + does not fit it", f"write {group}=NAME, without the +"
-            if len(given := [o for o in overrides if _name(o) == group]) > 1:
-                text, fix = f"{group} is given {len(given)} times: {', '.join(given)}", "keep one of them"
         elif "Ambiguous value" in text:
             fix = "write a list as name=[a,b]; sweeps are for python -m verl.trainer.main_ppo -m"
     return Finding("settings", "", f"the settings do not compose: {text}", fix)

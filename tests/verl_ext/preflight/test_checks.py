@@ -186,7 +186,7 @@ def test_rollouts_on_gpus_of_their_own_are_divided_there(data):
     asked = [*RUN, f"math.folder={data}", "trainer.v1.trainer_mode=separate_async", f"{rollout}.nnodes=1"]
     asked += [f"{rollout}.n_gpus_per_node=8", f"{rollout}.tensor_model_parallel_size=4", "trainer.n_gpus_per_node=6"]
     asked += [f"{rollout}.checkpoint_engine.backend=nccl", "actor_rollout_ref.actor.ppo_mini_batch_size=48"]
-    asked += ["data.train_batch_size=192"]
+    asked += ["data.train_batch_size=192", "trainer.total_training_steps=100"]
     assert "a rollout server of 4 GPU(s) does not divide 6" in run(*asked)[0]
     assert run(*asked, "actor_rollout_ref.hybrid_engine=false")[0] == []
 
@@ -489,7 +489,8 @@ def test_an_error_of_a_check_names_the_overrides(data, monkeypatch):
         (["+algorithm=disco"], "algorithm has a value already", "write algorithm=NAME, without the +"),
         (["+data.train_batch_size=3"], "An item is already at 'data.train_batch_size'", "drop the +, or write ++data"),
         (["data.cache_dir=/tmp"], "data.cache_dir can be set, but has no value to override", "write +data.cache_dir"),
-        (["+experiment=qwen3_4b", "+experiment=qwen3_4b"], "experiment is given 2 times", "keep one of them"),
+        (["+experiment=qwen3_4b", "+experiment=arithmetic_cpu"], "experiment is added twice: ", "keep one of them"),
+        (["+experiment=qwen3_4b", "+experiment=qwen3_4b"], "experiment is added twice: ", "keep one of them"),
         (["trainer.nnodes", "=", "2"], "the override 'trainer.nnodes' cannot be read", "write name=value, without"),
         (["data.apply_chat_template_kwargs={a:1}"], "adds keys to data.apply_chat_template_kwargs", "write ++data"),
         (["~data.seeed"], "'data.seeed' does not exist", "nearest: ~data.seed"),
