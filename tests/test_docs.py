@@ -155,7 +155,7 @@ SOURCED = {
         "above 50 %": "verl's table",
         "above 70 %": "verl's table",
         "100 steps of 30 s": "our guess, as it says",
-        "On 16 GB": "the estimate of memory",
+        "about 15 of 16 GiB": "the estimate of memory",
     },
     "docs/index.md": {"beta 0.1 times 2.5": "TRPA's script"},
     "docs/algorithms/trpa.md": {"beta 0.1, times 2.5": "TRPA's script"},
