@@ -112,6 +112,8 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
     for finding in _examine(overrides):
         cause = _cause(finding.problem)
         if cause and cause in told:
+            if not finding.value:
+                continue
             finding = replace(finding, problem="", fix="", error=None)
         told.add(cause)
         if finding.error and named:
