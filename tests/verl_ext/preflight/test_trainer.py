@@ -66,6 +66,8 @@ def test_start_and_doctor_refuse_the_mode_in_the_same_words(fancy, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     overrides = ["algorithm=disco", "+experiment=arithmetic_cpu", "trainer.v1.trainer_mode=fancy"]
+    # The CPU's own manager of agent loops knows the mode sync alone.
+    overrides.append("actor_rollout_ref.rollout.agent.agent_loop_manager_class=null")
     problem = f"trainer.v1.trainer_mode=fancy is {__name__}.{fancy.__qualname__}, which does not read verl_ext."
     with hydra.initialize_config_module("verl.trainer.config", version_base=None):
         config = hydra.compose("ppo_trainer", overrides, return_hydra_config=True)
