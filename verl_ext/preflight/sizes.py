@@ -61,8 +61,10 @@ def check_sizes(run: Run) -> Iterator[Finding]:
             fix = f"use at least {-(-longest // sequence_split(actor))}"
         yield Finding("micro-batch", f"{room} tokens, longest sequence {longest}", problem, fix)
     if rollout.max_model_len and rollout.max_model_len < longest:
-        problem = f"{ROLLOUT}.max_model_len={rollout.max_model_len} is shorter than prompt plus response"
-        yield Finding("rollout", str(rollout.max_model_len), problem, f"use {longest} or null")
+        # verl takes what is left after the prompt for the response's limit.
+        found, limit = f"{ROLLOUT}.max_model_len={rollout.max_model_len}", config.data.max_response_length
+        problem = f"{found} cuts a response short of {limit} tokens where prompt plus response take more"
+        yield Finding("rollout", str(rollout.max_model_len), problem, f"use {longest} or null", warning=True)
     server = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
     pools = [gpus]
     if OmegaConf.select(config, "trainer.v1.trainer_mode") == "separate_async":

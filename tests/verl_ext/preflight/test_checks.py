@@ -286,14 +286,12 @@ def test_the_quickstart_passes_too(tmp_path):
                 "actor_rollout_ref.actor.ppo_mini_batch_size=48",
                 "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192",
                 "actor_rollout_ref.rollout.tensor_model_parallel_size=3",
-                "actor_rollout_ref.rollout.max_model_len=4096",
                 "actor_rollout_ref.rollout.n=1",
                 "trainer.total_epochs=2",
             ],
             [
                 "is too low for a sequence of 9216 tokens",
                 "a rollout server of 3 GPU(s) does not divide 8",
-                "max_model_len=4096 is shorter than prompt plus response",
                 "a question needs a positive and a negative",
                 "trainer.total_epochs=2 ends after 4",
             ],
@@ -339,6 +337,13 @@ def test_a_batch_that_does_not_divide_trains_and_is_a_warning(data, algorithm, t
     assert problems == []
     name = "actor_rollout_ref.actor.ppo_mini_batch_size=48"
     assert f"data.train_batch_size=128 is not a multiple of {name}: {then}" in warnings
+
+
+def test_a_context_below_prompt_and_response_generates_and_is_a_warning(data):
+    problems, warnings, _ = run(*RUN, f"math.folder={data}", "actor_rollout_ref.rollout.max_model_len=8700")
+    assert problems == []
+    name = "actor_rollout_ref.rollout.max_model_len=8700"
+    assert f"{name} cuts a response short of 8192 tokens where prompt plus response take more" in warnings
 
 
 def test_what_megatron_cannot_split_is_named(data):
