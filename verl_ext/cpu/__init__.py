@@ -56,9 +56,9 @@ def check(config: "DictConfig") -> None:
     from verl_ext.cpu import vllm
 
     rollout = config.actor_rollout_ref.rollout
-    if rollout.name == "vllm" and vllm.cpu_build() is not None:
+    if rollout.get("name") == "vllm" and vllm.cpu_build() is not None:
         vllm.check(rollout)
-    elif rollout.name in NEED_A_GPU:
+    elif rollout.get("name") in NEED_A_GPU:
         raise ValueError(
             f"actor_rollout_ref.rollout.name={rollout.name} needs a GPU here; use hf, or vllm with its CPU build "
             "(bash examples/setup.sh --vllm)"

@@ -72,7 +72,7 @@ def check_sizes(run: Run) -> Iterator[Finding]:
         hybrid = config.actor_rollout_ref.get("hybrid_engine", True)
         pools = [gpus] * bool(hybrid) + [rollout.nnodes * rollout.n_gpus_per_node]
     for pool in pools:
-        value, problem, fix = f"{rollout.name}, {pool // server} server(s) of {server} GPU(s)", "", ""
+        value, problem, fix = f"{rollout.get('name')}, {pool // server} server(s) of {server} GPU(s)", "", ""
         if pool % server:
             value, problem = (
                 f"{server} GPU(s) per server",

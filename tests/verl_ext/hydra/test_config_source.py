@@ -551,7 +551,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
         (["data.train_batch_size=64", f"{ROLLOUT}.nnodes=1"], f"{ROLLOUT}.checkpoint_engine.backend=naive .* use nccl"),
         (
             [f"+{ROLLOUT}.agent.agent_loop_manager_class=verl_ext.cpu.rollout.batch_loop.BatchAgentLoopManager"],
-            f"{ROLLOUT}.agent.agent_loop_manager_class=.* set it to null",
+            f"trainer_mode=separate_async does not work .* set {ROLLOUT}.agent.agent_loop_manager_class=null",
         ),
         (["actor_rollout_ref.model.lora_rank=8"], "actor_rollout_ref.model.lora_rank=8 does not work with .*=separate"),
     ],

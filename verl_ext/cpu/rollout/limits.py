@@ -16,7 +16,7 @@ def refuse_unsupported(config: DictConfig) -> None:
     """Raise ValueError for the first setting that needs verl's own agent-loop manager."""
     rollout = config.actor_rollout_ref.rollout
     for name, found, right in (
-        ("actor_rollout_ref.rollout.name", rollout.name, "hf"),
+        ("actor_rollout_ref.rollout.name", rollout.get("name") or "hf", "hf"),
         ("trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, "sync"),
         ("actor_rollout_ref.rollout.agent.default_agent_loop", rollout.agent.default_agent_loop, AGENT),
         ("actor_rollout_ref.rollout.agent.agent_loop_config_path", rollout.agent.agent_loop_config_path, None),
