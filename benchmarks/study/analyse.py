@@ -46,6 +46,7 @@ from measures import (
     learning_table,
     load,
     matrices,
+    of_common_seeds,
     of_questions,
     of_seeds,
     order_of_paper,
@@ -106,7 +107,7 @@ def draw(runs: list[Run], task: str, out: Path) -> dict[str, str]:
             file = f"{task}-{name}.svg"
             if draw_curves(shown, lambda run, name=name: curve_of(run, name), f"{task}: {title}", set(), out / file):
                 drawn[file] = title
-        if draw_weights([r for r in shown if r.method in SHOWN[:1] + SHOWN[3:4]], out / f"{task}-weight.svg"):
+        if draw_weights([r for r in shown if r.method in ("grpo", "disco")], out / f"{task}-weight.svg"):
             drawn[f"{task}-weight.svg"] = "share of the mean absolute advantage by pass rate in the batch"
     return drawn
 
@@ -171,7 +172,7 @@ def write(data: Path, out: Path) -> tuple[str, dict[str, Figure]]:
         stages = {t: stages_of(Path(place, t), t) for t in BUDGETS if Path(place, t).is_dir()}
         main = {t: of["main"] for t, of in stages.items() if of["main"]}
         # What all methods are compared on.
-        tasks = {t: fair for t, runs in main.items() if (fair := [r for r in runs if r.seed in common_seeds(runs)])}
+        tasks = {t: fair for t, runs in main.items() if (fair := of_common_seeds(runs))}
         tested = hypotheses_table(main)
         parts = [
             "# The study",
@@ -282,7 +283,7 @@ def of_task(
         ]
     parts += [f"![{title}]({name})" for name, title in draw(runs, task, out).items()]
     parts += [f"Curves: thin lines are seeds, thick ones their mean, both running means of {SMOOTHING} steps."]
-    if fair := [r for r in wide if r.seed in common_seeds(wide)]:
+    if fair := of_common_seeds(wide):
         parts += [
             f"## {task}: groups of 32",
             f"8 questions of 32 responses per step. After {budget:,} tokens; {over(fair)}.",

@@ -231,6 +231,12 @@ def common_seeds(runs: Sequence[Run]) -> list[str]:
     return sorted(set.intersection(*({r.seed for r in own} for own in by_method(runs).values()))) if runs else []
 
 
+def of_common_seeds(runs: Sequence[Run]) -> list[Run]:
+    """Leave out the runs of seeds that some methods do not have."""
+    seeds = common_seeds(runs)
+    return [run for run in runs if run.seed in seeds]
+
+
 def learning_table(runs: list[Run], budget: float) -> pd.DataFrame:
     """Tabulate pass@1 and pass@8 after the budget, differences to the baseline, and the cost, best first."""
     rows: dict[str, dict[str, object]] = {}

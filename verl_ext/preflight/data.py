@@ -23,7 +23,7 @@ class DataFile:
 
     @property
     def missing(self) -> bool:
-        return self.problem == f"there is no {self.name}"
+        return self.problem == _absent(self.name)
 
     @property
     def is_remote(self) -> bool:
@@ -140,12 +140,16 @@ def is_empty(value: Any) -> bool:
     return all(is_empty(v) for v in (value.values() if isinstance(value, dict) else value))
 
 
+def _absent(name: str) -> str:
+    return f"there is no {name}"
+
+
 def _fault(name: str) -> str:
     path = os.path.expanduser(name)
     if "://" in name:
         return ""
     if not os.path.exists(path):
-        return f"there is no {name}"
+        return _absent(name)
     if not path.endswith((".parquet", ".json", ".jsonl")) or not os.path.isfile(path):
         return f"verl reads files that end in .parquet, .json or .jsonl, not {name}"
     try:

@@ -72,14 +72,12 @@ def check_sizes(run: Run) -> Iterator[Finding]:
         hybrid = config.actor_rollout_ref.get("hybrid_engine", True)
         pools = [gpus] * bool(hybrid) + [rollout.nnodes * rollout.n_gpus_per_node]
     for pool in pools:
-        value, problem, fix = f"{rollout.get('name')}, {pool // server} server(s) of {server} GPU(s)", "", ""
         if pool % server:
-            value, problem = (
-                f"{server} GPU(s) per server",
-                f"a rollout server of {server} GPU(s) does not divide {pool}",
-            )
+            problem = f"a rollout server of {server} GPU(s) does not divide {pool}"
             fix = f"choose {ROLLOUT}.tensor_model_parallel_size so that it does"
-        yield Finding("rollout", value, problem, fix)
+            yield Finding("rollout", f"{server} GPU(s) per server", problem, fix)
+        else:
+            yield Finding("rollout", f"{rollout.get('name')}, {pool // server} server(s) of {server} GPU(s)")
 
 
 def check_steps(run: Run) -> Iterator[Finding]:
