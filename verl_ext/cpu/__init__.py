@@ -7,16 +7,8 @@ No environment variable is needed: verl's own detection finds the platform when 
 
 import os
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from wrapt import register_post_import_hook
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-
-NEED_A_GPU = ("vllm", "sglang", "trtllm")
-"""verl's rollout engines; vLLM has a CPU build, which :mod:`verl_ext.cpu.vllm` brings to verl."""
 
 
 def register() -> None:
@@ -45,24 +37,6 @@ def request() -> None:
     # verl.trainer.main_ppo resolves the platform while it is imported, before any setting is known.
     if get_platform().device_name != "cpu":
         set_platform(CPUPlatform())
-
-
-def check(config: "DictConfig") -> None:
-    """Refuse settings that a CPU does not support, as far as they are known before a model is loaded.
-
-    Raises:
-        ValueError: the setting, what was found and what would be right.
-    """
-    from verl_ext.cpu import vllm
-
-    rollout = config.actor_rollout_ref.rollout
-    if rollout.get("name") == "vllm" and vllm.cpu_build() is not None:
-        vllm.check(rollout)
-    elif rollout.get("name") in NEED_A_GPU:
-        raise ValueError(
-            f"actor_rollout_ref.rollout.name={rollout.name} needs a GPU here; use hf, or vllm with its CPU build "
-            "(bash examples/setup.sh --vllm)"
-        )
 
 
 def _register_engines() -> None:

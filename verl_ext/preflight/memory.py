@@ -17,6 +17,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_ext.preflight.packages import ENGINES
+
 GIB = 2**30
 CONTEXT = 1 * GIB
 """The training process's CUDA context and NCCL buffers, beside all that it allocates."""
@@ -24,9 +26,6 @@ ASLEEP = 2 * GIB
 """What a sleeping rollout engine keeps: its context, and CUDA graphs, which cannot be offloaded."""
 SERVER = 3 * GIB
 """The rest of a rollout engine's share, beside weights and KV cache: context, CUDA graphs and activations."""
-
-HAS_SHARE = ("vllm", "sglang", "trtllm")
-"""Engines that reserve ``gpu_memory_utilization`` of the GPU, whatever they need."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
     sleeps = rollout.free_cache_engine and rollout.get("enable_sleep_mode", True)
     split = rollout.tensor_model_parallel_size
     loaded = (4 if rollout.dtype in ("float32", "float") else 2) * shape.parameters / split
-    share = rollout.gpu_memory_utilization * gpu if rollout.name in HAS_SHARE else loaded
+    share = rollout.gpu_memory_utilization * gpu if rollout.name in ENGINES else loaded
     idle = 0 if not shared else ASLEEP if sleeps else share
 
     phases = {}
@@ -196,7 +195,7 @@ def estimate(config: DictConfig, shape: Shape, gpu: float) -> Memory:
     return Memory(
         phases=phases,
         offloaded=sum(m.offloaded for m in models.values()),
-        cache_tokens=(share - loaded - SERVER) / per_token if rollout.name in HAS_SHARE else float("inf"),
+        cache_tokens=(share - loaded - SERVER) / per_token if rollout.name in ENGINES else float("inf"),
     )
 
 

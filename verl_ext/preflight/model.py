@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.preflight.composition import Run
 from verl_ext.preflight.findings import Finding, nearest
-from verl_ext.preflight.memory import GIB, HAS_SHARE, Shape, estimate, gpu_memory
+from verl_ext.preflight.memory import GIB, Shape, estimate, gpu_memory
+from verl_ext.preflight.packages import ENGINES
 from verl_ext.preflight.sizes import model_parallel
 from verl_ext.preflight.trainer import will_build
 
@@ -82,7 +83,7 @@ def split_problems(config: DictConfig, shape: Shape) -> Iterator[Finding]:
     else:
         wanted += [(name, size, heads) for name, size in model_parallel(config).items()]
     positions, longest = shape.max_position_embeddings, config.data.max_prompt_length + config.data.max_response_length
-    if rollout.name in HAS_SHARE and positions and max(longest, rollout.max_model_len or 0) > positions:
+    if rollout.name in ENGINES and positions and max(longest, rollout.max_model_len or 0) > positions:
         name = "actor_rollout_ref.rollout.max_model_len" if rollout.max_model_len else "prompt and response"
         problem = f"{name}={rollout.max_model_len or longest} is more than the model's {positions} positions"
         yield Finding("model", "", problem, "lower data.max_response_length, or use a model with more positions")

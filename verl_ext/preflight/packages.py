@@ -26,7 +26,8 @@ INSTALL = {
 LOGGERS = {name: name for name in ("wandb", "mlflow", "swanlab", "tensorboard", "clearml", "trackio", "rl_insight")}
 LOGGERS |= {"tracking": "wandb", "vemlp_wandb": "volcengine_ml_platform"}
 ENGINES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm"}
-"""verl's rollout engines -> module that each imports."""
+"""verl's rollout engines -> module that each imports. Each needs a GPU (vLLM has a CPU build, too) and reserves
+``gpu_memory_utilization`` of it, whatever it needs."""
 TRANSPORTS = {
     "nccl": ("cupy",),
     "delta_sharded": ("cupy",),

@@ -8,20 +8,35 @@ from omegaconf import DictConfig, OmegaConf
 from verl_ext.preflight.composition import Run
 from verl_ext.preflight.findings import Finding, first_lines, version_of
 from verl_ext.preflight.model import is_local, model_path
+from verl_ext.preflight.packages import ENGINES
 from verl_ext.preflight.sizes import world
 
 
 def check_cpu(run: Run) -> Iterator[Finding]:
     """Name what a CPU cannot do."""
-    from verl_ext import cpu
     from verl_ext.cpu.rollout.limits import refuse_unsupported, samples_batches
 
-    refusals = [cpu.check] * (run.config.trainer.device == "cpu") + [refuse_unsupported] * samples_batches(run.config)
+    config = run.config
+    refusals = [_refuse_engine] * (config.trainer.device == "cpu") + [refuse_unsupported] * samples_batches(config)
     for refuse in refusals:
         try:
-            refuse(run.config)
+            refuse(config)
         except ValueError as e:
             yield Finding("cpu", "", str(e))
+
+
+def _refuse_engine(config: DictConfig) -> None:
+    from verl_ext.cpu import vllm
+
+    rollout = config.actor_rollout_ref.rollout
+    # Its name may be missing (???).
+    if rollout.get("name") == "vllm" and vllm.cpu_build() is not None:
+        vllm.check(rollout)
+    elif rollout.get("name") in ENGINES:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.name={rollout.name} needs a GPU here; use hf, or vllm with its CPU build "
+            "(bash examples/setup.sh --vllm)"
+        )
 
 
 def check_validator(run: Run) -> Iterator[Finding]:
