@@ -73,8 +73,8 @@ class Data:
                 found[name] = list(pq.read_schema(path).names)
         return found
 
-    def sources(self, most: int = 100) -> list[str]:
-        """Return what the column ``data_source`` of the Parquet files holds, sorted; ``most`` of them."""
+    def sources(self) -> list[str]:
+        """Return what the column ``data_source`` of the Parquet files holds, sorted."""
         import pyarrow.parquet as pq
 
         found: set[str] = set()
@@ -82,7 +82,7 @@ class Data:
             with suppress(Exception):
                 column = pq.read_table(path, columns=["data_source"])["data_source"]
                 found |= set(map(str, column.unique().to_pylist()))
-        return sorted(found)[:most]
+        return sorted(found)
 
     def _parquet(self) -> list[tuple[str, str]]:
         whole = dict.fromkeys(f.name for f in self.files if not f.problem and not f.is_remote)
