@@ -64,29 +64,29 @@ class Data:
 
     @cached_property
     def columns(self) -> dict[str, list[str]]:
-        """The columns of the Parquet files that can be read, by name: of each the footer is read, and nothing else."""
+        """The columns of the files that can be read, by name; of Parquet the footer is read, and nothing else."""
         import pyarrow.parquet as pq
 
         found = {}
-        for name, path in self._parquet():
+        for name, path in self._here():
             with suppress(Exception):  # The doctor, which reads the rows, says why.
-                found[name] = list(pq.read_schema(path).names)
+                found[name] = list(pq.read_schema(path).names if _is_parquet(path) else _json_table(path).column_names)
         return found
 
     def sources(self) -> list[str]:
-        """Return what the column ``data_source`` of the Parquet files holds, sorted."""
+        """Return what the column ``data_source`` of the files holds, sorted."""
         import pyarrow.parquet as pq
 
         found: set[str] = set()
-        for _, path in self._parquet():
+        for _, path in self._here():
             with suppress(Exception):
-                column = pq.read_table(path, columns=["data_source"])["data_source"]
-                found |= set(map(str, column.unique().to_pylist()))
+                table = pq.read_table(path, columns=["data_source"]) if _is_parquet(path) else _json_table(path)
+                found |= set(map(str, table["data_source"].unique().to_pylist()))
         return sorted(found)
 
-    def _parquet(self) -> list[tuple[str, str]]:
+    def _here(self) -> list[tuple[str, str]]:
         whole = dict.fromkeys(f.name for f in self.files if not f.problem and not f.is_remote)
-        return [(name, os.path.expanduser(name)) for name in whole if name.endswith(".parquet")]
+        return [(name, os.path.expanduser(name)) for name in whole]
 
     def read(self, split: str) -> dict[str, Rows]:
         """Return the files of a split that could be read."""
@@ -156,7 +156,7 @@ def _fault(name: str) -> str:
         with open(path, "rb") as f:
             content = f.read(4)
             f.seek(-min(4, os.path.getsize(path)), os.SEEK_END)
-            whole = not path.endswith(".parquet") or content == f.read(4) == b"PAR1"
+            whole = not _is_parquet(path) or content == f.read(4) == b"PAR1"
     except OSError as e:
         return f"{name} cannot be read: {e.strerror}"
     if not content:
@@ -164,10 +164,21 @@ def _fault(name: str) -> str:
     return "" if whole else f"{name} is not a whole Parquet file: it was cut off, or is of another type"
 
 
+def _is_parquet(path: str) -> bool:
+    return path.endswith(".parquet")
+
+
+def _json_table(path: str) -> Any:
+    """Read lines of JSON fast. Raises on one array of records, which verl reads as well."""
+    import pyarrow.json
+
+    return pyarrow.json.read_json(path)
+
+
 def _read(name: str, prompt_key: str) -> Rows:
     path = os.path.expanduser(name)
     try:
-        return Rows(*(_read_parquet if path.endswith(".parquet") else _read_json)(path, prompt_key))
+        return Rows(*(_read_parquet if _is_parquet(path) else _read_json)(path, prompt_key))
     except Exception as e:
         cause = e.__cause__ or e
         return Rows(problem=f"{name} cannot be read: {type(cause).__name__}: {first_lines(cause)}")

@@ -236,3 +236,28 @@ def test_a_file_that_cannot_be_read_does_not_end_a_start(tmp_path):
     asked = run(str(file), str(file))
     assert list(check_columns(asked)) == [] and asked.data.sources() == []
     assert any("cannot be read" in f.problem for f in check_rows(asked))
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_columns_and_sources_are_seen_at_a_start(tmp_path, ending):
+    def written(rows):
+        file = str(tmp_path / f"train.{ending}")
+        rows.to_parquet(file) if ending == "parquet" else rows.to_json(file, orient="records", lines=True)
+        return run(file, file)
+
+    rows = frame()
+    assert list(check_columns(asked := written(rows))) == [] and asked.data.sources() == sorted(
+        set(rows["data_source"])
+    )
+    found = [f.problem for f in check_columns(written(rows.drop(columns="data_source")))]
+    assert found == [
+        f"data.{split}_files: {tmp_path}/train.{ending} has no column data_source" for split in ("train", "val")
+    ]
+
+
+def test_one_array_of_records_is_left_to_the_doctor(tmp_path):
+    file = tmp_path / "train.json"
+    frame().to_json(file, orient="records", indent=2)
+    asked = run(str(file), str(file))
+    assert list(check_columns(asked)) == [] and asked.data.sources() == []
+    assert not [f.problem for f in check_rows(asked) if f.problem]
