@@ -251,14 +251,19 @@ STATED = re.compile(r'\[([^\]]+)\]\(([^)\s]+)\s"(\w+): ([^"]+)"\)')
 
 
 def test_a_figure_in_a_document_is_the_recorded_one(load):
-    """[39 %](benchmarks/RESULTS.md "quickstart: pass@1, all levels, before"): the title says which figure it is."""
+    """[39 %](benchmarks/RESULTS.md "quickstart: pass@1, all levels, before"): the title says which figure it is.
+
+    Its bounds may stand beside it: [1.1 (-1.4 to 3.5) points](...).
+    """
     r, unitless = load("record"), load("results").UNITLESS
     results, found = r.read_folder(), 0
     for document in DOCUMENTS:
         for shown, link, name, key in STATED.findall(document.read_text()):
             figure = results[name].figures[" ".join(key.split())]
             unit = "" if figure.unit in (*unitless, "nats per token") else f" {figure.unit}"
-            assert shown == r.number(figure.value) + unit, f"{document.name}: {name}: {key}"
+            bounds = "" if figure.low is None else f" ({r.number(figure.low)} to {r.number(figure.high)})"
+            value = r.number(figure.value)
+            assert shown in (value + unit, value + bounds + unit), f"{document.name}: {name}: {key}"
             assert (document.parent / link).resolve() == BENCHMARKS / "RESULTS.md"
             found += 1
     assert found > 5
@@ -350,7 +355,12 @@ def test_exactness_is_the_worst_of_an_engines_cases(recorded, tmp_path):
     lines = [{"name": "two ranks", "error": e} for e in (1e-6, 3e-5)] + [{"name": "LoRA", "error": 2e-6}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figures = recorded("exactness", tmp_path / "a.jsonl")["exactness"].figures
-    assert {n: (f.value, f.missed) for n, f in figures.items()} == {"two ranks": (3e-5, True), "LoRA": (2e-6, False)}
+    assert {n: (f.value, f.missed) for n, f in figures.items()} == {
+        "two ranks": (3e-5, True),
+        "LoRA": (2e-6, False),
+        "all engines": (3e-5, True),
+        "cases": (3, False),
+    }
 
 
 def test_the_suites_time(recorded, tmp_path):
@@ -371,8 +381,10 @@ def test_what_runs_survived_is_counted(load):
         # It had all of its steps before the kill.
         {"kind": "life", "run": "ppo", "killed": False},
         {"kind": "life", "run": "disco", "killed": True},
+        {"kind": "life", "run": "colocate_async", "killed": True},
         {"kind": "end", "run": "ppo", "other_rows": [], "other_files": []},
         {"kind": "end", "run": "disco", "other_rows": [3, 4], "other_files": ["actor/a.pt"]},
+        {"kind": "end", "run": "colocate_async", "other_rows": [7]},
         {"kind": "process", "mode": "", "steps": 300, "name": "a", "before": usage, "after": usage | {"memory": 12.5}},
         {"kind": "process", "mode": "", "steps": 300, "name": "b", "before": usage, "after": usage | {"handles": 4}},
         {"kind": "bytes per step", "mode": "", "steps": 300, "name": "output", "before": 100, "after": 90},
@@ -383,8 +395,10 @@ def test_what_runs_survived_is_counted(load):
         "ppo, differences at the end": 0,
         "disco, kills": 1,
         "disco, differences at the end": 3,
-        "all, kills": 3,
-        "all, differences at the end": 3,
+        "colocate_async, kills": 1,
+        "colocate_async, differences at the end": 1,
+        "bit for bit, kills": 3,
+        "bit for bit, differences at the end": 3,
         "300 steps: largest gain of a process, memory": 2.5,
         "300 steps: largest gain of a process, handles": 0,
         "300 steps: largest gain of a process, threads": 0,

@@ -123,7 +123,7 @@ def check(name: str, results: list[dict], cases: list[dict], output: str) -> Non
     if record := os.environ.get("EXACTNESS_FILE"):
         # For benchmarks/exactness.py
         with open(record, "a") as f:
-            f.writelines(json.dumps({"name": name, "error": r["error"]}) + "\n" for r in results)
+            f.writelines(json.dumps({"name": name, "case": r["case"], "error": r["error"]}) + "\n" for r in results)
     for r in results:
         # Relative to the update itself, which is far stricter than relative to the parameters.
         assert r["error"] < 2e-5, r["case"]
