@@ -144,7 +144,7 @@ SOURCED = {
     "README.md": {
         "by about 7 and 6 points": "the paper's abstract",
         "8 GB of memory": "quickstart_steps: memory in use on the machine, of all its processes",
-        "3 GB of disk": "du -sh .venv",
+        "4 GB of disk": "du -sh .venv, 2.8 GB with vLLM and Megatron, and the runs",
     },
     "CHANGELOG.md": {"one GPU of 24 GB": "tests/verl_ext/preflight/test_checks.py, the estimate"},
     "docs/algorithms/dgpo.md": {"exp(1/2) = 1.65 times": "arithmetic"},
@@ -155,7 +155,7 @@ SOURCED = {
         "above 50 %": "verl's table",
         "above 70 %": "verl's table",
         "100 steps of 30 s": "our guess, as it says",
-        "about 15 of 16 GiB": "the estimate of memory",
+        "at most 15 of 16 GiB": "tests/verl_ext/preflight/test_memory.py",
     },
     "docs/index.md": {"beta 0.1 times 2.5": "TRPA's script"},
     "docs/algorithms/trpa.md": {"beta 0.1, times 2.5": "TRPA's script"},

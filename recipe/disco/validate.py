@@ -12,12 +12,12 @@ ENGINES = ("fsdp", "fsdp2", "megatron")
 """verl's training engines that the exact update is made for."""
 
 BYPASS_FLOOR = 1e-3
-"""KL of a bfloat16 rollout to the actor of the same weights, nats per token. A public run of verl showed 1.6e-3."""
+"""KL of a bfloat16 rollout to the actor of the same weights, nats per token: assumed; a public run showed 1.6e-3."""
 
 K3_FLOOR = 2e-4
-"""What k3 says of two bfloat16 passes with the same weights: sigma^2, sigma the rounding noise of a log-probability.
+"""What k3 says of two bfloat16 passes with the same weights: sigma^2, sigma the rounding noise of each log-probability.
 
-Simulated: 1e-4 for sigma = 0.01, 4e-4 for 0.02. Of k1, such noise has mean 0.
+So 1e-4 for sigma = 0.01, 4e-4 for 0.02; assumed between them. Of k1, such noise has mean 0.
 """
 
 

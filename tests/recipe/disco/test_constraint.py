@@ -30,6 +30,16 @@ def policies():
     return new.log(), old.log(), (old * (old / new).log()).sum().item()
 
 
+@pytest.mark.parametrize("sigma, floor", [(0.01, 1e-4), (0.02, 4e-4)])
+def test_rounding_noise_is_a_floor_of_k3_and_not_of_k1(sigma, floor):
+    """Two passes of the same weights, each with noise of spread sigma in its log-probabilities: k3 says sigma^2."""
+    torch.manual_seed(0)
+    new, old = sigma * torch.randn(2, 1000, 1000, dtype=torch.float64)
+    mask = torch.ones_like(new, dtype=torch.bool)
+    assert kl_estimate(new, old, mask, "k3").mean() == pytest.approx(floor, rel=0.01)
+    assert abs(kl_estimate(new, old, mask, "k1").mean()) < 0.2 * floor
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_the_estimate_is_unbiased_for_kl_old_new(estimator):
     """Weighted by pi_old the estimates are exactly KL(pi_old || pi_theta); the other direction would be another number.

@@ -275,9 +275,9 @@ STATED = {
 """What the comments of an experiment say, with the estimate's figures."""
 
 
-def stated(algorithm: str, experiment: str) -> dict[str, float]:
+def stated(algorithm: str, experiment: str, *overrides: str) -> dict[str, float]:
     """The figures that documents and comments take from the estimate, in GiB and tokens."""
-    config = run_of(algorithm=algorithm, experiment=experiment)
+    config = run_of(*overrides, algorithm=algorithm, experiment=experiment)
     shape, _ = find_shape(config.actor_rollout_ref.model.path)
     memory = estimate(config, shape, config.verl_ext.gpu_memory * GIB)
     training = memory.phases["training"]
@@ -307,4 +307,13 @@ def test_comments_state_the_estimate(experiment):
 def test_the_first_hour_states_the_estimate():
     disco, ppo = (stated(algorithm, "gsm8k_qwen2_5_0_5b") for algorithm in ("disco", "ppo"))
     assert holds("docs/first-hour.md", f"at most {disco['most']} of 24 GiB")
+    # With the settings that it names there.
+    less = (
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1536",
+        "actor_rollout_ref.rollout.gpu_memory_utilization=0.3",
+    )
+    small = stated("disco", "gsm8k_qwen2_5_0_5b", *less, "verl_ext.gpu_memory=16")
+    assert holds("docs/first-hour.md", f"at most {small['most']} of 16 GiB") and holds(
+        "docs/first-hour.md", " ".join(less)
+    )
     assert holds("verl_ext/config/experiment/gsm8k_qwen2_5_0_5b.yaml", f"{ppo['states']:.0f} with a critic")
