@@ -203,11 +203,11 @@ def versions() -> dict[str, str]:
     return found | {"revision": revision()}
 
 
-def revision() -> str:
-    """Name the git revision, with ``dirty`` if tracked files differ from it, results apart."""
+def revision(root: Path = ROOT) -> str:
+    """Name a repository's git revision, with ``dirty`` if tracked files differ from it, results apart."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md")

@@ -50,13 +50,16 @@ def mean_of(shares: dict[str, float]) -> dict[str, float]:
 @pytest.fixture
 def study(tmp_path):
     """``study(stage, algorithm, seed, evaluations, ...)``: a run, as the study leaves it, in ``study.folder``."""
-    folder = tmp_path / "study"
+    # Of another clone.
+    folder = tmp_path / "clone/outputs/study"
     task = folder / "arithmetic"
     (task / "start").mkdir(parents=True)
     for name in ("tuning", "judging"):
         (task / f"start/{name}.jsonl").write_text(lines_of(START, 20))
     (task / "chosen.json").write_text(json.dumps({"lr": {"grpo": "1e-4", "disco": "3e-4"}}))
-    (task / "commands.txt").write_text(f"/usr/bin/python3.11 -m verl.trainer.main_ppo -m hydra.sweep.dir={task}/main\n")
+    searched = f"'hydra.searchpath=[file://{tmp_path}/clone/benchmarks/study/config,file://{task}/config]'"
+    command = f"/usr/bin/python3.11 -m verl.trainer.main_ppo -m {searched} hydra.sweep.dir={task}/main\n"
+    (task / "commands.txt").write_text(command)
 
     def run(stage: str, algorithm: str, seed: int, evaluations: dict[int, dict[str, float]], *, failed=False, **more):
         changed = ",".join(f"{n}={v}" for n, v in more.items() if n == LR or n.startswith("disco."))
@@ -461,6 +464,10 @@ def test_nothing_of_this_machine_is_collected_and_the_same_runs_give_the_same_fi
     text += (tmp_path / "data/arithmetic-commands.txt").read_text()
     assert "hunter2" not in text and str(study.folder) not in text and "secret text" not in text
     assert "hydra.sweep.dir=outputs/study/arithmetic/main" in text and "actor/loss" not in text
+    assert str(tmp_path) not in text
+    assert "=[file://benchmarks/study/config,file://outputs/study/arithmetic/config]" in text
+    versions = json.loads((tmp_path / "data/machine.json").read_text())["versions"]
+    assert versions["revision"] == "unknown", "of the runs' clone, which is no repository here"
     first = (tmp_path / "data/arithmetic-main.tar.xz").read_bytes()
     load("collect").collect(study.folder, tmp_path / "again")
     assert (tmp_path / "again/arithmetic-main.tar.xz").read_bytes() == first

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import OmegaConf  # noqa: E402
-from record import ROOT, machine, versions  # noqa: E402
+from record import ROOT, machine, revision, versions  # noqa: E402
 from run import PLANS  # noqa: E402
 
 from verl_ext.hydra.identity import SECRET  # noqa: E402
@@ -47,14 +47,24 @@ EVERY = 5
 SHORT = 40
 
 
+def root_of(folder: Path) -> Path:
+    """Return the clone that runs in ``outputs/study`` of it, which need not be this one."""
+    return folder.parents[1] if folder.parts[-2:] == ("outputs", "study") else ROOT
+
+
 def plain(value: Any, folder: Path) -> Any:
-    """Take this machine's folders out of a setting or an argument."""
+    """Take this machine's folders out of a setting or an argument: a path is relative to the clone."""
     if isinstance(value, list):
         return [plain(v, folder) for v in value]
     if not isinstance(value, str):
         return value
-    for root, name in ((folder, "outputs/study"), (ROOT, ".")):
-        value = re.sub(rf"{re.escape(str(root))}(?![\w.-])", name, value)
+    root = re.escape(str(root_of(folder)))
+    for path, name in (
+        (re.escape(str(folder)) + r"(?![\w.-])", "outputs/study"),
+        (root + "/", ""),
+        (root + r"(?![\w.-])", "."),
+    ):
+        value = re.sub(path, name, value)
     return value if value.count("/") < 2 or not value.startswith(("/", "file:///")) else Path(value).name
 
 
@@ -160,7 +170,9 @@ def collect(folder: Path, out: Path) -> None:
             pack(out / f"{task.name}-start-{file.stem}.tar.xz", {file.name: answers(file)})
         if (task / "chosen.json").exists():
             shutil.copy(task / "chosen.json", out / f"{task.name}-chosen.json")
-    (out / "machine.json").write_text(json.dumps({"machine": machine(), "versions": versions()}, indent=2) + "\n")
+    # The runs' own clone.
+    found = {"machine": machine(), "versions": versions() | {"revision": revision(root_of(folder))}}
+    (out / "machine.json").write_text(json.dumps(found, indent=2) + "\n")
     size = sum(f.stat().st_size for f in out.iterdir())
     print(f"{out}: {size / 2**20:.1f} MiB")
 
