@@ -281,6 +281,8 @@ def test_a_recorded_command_can_be_given_again(load, name, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    # As Python does.
+    monkeypatch.syspath_prepend((ROOT / script).parent)
     with pytest.raises(InterruptedError):
         load(Path(script).stem).main()
     # Raw data is committed.

@@ -143,6 +143,8 @@ QUANTITY = re.compile(
 SOURCED = {
     "README.md": {
         "by about 7 and 6 points": "the paper's abstract",
+        "hold, all four of them, in 95 % of such studies": "docs/study/protocol.md",
+        "their mean with its 95 % interval": "verl_ext/report/tables.py, mean_and_interval",
         "8 GB of memory": "quickstart_steps: memory in use on the machine, of all its processes",
         "4 GB of disk": "du -sh .venv, 2.8 GB with vLLM and Megatron, and the runs",
     },

@@ -140,14 +140,16 @@ def draw_headlines(tasks: Mapping[str, list[Run]], out: Path) -> None:
 def quoted(main: Mapping[str, list[Run]], tasks: Mapping[str, list[Run]]) -> dict[str, Figure]:
     """Make the figures that other documents quote, in percent: the tested differences, and pass@1 of each method.
 
+    To a tenth, as in the report.
+
     Args:
         main: runs of each task.
         tasks: those of the seeds that all methods have.
     """
 
     def figure(unit: str, mean: float, low: float, high: float) -> Figure:
-        bounds = (None, None) if math.isnan(low) else (100 * low, 100 * high)
-        return Figure(100 * mean, unit, *bounds, better="neither")
+        bounds = (None, None) if math.isnan(low) else (round(100 * low, 1), round(100 * high, 1))
+        return Figure(round(100 * mean, 1), unit, *bounds, better="neither")
 
     found = {}
     for task, runs in tasks.items():
