@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -481,14 +482,31 @@ def test_the_report_is_written_from_the_collected_data_alone(load, study, read, 
     text, figures = load("analyse").write(tmp_path / "data", tmp_path / "report")
     start, grpo, disco = (figures[f"arithmetic, {name}"].value for name in ("start", "grpo", "disco"))
     # 85,000 of 153,600 tokens on the way to 100 %.
-    assert start == pytest.approx(20) and disco == pytest.approx(20 + 80 * 85_000 / 153_600)
+    assert start == pytest.approx(20) and disco == pytest.approx(20 + 80 * 85_000 / 153_600, abs=0.05)
     found = figures["arithmetic, disco - grpo"]
-    assert found.value == pytest.approx(disco - grpo) and found.low < found.value < found.high
+    assert found.value == pytest.approx(disco - grpo, abs=0.15) and found.low < found.value < found.high
     assert "| arithmetic | disco - grpo |" in text and "(entropy.svg)" in text
     assert (tmp_path / "report/tables/arithmetic-learning.csv").exists()
     assert text.index("So far, with 0 to 3 of 5 seeds") < text.index("learning.svg") < text.index("arithmetic: ranking")
     picture = (tmp_path / "report/methods.svg").read_text()
     assert picture.index(">grpo<") < picture.index(">disco<") and "pass@1 after 85,000 generated tokens" in picture
+
+
+def test_the_published_data_give_the_published_verdict(load, tmp_path):
+    """Of the tested methods alone: to read the runs of all takes half a minute."""
+    measures, analyse = load("measures"), load("analyse")
+    docs = BENCHMARKS.parent / "docs/study"
+    measures.unpack(docs / "data", tmp_path)
+    tested = {method for pair in measures.HYPOTHESES for method in pair}
+    for run in tmp_path.glob("*/main/*"):
+        if run.name.split(",")[0] not in tested:
+            shutil.rmtree(run)
+    main = {task: measures.load(tmp_path / task / "main") for task in measures.BUDGETS}
+    found = analyse.quoted(main, main)
+    recorded = load("record").read_folder()["study"].figures
+    assert len(found) == 2 * (2 + 1 + 3) and found == {name: recorded[name] for name in found}
+    report = (docs / "report/README.md").read_text()
+    assert f"**{measures.conclusion(measures.hypotheses_table(main))}**" in report
 
 
 def test_the_best_learning_rate_is_not_at_an_end_of_the_grid(load):
