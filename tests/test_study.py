@@ -84,7 +84,13 @@ def study(tmp_path):
         OmegaConf.save(config, place / "config.yaml")
         rows = []
         for step in range(1, max(evaluations) + 1):
-            row = {"step": step, "response_length/mean": 10.0, "actor/entropy": 1 / step, "actor/loss": 0.1}
+            row = {
+                "step": step,
+                "response_length/mean": 10.0,
+                "response_length/clip_ratio": 0.25,
+                "actor/entropy": 1 / step,
+                "actor/loss": 0.1,
+            }
             if "evicted" in more:
                 row["training/filter_groups/evicted_samples"] = more["evicted"]
             rows.append(row | mean_of(evaluations.get(step, {})))
@@ -458,6 +464,21 @@ def test_a_change_is_named_and_compared_with_the_method_as_it_is(load, study, re
     assert set(measures.constraint_table(groups).index) == set(table.index)
 
 
+def test_the_difference_to_dapo_is_told_without_its_penalty_on_long_responses(load, study, read, tmp_path):
+    analyse, on = load("analyse"), {"dapo.overlong_buffer.enable": True}
+    for seed in (1, 2):
+        study("main", "disco", seed, {60: ALL})
+        study("main", "dapo_static", seed, {60: START}, **on)
+        study("mechanisms", "dapo_static", seed, {60: ALL}, **on | {"dapo.overlong_buffer.enable": False})
+    main = read("main")
+    changed = load("measures").load(tmp_path / "place/arithmetic/mechanisms")
+    (said,) = analyse.of_penalty("arithmetic", main, changed)
+    assert "cuts off 25 % of disco's responses and 25 % of dapo_static's" in said and "2 seeds" in said
+    assert "the difference to dapo_static is +0.0 (" in said
+    assert set(load("measures").by_change(changed, main)) == {("dapo_static", "overlong_buffer.enable=False")}
+    assert analyse.of_penalty("arithmetic", main, []) == []
+
+
 def test_nothing_of_this_machine_is_collected_and_the_same_runs_give_the_same_files(load, study, read, tmp_path):
     study("main", "disco", 1, {60: ALL})
     (run,) = read("main")
@@ -571,7 +592,7 @@ def test_every_stage_passes_the_checks_of_a_start(load, tmp_path):
     row = {"prompt": [{"role": "user", "content": "1 2 3=6"}], "data_source": "size_3"}
     pd.DataFrame([row | {"reward_model": {"ground_truth": {"numbers": [1, 2, 3], "target": 6}}}]).to_parquet(judged)
     searched = [searched, f"data.val_files={judged}"]
-    for overrides in (*run.MECHANISMS, ("algorithm=ppo",), ("algorithm=dapo",)):
+    for overrides in (*run.MECHANISMS, *run.ADDED, ("algorithm=ppo",), ("algorithm=dapo",)):
         first = [o.partition(",")[0] for o in overrides]
         found = examine([*searched, "+experiment=study_countdown", "+rates=chosen", *first])
         assert [str(f) for f in found if f.problem and not f.warning] == []

@@ -44,14 +44,17 @@ from measures import (
     hypotheses_table,
     kinds_table,
     learning_table,
+    lengths_table,
     load,
     matrices,
+    matrix_of,
     of_common_seeds,
     of_questions,
     of_seeds,
     order_of_paper,
     outcomes,
     pair_table,
+    points,
     second_settings,
     stability_table,
     start_rates,
@@ -60,7 +63,7 @@ from measures import (
 )
 from picture import draw_methods, draw_panels
 from record import Figure, record
-from run import FEW_SEEDS, KNOBS, MECHANISMS, METHODS, PLANS, SEEDS, WIDE, is_standard
+from run import ADDED, FEW_SEEDS, KNOBS, MECHANISMS, METHODS, PLANS, SEEDS, WIDE, is_standard
 
 from verl_ext.report.__main__ import Tables
 from verl_ext.report.plots import CURVES, SMOOTHING, STYLE, curve_of, draw_curves, draw_weights
@@ -76,7 +79,10 @@ def planned(task: str) -> dict[str, int]:
     seconds = sum(len(values) - 1 for _, values in KNOBS.values())
     variants = sum(math.prod(o.count(",") + 1 for o in overrides) for overrides in MECHANISMS)
     counts = {"tune": len(METHODS) * 4 + seconds, "main": len(METHODS) * len(SEEDS), "wide": len(WIDE) * len(SEEDS)}
-    counts |= {"mechanisms": variants * FEW_SEEDS, "stability": len(METHODS) * (len(FACTORS) - 1)}
+    counts |= {
+        "mechanisms": variants * FEW_SEEDS + len(ADDED) * len(SEEDS),
+        "stability": len(METHODS) * (len(FACTORS) - 1),
+    }
     return {stage: counts[stage] for stage in PLANS[task].stages if stage in counts}
 
 
@@ -186,6 +192,8 @@ def write(data: Path, out: Path) -> tuple[str, dict[str, Figure]]:
             f"pass@1 on the judging questions after the budget of tokens, intervals of {100 * CONFIDENCE:.4g} % over "
             "seeds and questions, all four of which hold in at least 95 % of studies.",
         ]
+        for task, runs in tasks.items():
+            parts += of_penalty(task, runs, stages[task]["mechanisms"])
         if tasks:
             draw_headlines(tasks, out)
             parts += [
@@ -220,6 +228,22 @@ def of_responses(tasks: Mapping[str, list[Run]]) -> str:
         f"verl averages that of {', '.join(names)} over each response's tokens first, and that of the others over all "
         "tokens: the two kinds do not compare."
     )
+
+
+def of_penalty(task: str, runs: list[Run], changed: list[Run]) -> list[str]:
+    """Say what the tested difference to DAPO owes to DAPO's penalty on long responses, if runs without it are there."""
+    ours, theirs = HYPOTHESES[1]
+    without = [run for run in changed if run.algorithm == theirs]
+    found, cut = matrices(runs, BUDGETS[task], 1), lengths_table(runs)["cut off at the end, %"]
+    if not without or not {ours, theirs} <= set(found):
+        return []
+    *interval, seeds = compare(found[ours], matrix_of(without, BUDGETS[task], 1))
+    return [
+        f"DAPO alone takes reward off responses in the last fifth before the limit. At the end of runs on {task}, the "
+        f"limit cuts off {cut[ours]:.0f} % of {ours}'s responses and {cut[theirs]:.0f} % of {theirs}'s. Without that "
+        f"penalty (runs added after these tests, {seeds} seeds, 95 % interval) the difference to {theirs} is "
+        f"{points(*interval)} points."
+    ]
 
 
 def stages_of(place: Path, task: str) -> dict[str, list[Run]]:
@@ -271,6 +295,10 @@ def of_task(
     wide, tuned, changed = stages["wide"], stages["tune"], stages["mechanisms"]
     parts = [f"## {task}: learning", "At the end of the runs, equal in updates instead of tokens; else as the ranking."]
     parts += [tables.add(f"{task}-end", learning_table(runs, math.inf))]
+    parts += [
+        "Responses, in training (end: the last five steps):",
+        tables.add(f"{task}-lengths", lengths_table(runs), ".1f"),
+    ]
     rho, p, methods = order_of_paper(runs, budget)
     if not math.isnan(rho):
         parts += [

@@ -169,10 +169,12 @@ def at_budget(run: Run, budget: float, k: int) -> pd.Series:
 
 def matrices(runs: Iterable[Run], budget: float, k: int) -> dict[str, pd.DataFrame]:
     """Map each method to pass@k by seed (rows) and question (columns)."""
-    found: dict[str, dict[str, pd.Series]] = {}
-    for run in runs:
-        found.setdefault(run.method, {})[run.seed] = at_budget(run, budget, k)
-    return {method: pd.DataFrame(own).T.sort_index() for method, own in found.items()}
+    return {method: matrix_of(own, budget, k) for method, own in by_method(list(runs)).items()}
+
+
+def matrix_of(runs: Iterable[Run], budget: float, k: int) -> pd.DataFrame:
+    """Tabulate pass@k of runs of one kind by seed (rows) and question (columns)."""
+    return pd.DataFrame({run.seed: at_budget(run, budget, k) for run in runs}).T.sort_index()
 
 
 def compare(
@@ -473,6 +475,19 @@ def entropy_table(runs: list[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("method")
 
 
+def lengths_table(runs: list[Run]) -> pd.DataFrame:
+    """Tabulate the tokens of a response in the first step and in the last ones, and the share that is cut off."""
+    rows = {}
+    for method, own in by_method(runs).items():
+        length, cut = ([r.column(f"response_length/{name}") for r in own] for name in ("mean", "clip_ratio"))
+        rows[method] = {
+            "tokens, first step": float(np.mean([c.iloc[0] for c in length])),
+            "tokens, end": float(np.mean([c.iloc[-SMOOTHING:].mean() for c in length])),
+            "cut off at the end, %": 100 * float(np.mean([c.iloc[-SMOOTHING:].mean() for c in cut])),
+        }
+    return pd.DataFrame(rows).T.rename_axis("method")
+
+
 def constraint_table(groups: Mapping[object, list[Run]]) -> pd.DataFrame:
     """Tabulate how the constraint worked in groups of runs, on average over their steps."""
     # Column -> metric, factor, format.
@@ -502,8 +517,8 @@ def by_change(runs: list[Run], standard: list[Run]) -> dict[tuple[str, str], lis
     for run in runs:
         like = next((r for r in standard if r.algorithm == run.algorithm and r.seed == run.seed), None)
         if like is not None:
-            found = [n for n in differences([like.settings, run.settings]) if n.startswith("disco.")]
-            change = ", ".join(f"{n.removeprefix('disco.')}={run.settings[n]}" for n in found)
+            found = [n for n in differences([like.settings, run.settings]) if n.startswith(("disco.", "dapo."))]
+            change = ", ".join(f"{n.partition('.')[2]}={run.settings[n]}" for n in found)
             groups.setdefault((run.algorithm, change or "as it is"), []).append(run)
     return groups
 
@@ -512,7 +527,7 @@ def changes_table(groups: Mapping[tuple[str, str], list[Run]], standard: list[Ru
     """Tabulate variants against the method that they change, paired by seed."""
     base, rows = matrices(standard, budget, 1), {}
     for (algorithm, change), own in groups.items():
-        matrix = pd.DataFrame({r.seed: at_budget(r, budget, 1) for r in own}).T
+        matrix = matrix_of(own, budget, 1)
         mean, low, high, seeds = compare(matrix, base[algorithm])
         rows[algorithm, change] = {
             "pass@1, %": percent(*mean_and_interval(of_seeds(matrix).tolist())),

@@ -61,6 +61,8 @@ MECHANISMS: tuple[tuple[str, ...], ...] = (
     ("algorithm=disco", "disco.measure=lagged"),
     ("algorithm=disco", "disco.questions=grpo"),
 )
+ADDED: tuple[tuple[str, ...], ...] = (("algorithm=dapo_static", "dapo.overlong_buffer.enable=false"),)
+"""Thought of after the main runs (docs/study/protocol.md, "Deviations"); all seeds."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,8 @@ class Study:
 
     def mechanisms(self) -> None:
         """One change to a method at a time."""
+        for overrides in ADDED:
+            self.sweep("mechanisms", f"seed={joined(self.seeds)}", *overrides)
         for seed in self.seeds[:FEW_SEEDS]:
             for overrides in MECHANISMS:
                 self.sweep("mechanisms", f"seed={seed}", *overrides)
