@@ -141,7 +141,7 @@ def test_each_wrong_row_is_counted_under_what_is_wrong(drawn, accept):
         {"prompt": objects([p for p, _ in rows]), "reward_model": objects([t for _, t in rows]), "data_source": "x"}
     )
     told = {}
-    for text in wrong_rows(frame, "prompt", accept):
+    for text in wrong_rows(frame, ("prompt", "reward_model", "data_source"), accept):
         row, problem, count = re.fullmatch(r": row (\d+)(.+?)(?: \((\d+) such rows\))?", text, re.DOTALL).groups()
         told.setdefault(problem, (int(row), int(count or 1)))
     wrong = [i for i, (right, *_) in enumerate(drawn) if not right]
@@ -206,7 +206,15 @@ def test_any_parquet_file_is_fit_for_training_or_named(table, other, rows, grade
                     "prompt_key": "prompt",
                     "custom_cls": {"path": None},
                 },
-                "reward": {"custom_reward_function": {"path": grader}},
+                "reward": {
+                    "custom_reward_function": {"path": grader},
+                    "reward_manager": {"source": "register", "name": "naive"},
+                    "reward_model": {"enable": False},
+                },
+                "actor_rollout_ref": {
+                    "rollout": {"agent": {"agent_loop_config_path": None, "default_agent_loop": "single_turn_agent"}}
+                },
+                "trainer": {"val_only": False, "val_before_train": True, "test_freq": 1},
             }
         )
         run = Run(config, OmegaConf.create())

@@ -272,7 +272,7 @@ def as_trained_on(rows, accept=None):
     with tempfile.TemporaryDirectory() as folder:
         assets.save_rows(Path(folder), "train", rows)
         frame = pd.read_parquet(Path(folder, "train.parquet"))
-    assert list(wrong_rows(frame, "prompt", accept)) == []
+    assert list(wrong_rows(frame, ("prompt", "reward_model", "data_source"), accept)) == []
     return frame.to_dict("records")
 
 

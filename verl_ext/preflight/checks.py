@@ -21,7 +21,7 @@ from verl_ext.preflight.packages import check_packages
 from verl_ext.preflight.references import check_code, check_imports, check_paths
 from verl_ext.preflight.rows import check_columns, check_data_files, check_default_reward, check_rows
 from verl_ext.preflight.settings import check_cpu, check_dataclasses, check_validator, check_verls_own
-from verl_ext.preflight.sizes import check_first_evaluation, check_sizes, check_steps
+from verl_ext.preflight.sizes import check_first_evaluation, check_rows_of_a_step, check_sizes, check_steps
 from verl_ext.preflight.skipping import check_skipping
 from verl_ext.preflight.trainer import (
     check_adapters,
@@ -43,15 +43,15 @@ class Needs(Enum):
     """What a check needs, and so what it costs and who runs it."""
 
     OVERRIDES = auto()
-    """The settings as composed: milliseconds, at every start. A run of stock verl is warned, not refused."""
+    """The settings as composed: at every start, quick. A run of stock verl is warned, not refused."""
     CODE = auto()
-    """The code that settings name, without importing it: milliseconds, at every start."""
+    """The code that settings name, without importing it: at every start, quick."""
     FILES = auto()
-    """Data and models to exist: milliseconds, at every start, after ``verl_ext.prepare`` has built its files."""
+    """Data and models to exist: at every start, after ``verl_ext.prepare`` has built its files; of data the heads."""
     CONTENTS = auto()
     """To read data and import code: seconds, the doctor alone."""
     SETTINGS = auto()
-    """Right values: milliseconds, at every start."""
+    """Right values: at every start, quick."""
     CLUSTER = auto()
     """An answer of each node of a running cluster: seconds, at every start."""
     PLAN = auto()
@@ -71,7 +71,7 @@ _PLAN += [check_first_evaluation, check_packages]
 CHECKS: dict[Needs, list[Callable[[Run], Iterator[Finding]]]] = {
     Needs.OVERRIDES: [check_unread, check_values, check_lost_updates],
     Needs.CODE: [check_code],
-    Needs.FILES: [check_paths, check_data_files, check_columns, check_default_reward],
+    Needs.FILES: [check_paths, check_data_files, check_columns, check_default_reward, check_rows_of_a_step],
     Needs.CONTENTS: [check_imports, check_rows],
     Needs.SETTINGS: [*_TRAINER, check_recipes_worker, check_skipping, check_cpu, check_sizes, check_validator],
     Needs.CLUSTER: [check_nodes],
@@ -90,15 +90,13 @@ def refuse(run: Run, *needs: Needs) -> None:
             continue
         wrong = []
         for finding in filter(lambda f: f.problem, run_checks(CHECKS[need], run)):
-            # These checks read sources: if a check itself fails, that says nothing about the settings.
-            if finding.warning or (need is Needs.OVERRIDES and (run.is_stock or finding.error)):
+            # If a check itself fails, that need not be the settings' fault.
+            if finding.warning or finding.error or (need is Needs.OVERRIDES and run.is_stock):
                 print(f"verl-disco: warning: {finding}", flush=True)
             else:
                 wrong.append(finding)
-        if named := [f for f in wrong if not f.error]:
-            raise ValueError("; ".join(map(str, named)))
         if wrong:
-            raise wrong[0].error
+            raise ValueError("; ".join(map(str, wrong)))
 
 
 def examine(overrides: Sequence[str]) -> Iterator[Finding]:

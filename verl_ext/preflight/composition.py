@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -149,6 +149,12 @@ def walk(node: dict[str, Any], owner: type | None = None, prefix: str = "") -> I
         yield Setting(f"{prefix}{key}", value, owner, annotation, node)
         if isinstance(value, dict):
             below = next((t for t in (annotation, *get_args(annotation)) if is_dataclass(t)), None)
+            if below and get_origin(annotation) is dict:
+                # Its keys are names of the user's.
+                for name, entry in value.items():
+                    if isinstance(entry, dict):
+                        yield from walk(entry, below, f"{prefix}{key}.{name}.")
+                continue
             yield from walk(value, below, f"{prefix}{key}.")
 
 

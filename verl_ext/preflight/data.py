@@ -2,9 +2,11 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from glob import glob
 from numbers import Number
 from typing import Any
 
@@ -39,6 +41,19 @@ class Rows:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class Head:
+    """A file's columns, its number of rows, and a function that returns what its column ``data_source`` holds."""
+
+    columns: list[str]
+    rows: int
+    sources: Callable[[], list[Any]]
+
+
+LARGEST_JSON = 64 * 2**20
+"""Bytes of a JSON file that a start reads; larger ones are left to the doctor."""
+
+
 class Data:
     """The files of both splits; each is read once, when rows are first needed."""
 
@@ -51,6 +66,8 @@ class Data:
         for split in ("train", "val"):
             names = self.config[f"{split}_files"]
             names = [str(name) for name in (names if isinstance(names, ListConfig) else [names]) if name]
+            # verl hands patterns on to "datasets".
+            names = [file for name in names for file in _matching(name)]
             found += [DataFile(split, name, _fault(name)) for name in names] or [
                 DataFile(split, "", "no file is named")
             ]
@@ -63,30 +80,32 @@ class Data:
         return {name: _read(name, self.config.prompt_key) for name in names}
 
     @cached_property
-    def columns(self) -> dict[str, list[str]]:
-        """The columns of the files that can be read, by name; of Parquet the footer is read, and nothing else."""
-        import pyarrow.parquet as pq
-
+    def heads(self) -> dict[str, Head]:
+        """What a start looks at of the files that can be read, by name."""
         found = {}
-        for name, path in self._here():
+        for name in dict.fromkeys(f.name for f in self.files if not f.problem and not f.is_remote):
+            path = os.path.expanduser(name)
             with suppress(Exception):  # The doctor, which reads the rows, says why.
-                found[name] = list(pq.read_schema(path).names if _is_parquet(path) else _json_table(path).column_names)
+                if _is_parquet(path) or os.path.getsize(path) <= LARGEST_JSON:
+                    found[name] = _parquet_head(path) if _is_parquet(path) else _json_head(path)
         return found
 
-    def sources(self) -> list[str]:
-        """Return what the column ``data_source`` of the files holds, sorted."""
-        import pyarrow.parquet as pq
-
+    def sources(self, split: str) -> list[str]:
+        """Return what the column ``data_source`` of a split's files holds, sorted, as far as they can be read."""
         found: set[str] = set()
-        for _, path in self._here():
+        for head in (self.heads.get(f.name) for f in self.files if f.split == split):
             with suppress(Exception):
-                table = pq.read_table(path, columns=["data_source"]) if _is_parquet(path) else _json_table(path)
-                found |= set(map(str, table["data_source"].unique().to_pylist()))
+                found |= set(map(str, head.sources())) if head else set()
         return sorted(found)
 
-    def _here(self) -> list[tuple[str, str]]:
-        whole = dict.fromkeys(f.name for f in self.files if not f.problem and not f.is_remote)
-        return [(name, os.path.expanduser(name)) for name in whole]
+    def rows_of(self, split: str) -> int | None:
+        """Count the rows that verl takes of a split; None if a file is not known."""
+        heads = [self.heads.get(f.name) for f in self.files if f.split == split]
+        return None if None in heads else self._at_most(split, sum(head.rows for head in heads if head))
+
+    def _at_most(self, split: str, count: int) -> int:
+        most = self.config.get(f"{split}_max_samples", -1)
+        return min(count, most) if most > 0 else count
 
     def read(self, split: str) -> dict[str, Rows]:
         """Return the files of a split that could be read."""
@@ -95,9 +114,7 @@ class Data:
 
     def count(self, split: str) -> int:
         """Count the readable rows of a split, at most ``data.{split}_max_samples``."""
-        count = sum(len(rows.frame) for rows in self.read(split).values())
-        most = self.config.get(f"{split}_max_samples", -1)
-        return min(count, most) if most > 0 else count
+        return self._at_most(split, sum(len(rows.frame) for rows in self.read(split).values()))
 
     def prompts(self, count: int) -> list[Any]:
         """Return the valid prompts among the first ``count`` of a file."""
@@ -140,6 +157,11 @@ def is_empty(value: Any) -> bool:
     return all(is_empty(v) for v in (value.values() if isinstance(value, dict) else value))
 
 
+def _matching(name: str) -> list[str]:
+    there = "://" in name or os.path.exists(os.path.expanduser(name))
+    return [name] if there else sorted(glob(os.path.expanduser(name), recursive=True)) or [name]
+
+
 def _absent(name: str) -> str:
     return f"there is no {name}"
 
@@ -168,11 +190,24 @@ def _is_parquet(path: str) -> bool:
     return path.endswith(".parquet")
 
 
-def _json_table(path: str) -> Any:
+def _parquet_head(path: str) -> Head:
+    """Read the footer; of the rows, one column where it is asked for."""
+    import pyarrow.parquet as pq
+
+    meta = pq.read_metadata(path)
+    column = partial(pq.read_table, path, columns=["data_source"])
+    return Head(
+        meta.schema.to_arrow_schema().names, meta.num_rows, lambda: column()["data_source"].unique().to_pylist()
+    )
+
+
+def _json_head(path: str) -> Head:
     """Read lines of JSON fast. Raises on one array of records, which verl reads as well."""
     import pyarrow.json
 
-    return pyarrow.json.read_json(path)
+    table = pyarrow.json.read_json(path)
+    known = table["data_source"].unique().to_pylist() if "data_source" in table.column_names else []
+    return Head(table.column_names, table.num_rows, lambda: known)
 
 
 def _read(name: str, prompt_key: str) -> Rows:

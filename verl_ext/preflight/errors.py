@@ -14,7 +14,8 @@ def explain(e: Exception, overrides: Sequence[str]) -> Finding:
     from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
     text, fix = first_lines(e).split(" See https://hydra.cc")[0], "fix the override that it names"
-    added = [_name(o) for o in overrides if o.startswith("+") and "." not in _name(o)]
+    # What has two plus signs may be there.
+    added = [_name(o) for o in overrides if o.startswith("+") and not o.startswith("++") and "." not in _name(o)]
     if twice := next((name for name in added if added.count(name) > 1), ""):
         text = f"{twice} is added twice: {', '.join(o for o in overrides if _name(o) == twice)}"
         fix = "keep one of them"

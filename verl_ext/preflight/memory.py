@@ -303,11 +303,16 @@ def _logits(node: DictConfig, model: DictConfig, engine: DictConfig, tokens: flo
 
 
 def sequence_split(node: DictConfig) -> int:
-    """Number of GPUs that share a sequence: by Megatron's context parallelism, or by Ulysses."""
+    """Number of GPUs that share a sequence: by Megatron's context parallelism, or by FSDP's Ulysses."""
     if node.strategy == "megatron":
         return node.megatron.context_parallel_size
     engine = node.get("fsdp_config") or node.fsdp
     return max(node.get("ulysses_sequence_parallel_size", 1), engine.ulysses_sequence_parallel_size)
+
+
+def is_known(node: DictConfig) -> bool:
+    """Whether an actor or critic has an engine whose sizes are known here, FSDP or Megatron."""
+    return node.strategy == "megatron" or bool(node.get("fsdp_config") or node.get("fsdp"))
 
 
 def element_size(node: DictConfig) -> int:

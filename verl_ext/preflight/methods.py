@@ -31,7 +31,7 @@ def validate(config: DictConfig) -> None:
     if estimator in GROUP_ESTIMATORS and rollout.n < 2:
         right = f"algorithm.adv_estimator={estimator} compares the responses to a question; use n >= 2"
         refuse("actor_rollout_ref.rollout.n", rollout.n, right)
-    if estimator != "gae" and OmegaConf.select(config, "critic.enable"):
+    if not own and estimator != "gae" and OmegaConf.select(config, "critic.enable"):
         refuse("critic.enable", True, f"algorithm.adv_estimator={estimator} reads no values; use null")
     if actor.use_kl_loss and algorithm.use_kl_in_reward:
         right = "with actor_rollout_ref.actor.use_kl_loss the KL to the reference would count twice; use one of them"

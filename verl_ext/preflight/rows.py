@@ -2,22 +2,25 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.preflight.composition import Run
 from verl_ext.preflight.data import Rows, is_empty, wrong_prompt
 from verl_ext.preflight.findings import Finding, first_lines
 from verl_ext.preflight.references import PASSED
+from verl_ext.preflight.sizes import evaluates, trains
 
 OUR_GRADERS = {
     "pkg://verl_ext.tasks.math.reward": "ground_truths",
     "pkg://verl_ext.tasks.countdown.reward": "numbers_and_target",
 }
 """Rewards of ours, and the function of each that reads a ground truth and refuses a wrong one."""
+
+NO_ROWS = " has no rows"
 
 
 def _prepare(run: Run) -> str:
@@ -49,50 +52,88 @@ def check_data_files(run: Run) -> Iterator[Finding]:
 
 
 def check_columns(run: Run) -> Iterator[Finding]:
-    """Name the first column that a file lacks."""
+    """Name the first column that a file lacks, and a file without rows."""
     settings = run.config.data
     if settings.custom_cls.get("path"):
         return
     for file in dict.fromkeys(run.data.files):
-        columns = run.data.columns.get(file.name)
-        if columns is not None and (problem := missing_column(columns, settings.prompt_key)):
-            problem = f"data.{file.split}_files: {file.name}{problem}"
-            yield Finding(f"{file.split} data", "", problem, f"it has {', '.join(columns)}; {_prepare(run)}")
+        head = run.data.heads.get(file.name)
+        if head is None:
+            continue
+        problem = missing_column(head.columns, needed_columns(run.config, file.split))
+        fix = f"it has {', '.join(head.columns)}; {_prepare(run)}" if problem else _prepare(run)
+        if problem := problem or NO_ROWS * (not head.rows):
+            yield Finding(f"{file.split} data", "", f"data.{file.split}_files: {file.name}{problem}", fix)
 
 
-def missing_column(columns: Collection[str], prompt_key: str) -> str:
-    """Say which column is missing, as text that follows the file's name; "" if none is."""
-    missing = next((c for c in (prompt_key, "reward_model", "data_source") if c not in columns), "")
-    return f" has no column {missing}" + (" (data.prompt_key)" if missing == prompt_key else "") if missing else ""
+def needed_columns(config: DictConfig, split: str) -> list[str]:
+    """Return the columns that verl reads of a split: those of the reward only where its reward managers grade."""
+    graded = is_graded(config, split) and not _brings_reward(config)
+    return [config.data.prompt_key or "prompt", *(("reward_model", "data_source") if graded else ())]
+
+
+def is_graded(config: DictConfig, split: str) -> bool:
+    """Whether a run grades responses to a split's questions."""
+    return trains(config) if split == "train" else evaluates(config)
+
+
+def _brings_reward(config: DictConfig) -> bool:
+    """Whether rewards may come from elsewhere than verl's reward managers, which read columns of the data."""
+    from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER
+
+    reward, agent = config.reward, config.actor_rollout_ref.rollout.agent
+    manager = reward.reward_manager
+    # A reward model alone reads prompt and response.
+    alone = reward.reward_model.enable and not (reward.custom_reward_function or {}).get("path")
+    own_loop = agent.agent_loop_config_path or agent.default_agent_loop not in ("single_turn_agent", "tool_agent")
+    own_loop = own_loop or not str(agent.get("agent_loop_manager_class") or "verl_ext.").startswith("verl_ext.")
+    return bool(alone or own_loop or manager.source != "register" or manager.get("name") not in REWARD_MANAGER)
+
+
+def missing_column(columns: Collection[str], needed: Sequence[str]) -> str:
+    """Say which column is missing, as text that follows the file's name; "" if none is.
+
+    Args:
+        columns: the file's.
+        needed: that of the prompts first.
+    """
+    missing = next((c for c in needed if c not in columns), None)
+    if missing is None:
+        return ""
+    return f" has no column {missing}" + (" (data.prompt_key)" if missing == needed[0] else "")
 
 
 def check_default_reward(run: Run) -> Iterator[Finding]:
     """Name sets that verl has no reward function for, where the run gives none: all their rewards would fail."""
     from verl.utils.reward_score import get_default_compute_score
 
-    reward, agent = run.config.reward, run.config.actor_rollout_ref.rollout.agent
-    given = (reward.custom_reward_function or {}).get("path") or reward.reward_model.enable
-    # An agent loop of the user's may bring the reward.
-    own = agent.agent_loop_config_path or agent.default_agent_loop not in ("single_turn_agent", "tool_agent")
-    if given or own or reward.reward_manager.source != "register" or run.config.data.custom_cls.get("path"):
+    config = run.config
+    given = (config.reward.custom_reward_function or {}).get("path") or config.data.custom_cls.get("path")
+    if given or _brings_reward(config):
         return
-    grade = get_default_compute_score(reward.reward_manager.name)
+    grade = get_default_compute_score(config.reward.reward_manager.name)
     unknown: dict[str, list[str]] = {}
-    for source in run.data.sources():
+    missing: dict[str, list[str]] = {}
+    for source in dict.fromkeys(
+        s for split in ("train", "val") if is_graded(config, split) for s in run.data.sources(split)
+    ):
         try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                grade(source, "", "")
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                # No response: what is known fails on it before it does its work.
+                grade(source, None, None)
         except NotImplementedError:
             unknown.setdefault("verl has no reward function for data_source=", []).append(source)
         except ImportError as e:
+            # It may be on the nodes.
             why = f"verl's reward function does not load ({first_lines(e)}) for data_source="
-            unknown.setdefault(why, []).append(source)
+            missing.setdefault(why, []).append(source)
         except Exception:
-            continue  # An empty response is no text that it must take.
-    for why, sources in unknown.items():
+            continue
+    fix = f"set it to a file with compute_score({', '.join(PASSED)})"
+    for why, sources in (unknown | missing).items():
         shown = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
-        fix = f"set it to a file with compute_score({', '.join(PASSED)})"
-        yield Finding("reward", "", f"{why}{shown}, and reward.custom_reward_function.path is null", fix)
+        problem = f"{why}{shown}, and reward.custom_reward_function.path is null"
+        yield Finding("reward", "", problem, fix, warning=why in missing)
 
 
 def check_rows(run: Run) -> Iterator[Finding]:
@@ -117,29 +158,30 @@ def check_rows(run: Run) -> Iterator[Finding]:
                 problem = f"{file.name} is read by data.custom_cls, so its rows were not checked"
                 yield Finding(label, "", problem, warning=True)
                 continue
-            for problem in wrong_rows(rows.frame, settings.prompt_key, accept):
+            for problem in wrong_rows(rows.frame, needed_columns(run.config, file.split), accept):
                 yield Finding(label, "", f"{name}: {file.name}{problem}", _prepare(run))
     for split in ("train", "val"):
         yield from _unlike(split, data.read(split))
 
 
-def wrong_rows(frame: Any, prompt_key: str, accept: Callable[[Any], Any] | None = None) -> Iterator[str]:
+def wrong_rows(frame: Any, needed: Sequence[str], accept: Callable[[Any], Any] | None = None) -> Iterator[str]:
     """Say what is wrong with the rows of a file, each kind once, as text that follows the file's name.
 
     Args:
         frame: the rows, as a pandas.DataFrame.
-        prompt_key: the column of the prompts.
+        needed: the columns that are read: that of the prompts, and perhaps reward_model and data_source.
         accept: raises ValueError for a truth that the reward function refuses.
     """
-    if missing := missing_column(frame.columns, prompt_key):
+    if missing := missing_column(frame.columns, needed):
         yield missing
         return
     if not len(frame):
-        yield " has no rows"
+        yield NO_ROWS
     found: dict[str, list[int]] = {}
-    columns = (frame[name] for name in (prompt_key, "reward_model", "data_source"))
-    for i, (prompt, reward_model, source) in enumerate(zip(*columns, strict=True)):
-        wrong = (wrong_prompt(prompt, prompt_key), wrong_truth(reward_model, accept), wrong_source(source))
+    for i, (prompt, *graded) in enumerate(zip(*(frame[name] for name in needed), strict=True)):
+        wrong = [wrong_prompt(prompt, needed[0])]
+        if graded:
+            wrong += [wrong_truth(graded[0], accept), wrong_source(graded[1])]
         for problem in filter(None, wrong):
             found.setdefault(problem, []).append(i)
     for problem, rows in found.items():

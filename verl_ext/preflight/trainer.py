@@ -25,6 +25,12 @@ DATA_BACKEND = "rollout_data_backend"
 def check_trainer(run: Run) -> Iterator[Finding]:
     """Name a trainer that would ignore the extensions which the node ``verl_ext`` asks for."""
     config = run.config
+    if config.trainer.val_only and not config.trainer.val_before_train:
+        problem = (
+            "trainer.val_only=True with trainer.val_before_train=False trains: verl stops after the first evaluation"
+        )
+        fix = "set trainer.val_before_train=True to evaluate, or trainer.val_only=False"
+        yield Finding("trainer", "", problem, fix)
     wanted = next((f"verl_ext.{key}" for key in EXTENSIONS if OmegaConf.select(config, f"verl_ext.{key}")), None)
     if wanted is None:
         return

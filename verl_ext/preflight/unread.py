@@ -121,6 +121,8 @@ def check_ignored(run: Run) -> Iterator[Finding]:
 
 def is_read(name: str, plain: DictConfig, owner: type | None = None) -> bool:
     """Whether something reads this name, which ``plain`` lacks; ``owner`` is its node's dataclass."""
+    # An old place, whose contents verl moves.
+    name = re.sub(r"^reward_model\.reward_kwargs\b", "reward.reward_kwargs", name)
     parent, _, key = name.rpartition(".")
     parts = parent.split(".")
     if REWARD_KWARGS in name or any(p in HANDED_ON or p.startswith("override_") for p in parts):

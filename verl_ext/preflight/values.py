@@ -159,6 +159,8 @@ PORT = "a whole number from 0 to 65535", lambda x: _whole(0)(x) and x <= 65535
 MOMENTS = "two numbers of at least 0 and below 1", lambda x: _has_two(x) and all(_number(b) and 0 <= b < 1 for b in x)
 
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    # 0 is for verl's fully asynchronous trainer; check_sizes refuses it elsewhere.
+    r"data\.train_batch_size": COUNT_OR_ZERO,
     r"(actor_rollout_ref\.rollout|reward\.reward_model|distillation)\.(nnodes|n_gpus_per_node)": COUNT_OR_ZERO,
     r"""trainer\.(nnodes|n_gpus_per_node|total_epochs|total_training_steps)|(.*\.)?(train|gen|val)_batch_size
         |.*_mini_batch_size|.*micro_batch_size(_per_gpu)?|.*\.(max_)?(prompt|response)_length|.*_max_token_len_per_gpu

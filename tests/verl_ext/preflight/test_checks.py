@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 
 from verl_ext import preflight, recipes
-from verl_ext.preflight import checks, composition, machine, settings
+from verl_ext.preflight import checks, composition, machine, settings, sizes
 from verl_ext.preflight.checks import Needs, examine
 from verl_ext.preflight.memory import lora_parameters
 from verl_ext.preflight.model import find_shape
-from verl_ext.preflight.unread import check_ignored
+from verl_ext.preflight.unread import check_ignored, check_unread
 
 EXPERIMENTS = list(recipes.options("experiment"))
 SHIPPED = [e for e in EXPERIMENTS if e not in ("arithmetic_cpu", "countdown_cpu", "evaluate")]
@@ -179,6 +179,90 @@ def test_a_start_refuses_sizes_that_cannot_work(data):
     asked = composition.compose([*RUN, f"math.folder={data}", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192"])
     with pytest.raises(ValueError, match="ppo_max_token_len_per_gpu=8192 is too low for a sequence of 9216 tokens"):
         checks.refuse(asked, Needs.SETTINGS)
+
+
+ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # Engines whose sizes are not known here.
+        ["model_engine=veomni"],
+        ["model_engine=torchtitan"],
+        # No response is longer than what the server takes.
+        ["data.max_response_length=8192", f"{ROLLOUT}.max_model_len=8192", f"{ACTOR}.ppo_max_token_len_per_gpu=8192"],
+        # Nothing is trained.
+        ["trainer.val_only=true", f"{ACTOR}.ppo_max_token_len_per_gpu=100", "data.train_batch_size=4096"],
+        # Prefill and decode have sizes of their own.
+        [f"{ROLLOUT}.disaggregation.enabled=true", f"{ROLLOUT}.tensor_model_parallel_size=3"],
+        # The size of a sharing of weights is seen by no one.
+        [f"{ACTOR}.use_dynamic_bsz=false", f"{ROLLOUT}.log_prob_use_dynamic_bsz=false"]
+        + [f"{ACTOR}.ppo_micro_batch_size_per_gpu=1", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=1"]
+        + [f"{ACTOR}.ppo_max_token_len_per_gpu=100"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_start_refuses_no_sizes_that_work(data, overrides):
+    backend = [] if overrides[0].startswith("model_engine") else ["+backend=fsdp2"]
+    files = [f"data.train_files={data}/train.parquet", f"data.val_files={data}/gsm8k.parquet"]
+    asked = ["algorithm=grpo", *backend, "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct", *files]
+    asked += [f"{ROLLOUT}.name=vllm", f"{ROLLOUT}.n=8", "trainer.n_gpus_per_node=8", "data.max_prompt_length=1024"]
+    asked += ["data.train_batch_size=128", f"{ACTOR}.ppo_mini_batch_size=64"]
+    found = composition.compose([*asked, *overrides])
+    assert [f.problem for f in sizes.check_sizes(found) if f.problem and not f.warning] == []
+    assert [f.problem for f in sizes.check_rows_of_a_step(found)] == []
+
+
+@pytest.mark.parametrize(
+    "override, problem",
+    [
+        (f"{ROLLOUT}.log_prob_max_token_len_per_gpu=512", f"{ROLLOUT}.log_prob_max_token_len_per_gpu=512 is too low"),
+        ("critic.ppo_infer_max_token_len_per_gpu=512", "critic.ppo_infer_max_token_len_per_gpu=512 is too low"),
+        ("trainer.val_only=true", "trainer.val_only=True with trainer.val_before_train=False trains"),
+        ("data.train_batch_size=0", "data.train_batch_size=0 trains on nothing"),
+        ("data.train_batch_size=512", "256 training rows are fewer than data.train_batch_size=512"),
+    ],
+)
+def test_a_start_refuses_what_ends_or_fools_it_later(data, override, problem):
+    files = [f"data.train_files={data}/train.parquet", f"data.val_files={data}/gsm8k.parquet"]
+    asked = composition.compose(
+        ["algorithm=ppo", "+backend=fsdp2", "model=Qwen/Qwen2.5-7B-Instruct", "trainer.val_before_train=false", *files]
+        + ["data.train_batch_size=128", f"{ACTOR}.ppo_mini_batch_size=64", override]
+    )
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        checks.refuse(asked, Needs.SETTINGS, Needs.FILES)
+
+
+def test_a_users_estimator_may_read_values(data):
+    files = [f"data.train_files={data}/train.parquet", f"data.val_files={data}/gsm8k.parquet"]
+    asked = ["algorithm=grpo", "+backend=fsdp2", "model=Qwen/Qwen2.5-7B-Instruct", "critic.enable=true", *files]
+    asked += ["actor_rollout_ref.model.external_lib=json", "algorithm.adv_estimator=mine"]
+    checks.refuse(composition.compose([*asked, "data.train_batch_size=128"]), Needs.SETTINGS)
+
+
+def test_a_check_that_fails_itself_does_not_end_a_start(monkeypatch, capsys):
+    def check_broken(run):
+        raise KeyError("ours")
+        yield
+
+    monkeypatch.setitem(checks.CHECKS, Needs.SETTINGS, [check_broken])
+    checks.refuse(composition.compose(["algorithm=disco", "+experiment=arithmetic_cpu"]), Needs.SETTINGS)
+    assert "checking broken failed: KeyError: 'ours'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        # Where verl moves it.
+        "+reward_model.reward_kwargs.max_resp_len=1024",
+        # A name of the user's.
+        "+distillation.teacher_models.gsm8k.key=openai/gsm8k",
+    ],
+)
+def test_a_setting_that_verl_reads_under_another_name_is_known(override):
+    asked = composition.compose(["algorithm=grpo", "+experiment=arithmetic_cpu", override])
+    assert [f.problem for f in check_unread(asked) if not f.warning] == []
 
 
 def test_rollouts_on_gpus_of_their_own_are_divided_there(data):
@@ -496,6 +580,7 @@ def test_an_error_of_a_check_names_the_overrides(data, monkeypatch):
         (["data.cache_dir=/tmp"], "data.cache_dir can be set, but has no value to override", "write +data.cache_dir"),
         (["+experiment=qwen3_4b", "+experiment=arithmetic_cpu"], "experiment is added twice: ", "keep one of them"),
         (["+experiment=qwen3_4b", "+experiment=qwen3_4b"], "experiment is added twice: ", "keep one of them"),
+        (["++foo=1", "++foo=2", "data.bogus=3"], "there is no setting data.bogus", "leave it out"),
         (["trainer.nnodes", "=", "2"], "the override 'trainer.nnodes' cannot be read", "write name=value, without"),
         (["data.apply_chat_template_kwargs={a:1}"], "adds keys to data.apply_chat_template_kwargs", "write ++data"),
         (["~data.seeed"], "'data.seeed' does not exist", "nearest: ~data.seed"),

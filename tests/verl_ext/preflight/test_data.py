@@ -13,6 +13,7 @@ from verl_ext.preflight import data as reading
 from verl_ext.preflight.composition import Run
 from verl_ext.preflight.data import is_empty
 from verl_ext.preflight.rows import check_columns, check_data_files, check_default_reward, check_rows, wrong_rows
+from verl_ext.preflight.sizes import check_rows_of_a_step
 from verl_ext.tasks.math.reward import ground_truths
 
 
@@ -28,6 +29,9 @@ def frame(**columns) -> pd.DataFrame:
     ]
     found[2] |= columns
     return pd.DataFrame(found)
+
+
+NEEDED = ("prompt", "reward_model", "data_source")
 
 
 def truth(value) -> dict:
@@ -59,7 +63,7 @@ def truth(value) -> dict:
     ],
 )
 def test_a_wrong_row_is_named(columns, problem):
-    (found,) = wrong_rows(frame(**columns), "prompt")
+    (found,) = wrong_rows(frame(**columns), NEEDED)
     assert found.startswith(": row 2") and problem in found
 
 
@@ -72,20 +76,20 @@ def test_a_wrong_row_is_named(columns, problem):
     ],
 )
 def test_a_good_row_is_no_finding(columns):
-    assert list(wrong_rows(frame(**columns), "prompt")) == []
+    assert list(wrong_rows(frame(**columns), NEEDED)) == []
 
 
 def test_each_kind_is_named_once_with_its_count():
     wrong = frame()
     wrong["prompt"] = "text"
-    assert list(wrong_rows(wrong, "prompt")) == [": row 0: prompt is not a list of messages (4 such rows)"]
+    assert list(wrong_rows(wrong, NEEDED)) == [": row 0: prompt is not a list of messages (4 such rows)"]
 
 
 def test_a_truth_that_the_grader_refuses_is_wrong_where_it_grades():
     wrong = frame(**truth({"answer": "3"}))
-    (found,) = wrong_rows(wrong, "prompt", ground_truths)
+    (found,) = wrong_rows(wrong, NEEDED, ground_truths)
     assert found.startswith(": row 2: the reward function refuses reward_model.ground_truth: ")
-    assert list(wrong_rows(wrong, "prompt")) == []
+    assert list(wrong_rows(wrong, NEEDED)) == []
 
 
 @pytest.mark.parametrize("value, empty", [({}, True), ([[]], True), ("0", False), (0, False), ([0], False)])
@@ -108,8 +112,17 @@ def test_a_record_beside_another_value_cannot_be_joined(tmp_path, first):
 def run(train, val) -> Run:
     config = {
         "data": {"train_files": train, "val_files": val, "prompt_key": "prompt", "custom_cls": {"path": None}},
-        "reward": {"custom_reward_function": {"path": None}},
+        "reward": {
+            "custom_reward_function": {"path": None},
+            "reward_manager": {"source": "register", "name": "naive"},
+            "reward_model": {"enable": False},
+        },
+        "actor_rollout_ref": {
+            "rollout": {"agent": {"agent_loop_config_path": None, "default_agent_loop": "single_turn_agent"}}
+        },
+        "trainer": {"val_only": False, "val_before_train": True, "test_freq": -1},
     }
+    config["data"] |= {"train_batch_size": 4, "train_max_samples": -1}
     found = Run(OmegaConf.create(config), OmegaConf.create())
     # Resolved as it is.
     found.config = found.composed
@@ -214,17 +227,17 @@ def test_a_start_names_a_missing_column_from_the_files_footer(tmp_path, monkeypa
         ("mine", {"reward.custom_reward_function.path": "reward.py"}, ""),
         ("mine", {"reward.reward_model.enable": True}, ""),
         ("mine", {"reward.reward_manager.source": "importlib"}, ""),
+        ("mine", {"reward.reward_manager.name": "mine"}, ""),
         ("mine", {"actor_rollout_ref.rollout.agent.default_agent_loop": "my_agent"}, ""),
+        ("mine", {"actor_rollout_ref.rollout.agent.agent_loop_manager_class": "mine.Manager"}, ""),
+        # Nothing is graded.
+        ("mine", {"trainer.val_only": True, "data.val_files": []}, ""),
     ],
 )
 def test_a_set_that_nothing_rewards_is_refused(tmp_path, source, given, problem):
     file = str(tmp_path / "train.parquet")
     frame().assign(data_source=source).to_parquet(file)
     asked = run(file, file)
-    agent = {"agent_loop_config_path": None, "default_agent_loop": "single_turn_agent"}
-    manager, model = {"source": "register", "name": "naive"}, {"enable": False}
-    asked.config.actor_rollout_ref = {"rollout": {"agent": agent}}
-    asked.config.reward.merge_with({"reward_manager": manager, "reward_model": model})
     for name, value in given.items():
         OmegaConf.update(asked.config, name, value)
     assert [f.problem for f in check_default_reward(asked)] == ([problem] if problem else [])
@@ -234,7 +247,7 @@ def test_a_file_that_cannot_be_read_does_not_end_a_start(tmp_path):
     file = tmp_path / "train.parquet"
     file.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
     asked = run(str(file), str(file))
-    assert list(check_columns(asked)) == [] and asked.data.sources() == []
+    assert list(check_columns(asked)) == [] and asked.data.sources("train") == []
     assert any("cannot be read" in f.problem for f in check_rows(asked))
 
 
@@ -246,7 +259,7 @@ def test_columns_and_sources_are_seen_at_a_start(tmp_path, ending):
         return run(file, file)
 
     rows = frame()
-    assert list(check_columns(asked := written(rows))) == [] and asked.data.sources() == sorted(
+    assert list(check_columns(asked := written(rows))) == [] and asked.data.sources("train") == sorted(
         set(rows["data_source"])
     )
     found = [f.problem for f in check_columns(written(rows.drop(columns="data_source")))]
@@ -259,5 +272,91 @@ def test_one_array_of_records_is_left_to_the_doctor(tmp_path):
     file = tmp_path / "train.json"
     frame().to_json(file, orient="records", indent=2)
     asked = run(str(file), str(file))
-    assert list(check_columns(asked)) == [] and asked.data.sources() == []
+    assert list(check_columns(asked)) == [] and asked.data.sources("train") == []
     assert not [f.problem for f in check_rows(asked) if f.problem]
+
+
+@pytest.mark.parametrize(
+    "given, needed",
+    [
+        ({}, True),
+        ({"reward.custom_reward_function.path": "reward.py"}, True),
+        ({"reward.reward_model.enable": True}, False),
+        ({"reward.reward_model.enable": True, "reward.custom_reward_function.path": "reward.py"}, True),
+        ({"reward.reward_manager.source": "importlib"}, False),
+        ({"actor_rollout_ref.rollout.agent.agent_loop_config_path": "agents.yaml"}, False),
+        ({"trainer.val_only": True}, False),
+    ],
+)
+def test_columns_of_the_reward_are_needed_where_verls_managers_grade(tmp_path, given, needed):
+    file = str(tmp_path / "train.parquet")
+    frame()[["prompt"]].to_parquet(file)
+    asked = run(file, [])
+    for name, value in given.items():
+        OmegaConf.update(asked.config, name, value)
+    found = [f.problem for f in check_columns(asked)]
+    assert found == [f"data.train_files: {file} has no column reward_model"] * needed
+    assert any(p.endswith("has no column reward_model") for p in (f.problem for f in check_rows(asked))) == needed
+
+
+def test_a_pattern_names_the_files_that_it_matches(tmp_path):
+    for name in ("a", "b"):
+        frame().to_parquet(tmp_path / f"{name}.parquet")
+    asked = run(f"{tmp_path}/*.parquet", f"{tmp_path}/c*.parquet")
+    assert asked.data.rows_of("train") == 8
+    assert [f.problem for f in check_data_files(asked)] == [f"data.val_files: there is no {tmp_path}/c*.parquet"]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        ({}, ""),
+        ({"data.train_batch_size": 5}, "4 training rows are fewer than data.train_batch_size=5"),
+        ({"data.train_max_samples": 3}, "3 training rows are fewer than data.train_batch_size=4"),
+        ({"data.train_batch_size": 5, "trainer.val_only": True}, ""),
+        ({"data.train_batch_size": 5, "data.custom_cls.path": "mine.py"}, ""),
+    ],
+)
+def test_rows_for_less_than_a_step_are_refused_at_a_start(tmp_path, ending, given, problem):
+    file = str(tmp_path / f"train.{ending}")
+    frame().to_parquet(file) if ending == "parquet" else frame().to_json(file, orient="records", lines=True)
+    asked = run(file, file)
+    for name, value in given.items():
+        OmegaConf.update(asked.config, name, value)
+    assert [f.problem for f in check_rows_of_a_step(asked)] == [problem] * bool(problem)
+
+
+def test_a_start_names_a_file_without_rows(tmp_path):
+    file, some = str(tmp_path / "train.parquet"), str(tmp_path / "some.parquet")
+    frame().to_parquet(some)
+    frame().head(0).to_parquet(file)
+    found = [f.problem for f in check_columns(run([some, file], some))]
+    assert found == [f"data.train_files: {file} has no rows"]
+
+
+@pytest.mark.parametrize("source", ["openai/gsm8k", "numina_aops_forum", "codecontests"])
+def test_what_verl_rewards_is_told_without_grading(tmp_path, capfd, source):
+    """Graders of code would run something."""
+    file = str(tmp_path / "train.parquet")
+    frame().assign(data_source=source).to_parquet(file)
+    begin = time.process_time()
+    assert list(check_default_reward(run(file, file))) == [] and time.process_time() - begin < 1
+    assert capfd.readouterr().out == ""
+
+
+def test_a_reward_whose_package_is_missing_here_is_a_warning(tmp_path):
+    """It may be on the nodes."""
+    file = str(tmp_path / "train.parquet")
+    frame().assign(data_source="hiyouga/geometry3k").to_parquet(file)
+    (found,) = check_default_reward(run(file, file))
+    assert found.warning and "mathruler" in found.problem
+
+
+def test_a_large_json_file_is_left_to_the_doctor(tmp_path, monkeypatch):
+    file = str(tmp_path / "train.jsonl")
+    frame().drop(columns="data_source").to_json(file, orient="records", lines=True)
+    monkeypatch.setattr(reading, "LARGEST_JSON", 10)
+    asked = run(file, file)
+    assert list(check_columns(asked)) == [] and asked.data.rows_of("train") is None
+    assert any("has no column data_source" in f.problem for f in check_rows(asked))
