@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from dataclasses import fields, replace
 
 import installed
@@ -86,7 +87,7 @@ def test_a_renamed_setting_is_reported_with_the_new_name(contract, uses, monkeyp
     monkeypatch.setattr(installed, "settings", lambda: known)
     text = told(contract, uses, "trainer.test_freq")
     assert "is no setting (nearest: trainer.eval_test_freq" in text
-    assert "used in: verl_ext/runs/folder.py:" in text
+    assert re.search(r"used in: .*verl_ext/runs/folder.py:", text)
 
 
 def test_a_column_and_a_file_that_verl_no_longer_names_are_reported(contract, uses, monkeypatch):
