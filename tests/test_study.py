@@ -519,13 +519,16 @@ def test_the_published_data_give_the_published_verdict(load, tmp_path):
     docs = BENCHMARKS.parent / "docs/study"
     measures.unpack(docs / "data", tmp_path)
     tested = {method for pair in measures.HYPOTHESES for method in pair}
-    for run in tmp_path.glob("*/main/*"):
+    for run in (*tmp_path.glob("*/main/*"), *tmp_path.glob("*/mechanisms/*")):
         if run.name.split(",")[0] not in tested:
             shutil.rmtree(run)
     main = {task: measures.load(tmp_path / task / "main") for task in measures.BUDGETS}
     found = analyse.quoted(main, main)
     recorded = load("record").read_folder()["study"].figures
     assert len(found) == 2 * (2 + 1 + 3) and found == {name: recorded[name] for name in found}
+    changed = [r for r in measures.load(tmp_path / "countdown/mechanisms") if r.algorithm == "dapo_static"]
+    name = "countdown, disco - dapo_static without its penalty"
+    assert analyse.figure("points", *analyse.unpenalised("countdown", main["countdown"], changed)[:3]) == recorded[name]
     report = (docs / "report/README.md").read_text()
     assert f"**{measures.conclusion(measures.hypotheses_table(main))}**" in report
 

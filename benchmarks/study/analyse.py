@@ -143,20 +143,19 @@ def draw_headlines(tasks: Mapping[str, list[Run]], out: Path) -> None:
     draw_panels(entropies, SHOWN, ("step", "entropy / first step's"), out / "entropy.svg")
 
 
+def figure(unit: str, mean: float, low: float, high: float) -> Figure:
+    """Make a figure of percents, to a tenth as in the report."""
+    bounds = (None, None) if math.isnan(low) else (round(100 * low, 1), round(100 * high, 1))
+    return Figure(round(100 * mean, 1), unit, *bounds, better="neither")
+
+
 def quoted(main: Mapping[str, list[Run]], tasks: Mapping[str, list[Run]]) -> dict[str, Figure]:
     """Make the figures that other documents quote, in percent: the tested differences, and pass@1 of each method.
-
-    To a tenth, as in the report.
 
     Args:
         main: runs of each task.
         tasks: those of the seeds that all methods have.
     """
-
-    def figure(unit: str, mean: float, low: float, high: float) -> Figure:
-        bounds = (None, None) if math.isnan(low) else (round(100 * low, 1), round(100 * high, 1))
-        return Figure(round(100 * mean, 1), unit, *bounds, better="neither")
-
     found = {}
     for task, runs in tasks.items():
         tested, passed = matrices(main[task], BUDGETS[task], 1), matrices(runs, BUDGETS[task], 1)
@@ -216,7 +215,11 @@ def write(data: Path, out: Path) -> tuple[str, dict[str, Figure]]:
         ]
         for task, runs in tasks.items():
             parts += of_task(task, runs, stages[task], data, tables, out)
-        return "\n\n".join(parts) + "\n", quoted(main, tasks)
+        figures = quoted(main, tasks)
+        for task, runs in tasks.items():
+            if found := unpenalised(task, runs, stages[task]["mechanisms"]):
+                figures[f"{task}, {' - '.join(HYPOTHESES[1])} without its penalty"] = figure("points", *found[:3])
+        return "\n\n".join(parts) + "\n", figures
 
 
 def of_responses(tasks: Mapping[str, list[Run]]) -> str:
@@ -230,14 +233,21 @@ def of_responses(tasks: Mapping[str, list[Run]]) -> str:
     )
 
 
+def unpenalised(task: str, runs: list[Run], changed: list[Run]) -> tuple[float, float, float, int] | None:
+    """Compare with DAPO without its penalty on long responses; None if runs without it are not there."""
+    ours, theirs = HYPOTHESES[1]
+    own, without = [r for r in runs if r.method == ours], [r for r in changed if r.algorithm == theirs]
+    budget = BUDGETS[task]
+    return compare(matrix_of(own, budget, 1), matrix_of(without, budget, 1)) if own and without else None
+
+
 def of_penalty(task: str, runs: list[Run], changed: list[Run]) -> list[str]:
     """Say what the tested difference to DAPO owes to DAPO's penalty on long responses, if runs without it are there."""
     ours, theirs = HYPOTHESES[1]
-    without = [run for run in changed if run.algorithm == theirs]
-    found, cut = matrices(runs, BUDGETS[task], 1), lengths_table(runs)["cut off at the end, %"]
-    if not without or not {ours, theirs} <= set(found):
+    cut, found = lengths_table(runs)["cut off at the end, %"], unpenalised(task, runs, changed)
+    if found is None or theirs not in cut:
         return []
-    *interval, seeds = compare(found[ours], matrix_of(without, BUDGETS[task], 1))
+    *interval, seeds = found
     return [
         f"DAPO alone takes reward off responses in the last fifth before the limit. At the end of runs on {task}, the "
         f"limit cuts off {cut[ours]:.0f} % of {ours}'s responses and {cut[theirs]:.0f} % of {theirs}'s. Without that "
