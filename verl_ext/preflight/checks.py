@@ -90,7 +90,10 @@ def refuse(run: Run, *needs: Needs) -> None:
             continue
         wrong = []
         for finding in filter(lambda f: f.problem, run_checks(CHECKS[need], run)):
-            # If a check itself fails, that need not be the settings' fault.
+            if finding.error and finding.name == "validator":
+                # The method's own code, without which nobody knows whether it may start.
+                raise finding.error
+            # If another check itself fails, that need not be the settings' fault.
             if finding.warning or finding.error or (need is Needs.OVERRIDES and run.is_stock):
                 print(f"verl-disco: warning: {finding}", flush=True)
             else:

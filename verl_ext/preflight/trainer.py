@@ -25,7 +25,7 @@ DATA_BACKEND = "rollout_data_backend"
 def check_trainer(run: Run) -> Iterator[Finding]:
     """Name a trainer that would ignore the extensions which the node ``verl_ext`` asks for."""
     config = run.config
-    if config.trainer.val_only and not config.trainer.val_before_train:
+    if config.trainer.get("val_only") and not config.trainer.get("val_before_train", True):
         problem = (
             "trainer.val_only=True with trainer.val_before_train=False trains: verl stops after the first evaluation"
         )

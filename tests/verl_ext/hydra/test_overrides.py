@@ -308,7 +308,7 @@ COUNT = "use a whole number of at least 1"
     [
         *((f"trainer.n_gpus_per_node={value}", COUNT) for value in ("-8", "0", "eight", "1.5", "true", "[8]", "'8'")),
         *((f"trainer.nnodes={value}", COUNT) for value in ("0", "-1", "''", ".nan", ".inf")),
-        *((f"data.{name}=0", COUNT) for name in ("train_batch_size", "max_prompt_length", "max_response_length")),
+        *((f"data.{name}=0", COUNT) for name in ("val_batch_size", "max_prompt_length", "max_response_length")),
         *((f"{ROLLOUT}.{n}=-1", COUNT) for n in ("n", "val_kwargs.n", "max_num_seqs", "max_num_batched_tokens")),
         *((f"{ROLLOUT}.{n}=0", COUNT) for n in ("tensor_model_parallel_size", "agent.num_workers", "max_model_len")),
         *((f"{ACTOR}.{n}=0", COUNT) for n in ("ppo_mini_batch_size", "ppo_epochs", "ppo_max_token_len_per_gpu")),
