@@ -472,11 +472,11 @@ def test_the_difference_to_dapo_is_told_without_its_penalty_on_long_responses(lo
         study("mechanisms", "dapo_static", seed, {60: ALL}, **on | {"dapo.overlong_buffer.enable": False})
     main = read("main")
     changed = load("measures").load(tmp_path / "place/arithmetic/mechanisms")
-    (said,) = analyse.of_penalty("arithmetic", main, changed)
+    (said,) = analyse.of_penalty("arithmetic", main, analyse.unpenalised("arithmetic", main, changed))
     assert "cuts off 25 % of disco's responses and 25 % of dapo_static's" in said and "2 seeds" in said
     assert "the difference to dapo_static is +0.0 (" in said
     assert set(load("measures").by_change(changed, main)) == {("dapo_static", "overlong_buffer.enable=False")}
-    assert analyse.of_penalty("arithmetic", main, []) == []
+    assert analyse.of_penalty("arithmetic", main, analyse.unpenalised("arithmetic", main, [])) == []
 
 
 def test_nothing_of_this_machine_is_collected_and_the_same_runs_give_the_same_files(load, study, read, tmp_path):

@@ -191,8 +191,9 @@ def write(data: Path, out: Path) -> tuple[str, dict[str, Figure]]:
             f"pass@1 on the judging questions after the budget of tokens, intervals of {100 * CONFIDENCE:.4g} % over "
             "seeds and questions, all four of which hold in at least 95 % of studies.",
         ]
+        apart = {task: unpenalised(task, runs, stages[task]["mechanisms"]) for task, runs in tasks.items()}
         for task, runs in tasks.items():
-            parts += of_penalty(task, runs, stages[task]["mechanisms"])
+            parts += of_penalty(task, runs, apart[task])
         if tasks:
             draw_headlines(tasks, out)
             parts += [
@@ -216,8 +217,8 @@ def write(data: Path, out: Path) -> tuple[str, dict[str, Figure]]:
         for task, runs in tasks.items():
             parts += of_task(task, runs, stages[task], data, tables, out)
         figures = quoted(main, tasks)
-        for task, runs in tasks.items():
-            if found := unpenalised(task, runs, stages[task]["mechanisms"]):
+        for task, found in apart.items():
+            if found:
                 figures[f"{task}, {' - '.join(HYPOTHESES[1])} without its penalty"] = figure("points", *found[:3])
         return "\n\n".join(parts) + "\n", figures
 
@@ -241,10 +242,14 @@ def unpenalised(task: str, runs: list[Run], changed: list[Run]) -> tuple[float, 
     return compare(matrix_of(own, budget, 1), matrix_of(without, budget, 1)) if own and without else None
 
 
-def of_penalty(task: str, runs: list[Run], changed: list[Run]) -> list[str]:
-    """Say what the tested difference to DAPO owes to DAPO's penalty on long responses, if runs without it are there."""
+def of_penalty(task: str, runs: list[Run], found: tuple[float, float, float, int] | None) -> list[str]:
+    """Say what the tested difference to DAPO owes to DAPO's penalty on long responses.
+
+    Args:
+        found: the difference without the penalty, by :func:`unpenalised`.
+    """
     ours, theirs = HYPOTHESES[1]
-    cut, found = lengths_table(runs)["cut off at the end, %"], unpenalised(task, runs, changed)
+    cut = lengths_table(runs)["cut off at the end, %"]
     if found is None or theirs not in cut:
         return []
     *interval, seeds = found

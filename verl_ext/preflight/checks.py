@@ -33,6 +33,7 @@ from verl_ext.preflight.trainer import (
     check_recipes_worker,
     check_task,
     check_trainer,
+    check_val_only,
     will_build,
 )
 from verl_ext.preflight.unread import check_unread
@@ -65,7 +66,7 @@ def check_nodes(run: Run) -> Iterator[Finding]:
 
 
 _TRAINER = [check_trainer, check_own_settings, check_task, check_asynchrony, check_next_verl, check_adapters]
-_TRAINER += [check_critic]
+_TRAINER += [check_critic, check_val_only]
 _PLAN = [check_dataclasses, check_verls_own, check_steps, check_model, check_tokenizer]
 _PLAN += [check_first_evaluation, check_packages]
 CHECKS: dict[Needs, list[Callable[[Run], Iterator[Finding]]]] = {

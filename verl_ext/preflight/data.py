@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from glob import glob
 from numbers import Number
 from typing import Any
@@ -190,15 +190,17 @@ def _is_parquet(path: str) -> bool:
     return path.endswith(".parquet")
 
 
+def _values(table: Any) -> list[Any]:
+    return table["data_source"].unique().to_pylist()
+
+
 def _parquet_head(path: str) -> Head:
     """Read the footer; of the rows, one column where it is asked for."""
     import pyarrow.parquet as pq
 
     meta = pq.read_metadata(path)
-    column = partial(pq.read_table, path, columns=["data_source"])
-    return Head(
-        meta.schema.to_arrow_schema().names, meta.num_rows, lambda: column()["data_source"].unique().to_pylist()
-    )
+    names = meta.schema.to_arrow_schema().names
+    return Head(names, meta.num_rows, lambda: _values(pq.read_table(path, columns=["data_source"])))
 
 
 def _json_head(path: str) -> Head:
@@ -206,7 +208,7 @@ def _json_head(path: str) -> Head:
     import pyarrow.json
 
     table = pyarrow.json.read_json(path)
-    known = table["data_source"].unique().to_pylist() if "data_source" in table.column_names else []
+    known = _values(table) if "data_source" in table.column_names else []
     return Head(table.column_names, table.num_rows, lambda: known)
 
 

@@ -222,7 +222,7 @@ def trained(
 def _by_fsdp(
     node: DictConfig, model: DictConfig, shape: Shape, world: int, tokens: float, parameters: int, head: int
 ) -> Model:
-    engine = node.get("fsdp_config") or node.fsdp
+    engine = fsdp_settings(node)
     shards = min(engine.fsdp_size, world) if engine.fsdp_size > 0 else world
     layer = shape.attention + shape.dense + shape.experts
     each, computed = element_size(node), _compute_size(engine)
@@ -306,20 +306,24 @@ def sequence_split(node: DictConfig) -> int:
     """Number of GPUs that share a sequence: by Megatron's context parallelism, or by FSDP's Ulysses."""
     if node.strategy == "megatron":
         return node.megatron.context_parallel_size
-    engine = node.get("fsdp_config") or node.fsdp
-    return max(node.get("ulysses_sequence_parallel_size", 1), engine.ulysses_sequence_parallel_size)
+    return max(node.get("ulysses_sequence_parallel_size", 1), fsdp_settings(node).ulysses_sequence_parallel_size)
 
 
 def is_known(node: DictConfig) -> bool:
     """Whether an actor or critic has an engine whose sizes are known here, FSDP or Megatron."""
-    return node.strategy == "megatron" or bool(node.get("fsdp_config") or node.get("fsdp"))
+    return node.strategy == "megatron" or bool(fsdp_settings(node))
+
+
+def fsdp_settings(node: DictConfig) -> DictConfig | None:
+    """FSDP's settings of an actor or a reference (``fsdp_config``) or a critic (``fsdp``)."""
+    return node.get("fsdp_config") or node.get("fsdp")
 
 
 def element_size(node: DictConfig) -> int:
     """Bytes per weight that actor or critic keep: half precision with Megatron, ``model_dtype`` with FSDP."""
     if node.strategy == "megatron":
         return 2
-    dtype = (node.get("fsdp_config") or node.fsdp).model_dtype
+    dtype = fsdp_settings(node).model_dtype
     return 4 if dtype in (None, "fp32", "float32", "float") else 2
 
 

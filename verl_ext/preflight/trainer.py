@@ -25,12 +25,6 @@ DATA_BACKEND = "rollout_data_backend"
 def check_trainer(run: Run) -> Iterator[Finding]:
     """Name a trainer that would ignore the extensions which the node ``verl_ext`` asks for."""
     config = run.config
-    if config.trainer.get("val_only") and not config.trainer.get("val_before_train", True):
-        problem = (
-            "trainer.val_only=True with trainer.val_before_train=False trains: verl stops after the first evaluation"
-        )
-        fix = "set trainer.val_before_train=True to evaluate, or trainer.val_only=False"
-        yield Finding("trainer", "", problem, fix)
     wanted = next((f"verl_ext.{key}" for key in EXTENSIONS if OmegaConf.select(config, f"verl_ext.{key}")), None)
     if wanted is None:
         return
@@ -55,6 +49,16 @@ def check_trainer(run: Run) -> Iterator[Finding]:
             trainer = f"{found.__module__}.{found.__qualname__}"
             problem = f"trainer.v1.trainer_mode={mode} is {trainer}, which does not read {wanted}"
         yield Finding("trainer", "", problem, f"use one of {', '.join(extended)}")
+
+
+def check_val_only(run: Run) -> Iterator[Finding]:
+    """Name a run that is to evaluate alone, and would train: verl stops after the first evaluation, if there is one."""
+    trainer = run.config.trainer
+    if trainer.val_only and not trainer.val_before_train:
+        problem = "trainer.val_only=True with trainer.val_before_train=False trains"
+        problem += ": verl stops after the first evaluation"
+        fix = "set trainer.val_before_train=True to evaluate, or trainer.val_only=False"
+        yield Finding("trainer", "", problem, fix)
 
 
 def check_own_settings(run: Run) -> Iterator[Finding]:
