@@ -97,11 +97,10 @@ def _micro_batches(config: DictConfig) -> Iterator[Finding]:
     told: set[int] = set()
     for parent, name, node in limits:
         size = OmegaConf.select(config, f"{parent}.{name}")
-        # Most take over the actor's: once is enough.
-        if size is None or size in told or not is_known(node):
+        if size is None or not is_known(node) or (room := size * sequence_split(node)) in told:
             continue
-        told.add(size)
-        room = size * sequence_split(node)
+        # Most take over the actor's: once is enough.
+        told.add(room)
         problem = fix = ""
         if room < longest:
             problem = f"{parent}.{name}={size} is too low for a sequence of {longest} tokens"

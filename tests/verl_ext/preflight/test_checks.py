@@ -236,6 +236,15 @@ def test_a_start_refuses_what_ends_or_fools_it_later(data, override, problem):
         checks.refuse(asked, Needs.SETTINGS, Needs.FILES)
 
 
+def test_a_limit_is_judged_by_what_its_own_role_splits():
+    """The critic has the actor's limit, but does not share a sequence among two GPUs."""
+    asked = ["algorithm=ppo", "+backend=fsdp2", "model=Qwen/Qwen2.5-7B-Instruct", "data.max_prompt_length=512"]
+    asked += ["data.max_response_length=1536", f"{ACTOR}.ulysses_sequence_parallel_size=2"]
+    asked += [f"{ACTOR}.ppo_max_token_len_per_gpu=1024", "critic.ppo_infer_max_token_len_per_gpu=1024"]
+    found = [f.problem for f in sizes.check_sizes(composition.compose(asked)) if f.problem and not f.warning]
+    assert found == ["critic.ppo_infer_max_token_len_per_gpu=1024 is too low for a sequence of 2048 tokens"]
+
+
 def test_a_users_estimator_may_read_values(data):
     files = [f"data.train_files={data}/train.parquet", f"data.val_files={data}/gsm8k.parquet"]
     asked = ["algorithm=grpo", "+backend=fsdp2", "model=Qwen/Qwen2.5-7B-Instruct", "critic.enable=true", *files]
